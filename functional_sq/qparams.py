@@ -1,0 +1,93 @@
+"""Quantization parameters, and how a range of real values becomes them: each formula once."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from functional_sq.spec import QuantSpec
+
+__all__ = ["MappingType", "QParams", "from_range"]
+
+
+class MappingType(enum.Enum):
+    """How a range `[lo, hi]` is laid over the codes `[qmin, qmax]`.
+
+    The names and formulas are those of `torchao.quantization.MappingType`:
+
+    * `SYMMETRIC`: `scale = max(-lo, hi) / ((qmax - qmin) / 2)`; 0 sits in the middle of the codes.
+    * `SYMMETRIC_NO_CLIPPING_ERR`: `scale = max(lo / qmin, hi / qmax)`; uses the extra negative code
+      of two's complement, so a range that ends at its negative side is not widened. Needs
+      `qmin < 0 < qmax`.
+    * `ASYMMETRIC`: the range, made to contain 0, is spread over all codes:
+      `scale = (hi - lo) / (qmax - qmin)`, `zero_point = clamp(qmin - round(lo / scale), qmin, qmax)`.
+      Integers only.
+    """
+
+    SYMMETRIC = enum.auto()
+    SYMMETRIC_NO_CLIPPING_ERR = enum.auto()
+    ASYMMETRIC = enum.auto()
+
+    def __repr__(self) -> str:
+        return f"MappingType.{self.name}"
+
+
+class QParams(NamedTuple):
+    """What maps real values to codes: `q = round(x / scale) + zero_point`.
+
+    Unpacks as torchao's pair, `scale, zero_point = qp`, and is a pytree.
+
+    Attributes:
+        scale: positive; input units per step. Shape: the statistics' shape, of the tensor's rank.
+        zero_point: the code of 0.0; the same shape. 0 everywhere for float8.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
+    """Turn the range of each block into its scale and zero point.
+
+    Arithmetic runs in the dtype of the range and is cast to `spec.scale_dtype` at the end, as in
+    `torchao.quantization.choose_qparams_affine_with_min_max`. Where `hi - lo` overflows (torchao
+    returns an infinite scale) each end is divided before the subtraction.
+
+    Args:
+        spec: the quantization; its `mapping`, bounds, `eps`, `scale_dtype` and `zero_point_dtype`
+            are used.
+        lo: smallest real value of each block, input units.
+        hi: largest real value of each block; shape and dtype of `lo`.
+
+    Returns:
+        QParams of the shape of `lo`. `scale` is at least `spec.eps`; a range that is empty
+        (`lo > hi`: nothing was seen) gives `eps` too.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+        >>> fsq.from_range(spec, torch.tensor([-1.0]), torch.tensor([1.55]))
+        QParams(scale=tensor([0.0100]), zero_point=tensor([100], dtype=torch.int32))
+    """
+    qmin, qmax = spec.bounds
+    zero = torch.zeros_like(lo)
+    lo, hi = torch.minimum(lo, zero), torch.maximum(hi, zero)
+    if spec.mapping is MappingType.ASYMMETRIC:
+        width = hi - lo
+        n = float(qmax - qmin)
+        scale = torch.where(width.isinf(), hi / n - lo / n, width / n).clamp(min=spec.eps)
+        zero_point = (qmin - torch.round(lo / scale)).clamp(qmin, qmax)
+    else:
+        if spec.mapping is MappingType.SYMMETRIC:
+            scale = torch.maximum(-lo, hi) / (float(qmax - qmin) / 2)
+        else:
+            scale = torch.maximum(lo / float(qmin), hi / float(qmax))
+        scale = scale.clamp(min=spec.eps)
+        zero_point = torch.full_like(scale, int((qmax + qmin + 1) / 2))
+    # The second clamp: a 16-bit bound rounds outwards in a 16-bit float range.
+    zero_point = zero_point.to(spec.zero_point_dtype).clamp(qmin, qmax)
+    return QParams(scale.to(spec.scale_dtype), zero_point)

@@ -1,0 +1,162 @@
+"""Real values to codes, codes to real values, and both at once with a gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functional_sq.blocks import blockwise
+from functional_sq.formats import REAL_DTYPES, check_real
+from functional_sq.granularity import check_stats
+from functional_sq.qparams import QParams
+
+if TYPE_CHECKING:
+    from functional_sq.spec import QuantSpec
+
+__all__ = ["dequantize", "fake_quantize", "quantize"]
+
+
+def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
+    """Map real values to codes.
+
+    Integers: `clamp(round_half_even(x * (1 / scale)) + zero_point, qmin, qmax)`.
+    Float8: `clamp(x.float() / scale, -largest, largest)`, then a cast that rounds to nearest even.
+
+    Args:
+        spec: the quantization.
+        x: real values, float32, float64, bfloat16 or float16; infinities saturate. A NaN has no
+            integer code: what it becomes is undefined.
+        qp: scale (input units per step) and zero point, of the statistics' shape for `x`. A
+            per-tensor pair fits any shape.
+
+    Returns:
+        codes in the format's storage dtype (`uint8` for `torch.uint4`), shape of `x`.
+
+    Raises:
+        TypeError: `x` holds no real values.
+        ValueError: `qp` does not have the shape that the granularity gives `x`.
+
+    Source: `torchao.quantization.quantize_affine` and `_quantize_affine_float8`; the same bits.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+        >>> qp = fsq.QParams(torch.tensor([0.5]), torch.tensor([128], dtype=torch.int32))
+        >>> fsq.quantize(spec, torch.tensor([-1.0, 0.25, 0.75, 1e9]), qp)
+        tensor([126, 128, 130, 255], dtype=torch.uint8)
+    """
+    check_real(x, "quantize")
+    qp = _fitted(spec, x, qp)
+    format, bounds = spec.format, spec.bounds
+    return blockwise(lambda x, s, z: format.encode(x, QParams(s, z), bounds), x.detach(), *qp)
+
+
+def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Map codes to real values: `(q - zero_point) * scale`.
+
+    Args:
+        spec: the quantization that made the codes.
+        q: codes, in the format's storage dtype.
+        qp: scale and zero point that made them.
+        dtype: dtype of the result; the subtraction runs in it.
+
+    Returns:
+        real values, shape of `q`.
+
+    Raises:
+        TypeError: `q` is not in the storage dtype, or `dtype` holds no real values.
+        ValueError: `qp` does not have the shape that the granularity gives `q`.
+
+    Source: `torchao.quantization.dequantize_affine` and `_dequantize_affine_float8`; the same bits.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+        >>> qp = fsq.QParams(torch.tensor([0.5]), torch.tensor([128], dtype=torch.int32))
+        >>> fsq.dequantize(spec, torch.tensor([126, 128, 255], dtype=torch.uint8), qp)
+        tensor([-1.0000,  0.0000, 63.5000])
+    """
+    if not isinstance(q, Tensor) or q.dtype is not spec.format.storage:
+        found = q.dtype if isinstance(q, Tensor) else type(q).__name__
+        raise TypeError(f"dequantize got {found}; the codes of {spec.dtype} are a tensor of {spec.format.storage}")
+    if dtype not in REAL_DTYPES:
+        raise TypeError(f"dequantize to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    qp = _fitted(spec, q, qp)
+    format = spec.format
+    return blockwise(lambda q, s, z: format.decode(q, QParams(s, z), dtype), q, *qp)
+
+
+def fake_quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
+    """Round `x` to values that the codes represent; the gradient goes straight through.
+
+    The result has the bits of `dequantize(spec, quantize(spec, x, qp), qp, dtype=x.dtype)`. The
+    gradient of `x` is 1 where `x` has a code and 0 where it saturates; `qp` is a constant.
+
+    Args:
+        spec: the quantization.
+        x: real values.
+        qp: scale and zero point, of the statistics' shape for `x`.
+
+    Returns:
+        real values in the dtype and shape of `x`.
+
+    Raises:
+        TypeError, ValueError: as `quantize`.
+
+    Source: straight-through estimator, Bengio et al. 2013 (arXiv:1308.3432); the clipped form of
+    `torch.fake_quantize_per_tensor_affine`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> qp = fsq.QParams(torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32))
+        >>> x = torch.tensor([0.6, 100.0], requires_grad=True)
+        >>> y = fsq.fake_quantize(spec, x, qp)
+        >>> y.sum().backward(); y.detach(), x.grad
+        (tensor([ 0.5000, 63.5000]), tensor([1., 0.]))
+    """
+    check_real(x, "fake_quantize")
+    result: Tensor = _StraightThrough.apply(spec, x, *_fitted(spec, x, qp))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Quantize and dequantize forward; backward, the identity where nothing saturated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(spec: QuantSpec, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        qp = QParams(scale, zero_point)
+        return dequantize(spec, quantize(spec, x, qp), qp, dtype=x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.spec = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        format, (low, high) = ctx.spec.format, ctx.spec.bounds
+        x, scale, zero_point = ctx.saved_tensors
+
+        def straight(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+            steps: Tensor = format.steps(x, QParams(s, z))
+            return (steps >= low) & (steps <= high)
+
+        return None, grad * blockwise(straight, x, scale, zero_point), None, None
+
+
+def _fitted(spec: QuantSpec, x: Tensor, qp: QParams) -> QParams:
+    """Return `qp` with the rank of `x`, or raise ValueError where it does not belong to `x`."""
+    scale, zero_point = qp
+    shape = check_stats(spec, "the scale", scale.shape, x.shape)
+    if zero_point.shape != scale.shape:
+        raise ValueError(
+            f"the zero point has shape {tuple(zero_point.shape)} and the scale {tuple(scale.shape)}; they must be equal"
+        )
+    if scale.shape == shape:
+        return QParams(scale, zero_point)
+    return QParams(scale.reshape(shape), zero_point.reshape(shape))

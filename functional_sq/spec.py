@@ -1,0 +1,163 @@
+"""QuantSpec: everything about a quantization that is not a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from functional_sq.formats import Float8, Format, format_of
+from functional_sq.granularity import Granularity
+from functional_sq.observer import Observer
+from functional_sq.observers.min_max import MinMax
+from functional_sq.qparams import MappingType
+
+__all__ = ["QuantSpec"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What to quantize to, which elements share a scale, and how the range is chosen.
+
+    Static, frozen, hashable, picklable; prints as the call that makes it. Each function of the
+    package takes it first. A combination that cannot work is refused here, not later.
+
+    Args:
+        dtype: the quantized dtype: `torch.uint1` ... `uint8`, `torch.int1` ... `int8`,
+            `torch.int16`, or an 8-bit float. Codes of fewer than 8 bits are held one a byte.
+        granularity: which elements share one scale.
+        mapping: how the range is laid over the codes. Float8 takes SYMMETRIC only.
+        quant_min: smallest code to use; default: the dtype's. Integers only.
+        quant_max: largest code to use; default: the dtype's. Integers only.
+        observer: what is recorded of the data and how it is read as a range.
+        eps: lower limit of a scale, input units per step. The default is float32's, and it is
+            always applied (torchao changed its own default in 0.18).
+        scale_dtype: dtype of scales: float32, float64, bfloat16 or float16.
+        zero_point_dtype: dtype of zero points, integer or float, that holds every code exactly.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: the arguments cannot go together; the message names the rule and a remedy.
+
+    Source: the arguments of `torchao.quantization.choose_qparams_affine`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> fsq.QuantSpec(torch.int8, fsq.PerAxis(0), quant_min=-127).bounds
+        (-127, 127)
+        >>> fsq.QuantSpec(torch.uint8, fsq.PerTensor()) == fsq.QuantSpec(torch.uint8, fsq.PerTensor())
+        True
+        >>> fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+        Traceback (most recent call last):
+        ...
+        ValueError: float8_e4m3fn with mapping=MappingType.ASYMMETRIC: a float format has no zero point; \
+use MappingType.SYMMETRIC
+    """
+
+    dtype: torch.dtype
+    granularity: Granularity
+    mapping: MappingType = field(default=MappingType.SYMMETRIC, kw_only=True)
+    quant_min: int | None = field(default=None, kw_only=True)
+    quant_max: int | None = field(default=None, kw_only=True)
+    observer: Observer = field(default=MinMax(), kw_only=True)
+    eps: float = field(default=torch.finfo(torch.float32).eps, kw_only=True)
+    scale_dtype: torch.dtype = field(default=torch.float32, kw_only=True)
+    zero_point_dtype: torch.dtype = field(default=torch.int32, kw_only=True)
+
+    def __post_init__(self) -> None:
+        format = format_of(self.dtype)
+        for name, kind in (("granularity", Granularity), ("mapping", MappingType), ("observer", Observer)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                hint = f"; did you mean {value.__name__}()?" if isinstance(value, type) else ""
+                raise TypeError(f"{name}={value!r} is not a functional_sq {kind.__name__}{hint}")
+        _check_bounds(self, format)
+        _check_mapping(self, format)
+        _check_dtypes(self, format)
+
+    @property
+    def format(self) -> Format:
+        """The number format of `dtype`."""
+        return format_of(self.dtype)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest code in use: `quant_min`, `quant_max` or the format's."""
+        low, high = self.format.bounds
+        return (
+            low if self.quant_min is None else self.quant_min,
+            high if self.quant_max is None else self.quant_max,
+        )
+
+    def __repr__(self) -> str:
+        shown = [repr(self.dtype), repr(self.granularity)]
+        for name, f in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if f.kw_only and value != f.default:
+                shown.append(f"{name}={value!r}")
+        return f"QuantSpec({', '.join(shown)})"
+
+
+def _check_bounds(spec: QuantSpec, format: Format) -> None:
+    short = str(spec.dtype).removeprefix("torch.")
+    given = {"quant_min": spec.quant_min, "quant_max": spec.quant_max}
+    low, high = format.bounds
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(format, Float8):
+            raise ValueError(f"{short} with {name}={value}: a float format uses all its codes; leave {name} out")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} is not an int; codes are integers")
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value} is not a code of {short}; use a value from {low} to {high}")
+    low, high = spec.bounds
+    if low >= high:
+        raise ValueError(f"quant_min={low} is not below quant_max={high}; at least two codes are needed")
+
+
+def _check_mapping(spec: QuantSpec, format: Format) -> None:
+    short = str(spec.dtype).removeprefix("torch.")
+    if isinstance(format, Float8) and spec.mapping is not MappingType.SYMMETRIC:
+        raise ValueError(
+            f"{short} with mapping={spec.mapping}: a float format has no zero point; use MappingType.SYMMETRIC"
+        )
+    low, high = spec.bounds
+    if spec.mapping is MappingType.SYMMETRIC_NO_CLIPPING_ERR and not low < 0 < high:
+        raise ValueError(
+            f"{short} with codes {low} to {high} and mapping={spec.mapping}: it divides by both ends and "
+            f"needs quant_min < 0 < quant_max; use MappingType.SYMMETRIC"
+        )
+
+
+def _check_dtypes(spec: QuantSpec, format: Format) -> None:
+    floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if spec.scale_dtype not in floats:
+        raise TypeError(f"scale_dtype={spec.scale_dtype}; use one of {', '.join(map(str, floats))}")
+    if isinstance(spec.eps, bool) or not isinstance(spec.eps, (int, float)):
+        raise TypeError(f"eps={spec.eps!r} is not a float")
+    tiny, huge = torch.finfo(spec.scale_dtype).tiny, torch.finfo(spec.scale_dtype).max
+    if not tiny <= spec.eps <= huge:
+        raise ValueError(
+            f"eps={spec.eps!r} with scale_dtype={spec.scale_dtype}: the reciprocal of the smallest scale must be "
+            f"finite; use an eps of at least {tiny!r}"
+        )
+    low, high = format.bounds
+    if format.storage is torch.int16 and torch.finfo(spec.scale_dtype).eps > 2**-16:
+        raise ValueError(
+            f"int16 with scale_dtype={spec.scale_dtype}: 16-bit codes are not exact in it; use torch.float32"
+        )
+    zp = spec.zero_point_dtype
+    if isinstance(format, Float8):
+        low, high = 0, 0
+    if not isinstance(zp, torch.dtype) or zp.is_complex or zp is torch.bool or zp.itemsize < 1:
+        raise TypeError(f"zero_point_dtype={zp!r} is not an integer or float dtype; use torch.int32")
+    if zp.is_floating_point:
+        exact = zp in floats and max(-low, high) <= 2 / torch.finfo(zp).eps
+    else:
+        exact = zp in _INTEGERS and torch.iinfo(zp).min <= low and high <= torch.iinfo(zp).max
+    if not exact:
+        raise ValueError(f"zero_point_dtype={zp} does not hold every code from {low} to {high}; use torch.int32")
+
+
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
