@@ -2,6 +2,7 @@
 
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
+from functional_sq.linear import FoldedWeight, fold, linear, linear_reference, unfold
 from functional_sq.observer import (
     MAX,
     MIN,
@@ -31,6 +32,7 @@ __all__ = [
     "Accumulator",
     "CalibrationError",
     "Fixed",
+    "FoldedWeight",
     "Granularity",
     "MappingType",
     "MinMax",
@@ -49,9 +51,13 @@ __all__ = [
     "check",
     "dequantize",
     "fake_quantize",
+    "fold",
     "from_range",
     "init",
+    "linear",
+    "linear_reference",
     "merge",
     "observe",
     "quantize",
+    "unfold",
 ]

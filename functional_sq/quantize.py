@@ -139,11 +139,12 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        format, (low, high) = ctx.spec.format, ctx.spec.bounds
+        spec: QuantSpec = ctx.spec
+        format, (low, high) = spec.format, spec.bounds
         x, scale, zero_point = ctx.saved_tensors
 
         def straight(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
-            steps: Tensor = format.steps(x, QParams(s, z))
+            steps = format.steps(x, QParams(s, z))
             return (steps >= low) & (steps <= high)
 
         return None, grad * blockwise(straight, x, scale, zero_point), None, None
