@@ -2,7 +2,7 @@
 
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
-from functional_sq.linear import FoldedWeight, fold, linear, linear_reference, unfold
+from functional_sq.linear import FoldedWeight, check_product, fold, linear, linear_reference, unfold
 from functional_sq.observer import (
     MAX,
     MIN,
@@ -49,6 +49,7 @@ __all__ = [
     "State",
     "calc_qparams",
     "check",
+    "check_product",
     "dequantize",
     "fake_quantize",
     "fold",

@@ -16,13 +16,14 @@ Codes of uint8 are shifted by 128 to int8, together with their zero point, which
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.formats import REAL_DTYPES, Float8, Integer
+from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import dequantize
@@ -30,7 +31,7 @@ from functional_sq.quantize import dequantize
 if TYPE_CHECKING:
     from functional_sq.spec import QuantSpec
 
-__all__ = ["FoldedWeight", "fold", "linear", "linear_reference", "unfold"]
+__all__ = ["FoldedWeight", "check_product", "fold", "linear", "linear_reference", "unfold"]
 
 _INT32_TERMS = (2**31 - 1) // 255**2
 """The largest K for which the corrected product stays in int32: 33025."""
@@ -43,9 +44,9 @@ class FoldedWeight(NamedTuple):
     """A quantized weight in the form that is multiplied; made once, by `fold`.
 
     Attributes:
-        codes: `(N, K)`, contiguous; int8 or float8.
-        scale: `(N,)`, output units per input unit and step.
-        zero_point: `(N,)` int32, the code of 0.0 in `codes`; None if it is 0 for the spec.
+        codes: `(N, K)`, contiguous; int8, float8, or int16 for `linear_reference` alone.
+        scale: output units per input unit and step; the statistics' shape, `(N, 1)` for PerAxis(0).
+        zero_point: int32, the code of 0.0 in `codes`, shape of `scale`; None where the spec fixes it at 0.
         sum: `(N,)` int32, `codes` summed over K; None for float8.
     """
 
@@ -58,16 +59,19 @@ class FoldedWeight(NamedTuple):
 def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
     """Compute once what depends on the weight alone.
 
+    Reads the zero points of a symmetric spec; call it at conversion, not in a compiled forward.
+
     Args:
-        spec: the weight's quantization: at most 8 bits, one scale for the tensor or for each row.
+        spec: the weight's quantization.
         q: codes `(N, K)` from `quantize(spec, weight, qp)`.
-        qp: scale and zero point, `(1, 1)` or `(N, 1)`.
+        qp: scale and zero point of `q`.
 
     Returns:
         the folded weight. `unfold(spec, ...)` gives `q` and `qp` back.
 
     Raises:
-        ValueError: the weight cannot be multiplied as codes: 16 bits, groups along K, another rank.
+        ValueError: `q` is no matrix, `qp` does not fit it, or a symmetric spec has another zero
+            point than its mapping gives.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -78,25 +82,23 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
     """
     if q.ndim != 2:
         raise ValueError(f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in)")
-    rows = q.shape[0]
-    scale, zero_point = qp
-    if check_stats(spec, "the weight's scale", scale.shape, q.shape) not in ((1, 1), (rows, 1)):
-        raise ValueError(
-            f"{spec.granularity} gives a weight of shape {tuple(q.shape)} scales of shape {tuple(scale.shape)}; a "
-            f"product of codes needs one scale a row; use PerAxis(0) or PerTensor(), or linear_reference"
-        )
+    shape = check_stats(spec, "the weight's scale", qp.scale.shape, q.shape)
     codes, shift = _operand(spec, q)
-    scale = scale.reshape(-1).expand(rows)
+    scale, zero_point = qp.scale.reshape(shape), _shifted(qp.zero_point, shift).reshape(shape)
     if isinstance(spec.format, Float8):
         return FoldedWeight(codes.contiguous(), scale, None, None)
+    fixed = _fixed_zero_point(spec)
+    if fixed is not None and not torch.compiler.is_compiling() and bool((zero_point + shift != fixed).any()):
+        raise ValueError(
+            f"{spec} has the zero point {fixed}, got {qp.zero_point.flatten()[:4].tolist()} ...; "
+            f"use MappingType.ASYMMETRIC for other zero points"
+        )
     total = codes.sum(1, dtype=torch.int32)
-    if _has_zero_point(spec):
-        return FoldedWeight(codes.contiguous(), scale, _shifted(zero_point, shift).expand(rows), total)
-    return FoldedWeight(codes.contiguous(), scale, None, total)
+    return FoldedWeight(codes.contiguous(), scale, None if fixed == shift else zero_point, total)
 
 
 def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
-    """Return the codes and qparams that `fold` took, with one scale for each row.
+    """Return the codes and qparams that `fold` took.
 
     Args:
         spec: the weight's quantization.
@@ -104,7 +106,7 @@ def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
 
     Example:
         >>> import torch, functional_sq as fsq
-        >>> spec = fsq.QuantSpec(torch.uint8, fsq.PerAxis(0), mapping=fsq.MappingType.ASYMMETRIC)
+        >>> spec = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
         >>> qp = fsq.QParams(torch.ones(1, 1), torch.tensor([[7]], dtype=torch.int32))
         >>> weight = fsq.fold(spec, torch.tensor([[0, 255]], dtype=torch.uint8), qp)
         >>> weight.codes, fsq.unfold(spec, weight)[0]
@@ -114,10 +116,49 @@ def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
     codes = weight.codes
     if codes.dtype is not spec.format.storage:
         codes = codes.view(torch.uint8) ^ shift
-    zero_point = torch.zeros_like(weight.scale, dtype=torch.int32) if weight.zero_point is None else weight.zero_point
-    if not isinstance(spec.format, Float8):
-        zero_point = zero_point + shift
-    return codes, QParams(weight.scale.reshape(-1, 1), zero_point.to(spec.zero_point_dtype).reshape(-1, 1))
+    if weight.zero_point is None:
+        zero_point = torch.full_like(weight.scale, shift, dtype=spec.zero_point_dtype)
+    else:
+        zero_point = (weight.zero_point + shift).to(spec.zero_point_dtype)
+    return codes, QParams(weight.scale, zero_point)
+
+
+def check_product(act: QuantSpec, weight: QuantSpec, shape: Sequence[int]) -> None:
+    """Raise ValueError unless `linear` can multiply the codes of two specs.
+
+    Args:
+        act: the activations' quantization.
+        weight: the weight's quantization.
+        shape: `(N, K)` of the weight.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> fsq.check_product(spec, fsq.QuantSpec(torch.int8, fsq.PerGroup(8)), (4, 16))
+        Traceback (most recent call last):
+        ...
+        ValueError: PerGroup(group_size=8) gives several scales along the axis that a product sums over; \
+use PerAxis(0) or PerTensor() for the weight, or the reference path
+    """
+    kinds = {isinstance(spec.format, Float8) for spec in (act, weight)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"activations of {act.dtype} and a weight of {weight.dtype} have no common product; "
+            f"use integers or float8 for both, or the reference path"
+        )
+    for spec in (act, weight):
+        if spec.format.storage is torch.int16:
+            raise ValueError(f"{spec.dtype} codes have no integer product; use at most 8 bits, or the reference path")
+    if weight.granularity.stat_shape(shape)[1] != 1:
+        raise ValueError(
+            f"{weight.granularity} gives several scales along the axis that a product sums over; "
+            f"use PerAxis(0) or PerTensor() for the weight, or the reference path"
+        )
+    if act.granularity.stat_shape((1, shape[1]))[1] != 1:
+        raise ValueError(
+            f"{act.granularity} gives several scales along the axis that a product sums over; "
+            f"use PerTensor() for the activations, or the reference path"
+        )
 
 
 def linear(
@@ -160,6 +201,7 @@ def linear(
         tensor([[12., 34.]])
     """
     lead, k = q.shape[:-1], q.shape[-1]
+    n = weight.codes.shape[0]
     if k != weight.codes.shape[1]:
         raise ValueError(
             f"activations of shape {tuple(q.shape)} meet a weight of shape {tuple(weight.codes.shape)}; "
@@ -167,7 +209,15 @@ def linear(
         )
     if dtype not in REAL_DTYPES:
         raise TypeError(f"linear to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    if weight.scale.shape[1] != 1:
+        raise ValueError(
+            f"the weight has scales of shape {tuple(weight.scale.shape)}; a product of codes needs one a row: "
+            f"use PerAxis(0) or PerTensor() for the weight, or linear_reference"
+        )
+    weight_scale = weight.scale.reshape(-1)
     codes, shift = _operand(spec, q.reshape(-1, k))
+    if torch.int16 in (codes.dtype, weight.codes.dtype):
+        raise ValueError("16-bit codes have no integer product; use at most 8 bits, or linear_reference")
     if codes.dtype.is_floating_point != weight.codes.dtype.is_floating_point:
         raise TypeError(f"activations of {spec.dtype} meet a weight of {weight.codes.dtype}; quantize both alike")
     scale, zero_point = (_per_row(spec, value, q) for value in qp)
@@ -176,10 +226,10 @@ def linear(
     else:
         product = _integer_product(codes, _shifted(zero_point, shift), weight)
     wide = torch.promote_types(dtype, torch.float32)
-    y = product.to(wide) * (scale.to(wide) * weight.scale.to(wide))
+    y = product.to(wide) * (scale.to(wide) * weight_scale.to(wide))
     if bias is not None:
         y = y + bias.to(wide)
-    return y.to(dtype).reshape(*lead, -1)
+    return y.to(dtype).reshape(*lead, n)
 
 
 def linear_reference(
@@ -217,13 +267,16 @@ def _shift(spec: QuantSpec) -> int:
     return 128 if spec.format.bounds[1] == 255 else 0
 
 
+def _fixed_zero_point(spec: QuantSpec) -> int | None:
+    """The zero point that a symmetric mapping gives every block; None for ASYMMETRIC."""
+    qmin, qmax = spec.bounds
+    return None if spec.mapping is MappingType.ASYMMETRIC else int((qmax + qmin + 1) / 2)
+
+
 def _operand(spec: QuantSpec, q: Tensor) -> tuple[Tensor, int]:
     """Return codes as a device multiplies them, and what was subtracted from them."""
-    format = spec.format
-    if isinstance(format, Integer) and format.bits > 8:
-        raise ValueError(f"{spec.dtype} codes have no integer product; use at most 8 bits, or linear_reference")
-    if q.dtype is not format.storage:
-        raise TypeError(f"got codes of {q.dtype}; those of {spec.dtype} are held as {format.storage}")
+    if q.dtype is not spec.format.storage:
+        raise TypeError(f"got codes of {q.dtype}; those of {spec.dtype} are held as {spec.format.storage}")
     if q.dtype is not torch.uint8:
         return q, 0
     # Flipping the top bit subtracts 128 and reads the byte as two's complement.
@@ -231,13 +284,7 @@ def _operand(spec: QuantSpec, q: Tensor) -> tuple[Tensor, int]:
 
 
 def _shifted(zero_point: Tensor, shift: int) -> Tensor:
-    return zero_point.reshape(-1).to(torch.int32) - shift
-
-
-def _has_zero_point(spec: QuantSpec) -> bool:
-    """Whether codes shifted to int8 can have a zero point other than 0; known without the data."""
-    qmin, qmax = spec.bounds
-    return spec.mapping is MappingType.ASYMMETRIC or int((qmax + qmin + 1) / 2) != _shift(spec)
+    return zero_point.to(torch.int32) - shift
 
 
 def _per_row(spec: QuantSpec, value: Tensor, q: Tensor) -> Tensor:
@@ -252,21 +299,21 @@ def _per_row(spec: QuantSpec, value: Tensor, q: Tensor) -> Tensor:
     return value.reshape(-1, 1)
 
 
-def _integer_product(codes: Tensor, zero_point: Tensor, weight: FoldedWeight) -> Tensor:
+def _integer_product(codes: Tensor, z_x: Tensor, weight: FoldedWeight) -> Tensor:
     """Return sum_k (q_x - z_x) (q_w - z_w), exactly; `(M, N)` int32 or int64."""
     k = codes.shape[1]
-    z_x = zero_point.reshape(-1, 1)
     row_sum = weight.sum
     assert row_sum is not None
     if k <= _INT32_TERMS:
         product = _int8_matmul(codes, weight.codes)
     else:
-        pieces = (t.tensor_split(range(_INT32_PRODUCTS, k, _INT32_PRODUCTS), 1) for t in (codes, weight.codes))
+        cuts = tuple(range(_INT32_PRODUCTS, k, _INT32_PRODUCTS))
+        pieces = (t.tensor_split(cuts, 1) for t in (codes, weight.codes))
         product = torch.stack([_int8_matmul(a, b).to(torch.int64) for a, b in zip(*pieces, strict=True)]).sum(0)
     product = product - z_x * row_sum.to(product.dtype)
     if weight.zero_point is not None:
         token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
-        product = product - weight.zero_point * (token_sum - k * z_x)
+        product = product - weight.zero_point.reshape(-1) * (token_sum - k * z_x)
     return product
 
 
