@@ -1,0 +1,31 @@
+"""Static quantization of PyTorch models: modules that observe, and modules that multiply codes."""
+
+from bridge.config import StaticQuantConfig
+from bridge.observed import AffineQuantizedMinMaxObserver, ObservedLinear, ObserverModule, insert_observers_
+from bridge.quantized import QuantizedLinear
+from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
+from bridge.workflow import calibrate, convert_, prepare_, quantize_
+from functional_sq import CalibrationError, MappingType, PerAxis, PerGroup, PerRow, PerTensor, PerToken
+
+__all__ = [
+    "AOBaseConfig",
+    "AffineQuantizedMinMaxObserver",
+    "CalibrationError",
+    "MappingType",
+    "ObservedLinear",
+    "ObserverModule",
+    "PerAxis",
+    "PerGroup",
+    "PerRow",
+    "PerTensor",
+    "PerToken",
+    "QuantizedLinear",
+    "StaticQuantConfig",
+    "calibrate",
+    "compute_error",
+    "convert_",
+    "insert_observers_",
+    "prepare_",
+    "quantize_",
+    "register_quantize_module_handler",
+]

@@ -88,7 +88,8 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
     if isinstance(spec.format, Float8):
         return FoldedWeight(codes.contiguous(), scale, None, None)
     fixed = _fixed_zero_point(spec)
-    if fixed is not None and not torch.compiler.is_compiling() and bool((zero_point + shift != fixed).any()):
+    readable = not (torch.compiler.is_compiling() or zero_point.is_meta)
+    if fixed is not None and readable and bool((zero_point + shift != fixed).any()):
         raise ValueError(
             f"{spec} has the zero point {fixed}, got {qp.zero_point.flatten()[:4].tolist()} ...; "
             f"use MappingType.ASYMMETRIC for other zero points"
