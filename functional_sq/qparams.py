@@ -54,8 +54,9 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
     """Turn the range of each block into its scale and zero point.
 
     Arithmetic runs in the dtype of the range and is cast to `spec.scale_dtype` at the end, as in
-    `torchao.quantization.choose_qparams_affine_with_min_max`. Where `hi - lo` overflows (torchao
-    returns an infinite scale) each end is divided before the subtraction.
+    `torchao.quantization.choose_qparams_affine_with_min_max`, with its bits wherever its scale is
+    finite. Where `hi - lo` overflows each end is divided before the subtraction, and a scale that is
+    still too large for a dtype on the way is that dtype's largest number.
 
     Args:
         spec: the quantization; its `mapping`, bounds, `eps`, `scale_dtype` and `zero_point_dtype`
@@ -74,20 +75,24 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
         QParams(scale=tensor([0.0100]), zero_point=tensor([100], dtype=torch.int32))
     """
     qmin, qmax = spec.bounds
+    # A scale is positive and finite in the dtype of the range, and after the cast below.
+    held, cast = torch.finfo(lo.dtype), torch.finfo(spec.scale_dtype)
+    least = max(spec.eps, held.tiny * held.eps)
+    largest = min(held.max, cast.max)
     zero = torch.zeros_like(lo)
     lo, hi = torch.minimum(lo, zero), torch.maximum(hi, zero)
     if spec.mapping is MappingType.ASYMMETRIC:
         width = hi - lo
         n = float(qmax - qmin)
-        scale = torch.where(width.isinf(), hi / n - lo / n, width / n).clamp(min=spec.eps)
+        scale = torch.where(width.isinf(), hi / n - lo / n, width / n).clamp(least, largest)
         zero_point = (qmin - torch.round(lo / scale)).clamp(qmin, qmax)
     else:
         if spec.mapping is MappingType.SYMMETRIC:
             scale = torch.maximum(-lo, hi) / (float(qmax - qmin) / 2)
         else:
             scale = torch.maximum(lo / float(qmin), hi / float(qmax))
-        scale = scale.clamp(min=spec.eps)
+        scale = scale.clamp(least, largest)
         zero_point = torch.full_like(scale, int((qmax + qmin + 1) / 2))
-    # The second clamp: a 16-bit bound rounds outwards in a 16-bit float range.
-    zero_point = zero_point.to(spec.zero_point_dtype).clamp(qmin, qmax)
-    return QParams(scale.to(spec.scale_dtype), zero_point)
+    # Clamped once more as integers: a 16-bit bound rounds outwards in a 16-bit float range.
+    zero_point = zero_point.to(torch.int64).clamp(int(qmin), int(qmax))
+    return QParams(scale.to(spec.scale_dtype).clamp(max=cast.max), zero_point.to(spec.zero_point_dtype))
