@@ -1,0 +1,492 @@
+"""The law suite is itself tested: strategies reach the rare inputs, and wrong observers fail the right law."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, find, settings
+from hypothesis.errors import NoSuchExample
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+import functional_sq as fsq
+from functional_sq.formats import Float8
+from functional_sq.observer import State
+from functional_sq.testing import (
+    LAWS,
+    Law,
+    assert_same_bits,
+    cases,
+    check_law,
+    check_observer,
+    compiled_equals_eager,
+    granularities,
+    shapes,
+    specs,
+    tensors,
+)
+
+T = TypeVar("T")
+F32 = torch.finfo(torch.float32)
+
+
+def find_any(strategy: SearchStrategy[T], condition: Callable[[T], bool], max_examples: int = 1000) -> T:
+    """Return an example; hypothesis.NoSuchExample is raised, and fails the test, if none is reached."""
+    search = settings(
+        max_examples=max_examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    return find(strategy, condition, settings=search)
+
+
+# Each input class is reachable.
+
+
+def has_tie(x: Tensor) -> bool:
+    """Whether an element lies exactly between two codes of the int8 scale of the tensor itself."""
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+    scale, _ = fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, x.shape), x))
+    steps = (x / scale).abs()
+    return bool(((steps - steps.floor() == 0.5) & (steps < 127)).any())
+
+
+def is_subnormal(x: Tensor) -> Tensor:
+    return (x != 0) & (x.abs() < torch.finfo(x.dtype).smallest_normal)
+
+
+def one_row_of_each_sign(x: Tensor) -> bool:
+    return x.ndim == 2 and bool((x > 0).all(-1).any() and (x < 0).all(-1).any())
+
+
+TENSOR_CLASSES: dict[str, Callable[[Tensor], bool]] = {
+    "tie at half a step": has_tie,
+    "tie among more than 8": lambda x: x.numel() > 8 and has_tie(x),
+    "all zero": lambda x: bool((x == 0).all()),
+    "0.0 and -0.0": lambda x: bool(((x == 0) & x.signbit()).any() and ((x == 0) & ~x.signbit()).any()),
+    "all positive": lambda x: bool((x > 0).all()) and x.numel() > 1,
+    "all negative": lambda x: bool((x < 0).all()) and x.numel() > 1,
+    "a positive and a negative row": one_row_of_each_sign,
+    "a row of zeros beside another": lambda x: x.ndim == 2 and bool((x == 0).all(-1).any() and (x != 0).all(-1).any()),
+    "subnormal": lambda x: bool(is_subnormal(x).any()),
+    "all subnormal": lambda x: bool(is_subnormal(x).all()),
+    "min == max": lambda x: x.numel() > 8 and bool(x.min() == x.max()),
+    "width above the largest float": lambda x: bool((x.max() - x.min()).isinf()),
+    "subnormal and huge": lambda x: bool(is_subnormal(x).any() and (x.abs() > torch.finfo(x.dtype).max / 4).any()),
+    "not contiguous": lambda x: not x.is_contiguous(),
+    "many different values": lambda x: x.unique().numel() > 20,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("condition", TENSOR_CLASSES.values(), ids=TENSOR_CLASSES.keys())
+def test_tensors_reach(condition: Callable[[Tensor], bool], dtype: torch.dtype) -> None:
+    x = find_any(shapes().flatmap(lambda shape: tensors(shape, dtype)), condition)
+    assert x.dtype is dtype
+    assert bool(x.isfinite().all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_tensors_reach_nonfinite_on_demand(value: float) -> None:
+    def has(x: Tensor) -> bool:
+        return bool((x.isnan() if math.isnan(value) else x == value).any() and x.isfinite().any())
+
+    find_any(tensors((2, 6), nonfinite=True), has)
+
+
+def test_tensors_of_float64_fit_a_float32_state() -> None:
+    x = find_any(tensors((3,), torch.float64), lambda x: bool((x.abs() == F32.max).any()))
+    assert bool(x.float().isfinite().all())
+
+
+def test_exponents_limit_every_magnitude_but_zero() -> None:
+    strategy = tensors((4,), exponents=(-20, 20))
+    find_any(strategy, lambda x: bool((x == 0).any() and (x.abs() >= 2.0**19).any()))
+    with pytest.raises(NoSuchExample):
+        find_any(strategy, lambda x: bool(((x != 0) & ((x.abs() < 2.0**-20) | (x.abs() > 2.0**20))).any()), 200)
+
+
+def test_shapes_reach_scalars_and_every_rank() -> None:
+    for rank in range(4):
+        find_any(shapes(), lambda shape, rank=rank: len(shape) == rank)
+    find_any(shapes(), lambda shape: math.prod(shape) > 64)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [fsq.PerTensor, fsq.PerToken, fsq.PerAxis, fsq.PerRow, fsq.PerGroup, fsq.PerBlock],
+    ids=lambda kind: kind.__name__,
+)
+def test_granularities_reach_each_class(kind: type[fsq.Granularity]) -> None:
+    g = find_any(granularities((2, 4, 6)), lambda g: type(g) is kind)
+    assert len(g.stat_shape((2, 4, 6))) == 3
+
+
+def test_granularities_of_a_scalar_apply_to_it() -> None:
+    for kind in (fsq.PerTensor, fsq.PerBlock):
+        assert find_any(granularities(()), lambda g, kind=kind: type(g) is kind).stat_shape(()) == ()
+
+
+SPEC_CLASSES: dict[str, Callable[[fsq.QuantSpec], bool]] = {
+    "int8 from -127": lambda s: s.dtype is torch.int8 and s.bounds == (-127, 127),
+    "two codes": lambda s: s.bounds[1] - s.bounds[0] == 1,
+    "uint8 within narrower bounds": lambda s: s.dtype is torch.uint8 and s.quant_max is not None,
+    "each end narrowed": lambda s: s.quant_min is not None and s.quant_max is not None,
+    "asymmetric per group": lambda s: s.mapping is fsq.MappingType.ASYMMETRIC and type(s.granularity) is fsq.PerGroup,
+    "symmetric without clipping": lambda s: s.mapping is fsq.MappingType.SYMMETRIC_NO_CLIPPING_ERR,
+    "float zero point": lambda s: s.zero_point_dtype is torch.float32,
+    "float64 scale": lambda s: s.scale_dtype is torch.float64,
+    "smallest eps": lambda s: s.eps == F32.tiny,
+    "float8 per block": lambda s: isinstance(s.format, Float8) and type(s.granularity) is fsq.PerBlock,
+}
+
+
+@pytest.mark.parametrize("condition", SPEC_CLASSES.values(), ids=SPEC_CLASSES.keys())
+def test_specs_reach(condition: Callable[[fsq.QuantSpec], bool]) -> None:
+    find_any(specs((4, 6)), condition)
+
+
+@pytest.mark.parametrize("dtype", fsq.FORMATS, ids=str)
+def test_specs_reach_every_format(dtype: torch.dtype) -> None:
+    find_any(specs((4, 6)), lambda spec: spec.dtype is dtype)
+
+
+def test_cases_reach_a_state_in_the_dtype_of_the_data_and_in_float32() -> None:
+    for dtype in (torch.float32, torch.float16):
+        find_any(
+            cases(fsq.MinMax()),
+            lambda case, dtype=dtype: case["dtype"] is dtype and case["batches"][0].dtype is torch.float16,
+        )
+
+
+# Wrong observers, and the law that each breaks. Classes of this module, so that pickle finds them.
+
+
+@dataclass(frozen=True)
+class MeanRange(fsq.MinMax):
+    """Merges by averaging: commutative, but neither associative nor with an identity."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        return fsq.MinMax().observe(state, x, keep)
+
+    def merge(self, a: State, b: State) -> State:
+        mean = {name: (a[name] + b[name]) / 2 for name in ("min", "max")}
+        return mean | {"count": a["count"] + b["count"]}
+
+
+@dataclass(frozen=True)
+class AddsInPlace(fsq.MinMax):
+    """Counts in the tensor of the state that it was given."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        new = super().observe(state, x, keep)
+        state["count"].copy_(new["count"])
+        return new
+
+
+@dataclass(frozen=True)
+class ChangesX(fsq.MinMax):
+    """Clears the data once it has read it."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        new = super().observe(state, x, keep)
+        x.mul_(0)
+        return new
+
+
+@dataclass(frozen=True)
+class KeepsX(fsq.MinMax):
+    """Holds on to the memory of the data where a block is one element."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        new = super().observe(state, x, keep)
+        return new | {"max": x} if x.shape == new["max"].shape and x.dtype == new["max"].dtype else new
+
+
+@dataclass(frozen=True)
+class CountsFromOne(fsq.MinMax):
+    """Has seen a value before it saw any: init is not the identity of merge."""
+
+    def init(self, stat_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> State:
+        state = super().init(stat_shape, dtype, device)
+        return state | {"count": state["count"] + 1}
+
+
+@dataclass(frozen=True)
+class Widens(fsq.MinMax):
+    """Returns float64 statistics, whatever the state holds."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        new = super().observe(state, x, keep)
+        return new | {name: new[name].double() for name in ("min", "max")}
+
+
+@dataclass(frozen=True)
+class FloatSum(fsq.MinMax):
+    """Adds floats: the sum depends on the order of its terms."""
+
+    reductions = {**fsq.MinMax.reductions, "sum": fsq.SUM}
+
+    def elements(self, x: Tensor) -> Mapping[str, Tensor]:
+        return {"min": x, "max": x, "sum": x}
+
+
+@dataclass(frozen=True)
+class IgnoresMask(fsq.MinMax):
+    """Counts what the mask leaves out."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        return super().observe(state, x, None)
+
+
+@dataclass(frozen=True)
+class LooksAtData(fsq.MinMax):
+    """Decides in Python by a value: no vmap, and no single graph."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        if float(x.max()) == 12345.0:
+            return state
+        return super().observe(state, x, keep)
+
+
+@dataclass(frozen=True)
+class SignedZero(fsq.MinMax):
+    """Keeps the sign of zero, which depends on the order of the data."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        new = super().observe(state, x, keep)
+        if keep is not None:
+            return new
+        last = x.reshape(-1)[-1]
+        return new | {"max": torch.where(new["max"] == 0, last.to(new["max"].dtype) * 0, new["max"])}
+
+
+@dataclass(frozen=True)
+class AtLeastOne(fsq.MinMax):
+    """Widens every range to 1: an absolute size in input units."""
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        return state["min"].clamp(max=-1), state["max"].clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Forgets(fsq.MinMax):
+    """Is equal to no copy of itself."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True)
+class Infinite(fsq.MinMax):
+    """Gives a range that no scale can express."""
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        return state["min"] * 0 + math.nan, state["max"]
+
+
+@dataclass(frozen=True)
+class WeighsAxes(fsq.MinMax):
+    """Reads the shape of the statistics as if it were a number of values."""
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        weight = 2.0 if isinstance(spec.granularity, fsq.PerBlock) else 1.0
+        return state["min"] * weight, state["max"] * weight
+
+
+@dataclass(frozen=True)
+class RefusesToMerge(fsq.MinMax):
+    """Raises a TypeError from merge that is an accident and gives no reason."""
+
+    def merge(self, a: State, b: State) -> State:
+        raise TypeError("unsupported operand")
+
+
+@dataclass(frozen=True)
+class KeepsFirst(fsq.MinMax):
+    """Merges to the first state that saw anything: associative, with an identity, not commutative."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        return fsq.MinMax().observe(state, x, keep)
+
+    def merge(self, a: State, b: State) -> State:
+        return {name: torch.where(a["count"] > 0, a[name], b[name]) for name in a}
+
+
+WRONG = [
+    (MeanRange(), "merge_is_a_commutative_monoid"),
+    (CountsFromOne(), "merge_is_a_commutative_monoid"),
+    (KeepsFirst(), "merge_is_a_commutative_monoid"),
+    (RefusesToMerge(), "merge_is_a_commutative_monoid"),
+    (FloatSum(), "observe_is_a_homomorphism"),
+    (SignedZero(), "observe_is_a_homomorphism"),
+    (IgnoresMask(), "masked_values_do_not_count"),
+    (AddsInPlace(), "observe_is_pure"),
+    (ChangesX(), "observe_is_pure"),
+    (KeepsX(), "observe_is_pure"),
+    (Widens(), "observe_is_pure"),
+    (LooksAtData(), "vmap_equals_loop"),
+    (LooksAtData(), "compiled_equals_eager"),
+    (Forgets(), "round_trips"),
+    (Infinite(), "zero_is_exact"),
+    (Infinite(), "codes_in_range_idempotent_monotone"),
+    (AtLeastOne(), "scale_equivariance"),
+    (WeighsAxes(), "granularities_agree"),
+    (MeanRange(), "qparams_ignore_splits"),
+]
+
+
+@pytest.mark.parametrize(
+    ("observer", "name"), WRONG, ids=lambda value: value if isinstance(value, str) else repr(value)
+)
+def test_wrong_observer_fails_its_law(observer: fsq.Observer, name: str) -> None:
+    with pytest.raises(AssertionError) as failure:
+        check_law(LAWS[name], observer)
+    message = str(failure.value)
+    assert message.startswith(f"{name}(\n    spec=QuantSpec(")
+    assert "batches=(tensor(" in message
+
+
+def test_every_law_has_an_observer_that_breaks_it() -> None:
+    assert {name for _, name in WRONG} == set(LAWS)
+
+
+def test_example_is_small_and_runs_as_printed() -> None:
+    with pytest.raises(AssertionError) as failure:
+        check_law(LAWS["observe_is_pure"], AddsInPlace())
+    call, reason = str(failure.value).split("\n)\n")
+    assert reason.startswith("s after observe(s, x)['count'] is not s before['count'], in 1 of 1 elements")
+    names = {"torch": torch, "tensor": torch.tensor, "AddsInPlace": AddsInPlace}
+    names |= {name: getattr(fsq, name) for name in fsq.__all__} | {"observe_is_pure": LAWS["observe_is_pure"].holds}
+    assert call.count("tensor(0.0)") == 3
+    with pytest.raises(AssertionError, match="s before"):
+        eval(f"{call}\n)", names)
+
+
+# check_observer and check_law.
+
+
+def test_check_observer_is_silent_when_all_laws_hold(capfd: pytest.CaptureFixture[str]) -> None:
+    check_observer(fsq.MinMax(), max_examples=3)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_check_observer_names_each_broken_law_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AssertionError) as failure:
+        check_observer(AtLeastOne(), max_examples=10)
+    title, *examples = str(failure.value).split("\n\n")
+    assert title == f"AtLeastOne() fails 1 of {len(LAWS)} laws: scale_equivariance"
+    assert len(examples) == 1
+    assert examples[0].startswith("scale_equivariance(\n")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_check_law_is_deterministic() -> None:
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(AssertionError) as failure:
+            check_law(LAWS["merge_is_a_commutative_monoid"], MeanRange())
+        messages.add(str(failure.value))
+    assert len(messages) == 1
+
+
+def test_an_error_of_the_strategy_is_no_failure_of_the_observer() -> None:
+    def broken(observer: fsq.Observer) -> SearchStrategy[dict[str, object]]:
+        return shapes().map(lambda shape: {"spec": 1 / 0})
+
+    with pytest.raises(ZeroDivisionError):
+        check_law(Law(LAWS["observe_is_pure"].holds, broken), fsq.MinMax())
+
+
+@dataclass(frozen=True)
+class Last(fsq.Accumulator):
+    """The range of the last batch: depends on order and says so."""
+
+    reductions = {"min": fsq.MIN, "max": fsq.MAX}
+
+    def elements(self, x: Tensor) -> Mapping[str, Tensor]:
+        return {"min": x, "max": x}
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        batch = fsq.MinMax().observe(self.init(self.stat_shape(state), state["min"].dtype, x.device), x, keep)
+        return {name: torch.where(batch["count"] > 0, batch[name], state[name]) for name in state}
+
+    def merge(self, a: State, b: State) -> State:
+        raise TypeError("Last depends on the order of batches; observe them in turn instead of merging")
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        return state["min"], state["max"]
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
+def test_an_observer_that_depends_on_order_and_says_so_passes(law: Law) -> None:
+    check_law(law, Last(), max_examples=10)
+
+
+def test_compiling_per_batch_is_counted() -> None:
+    # Another shape each time is another graph: the count that the law relies on does rise.
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+    batches = [torch.ones(2), torch.ones(3), torch.ones(2, 2)]
+    with pytest.raises(AssertionError, match=r"compile once\n  compilations = [23]"):
+        compiled_equals_eager(spec, batches, backend="eager")
+
+
+# The assertion helper.
+
+A = torch.tensor([[1.0, 2.0]])
+DIFFERENT = {
+    "value": (A, A + 1, "in 2 of 2 elements, first at (0, 0): 1.0 and 2.0"),
+    "sign of zero": (A * 0, A * -0.0, "first at (0, 0): 0.0 and -0.0"),
+    "one bit": (A, torch.nextafter(A, A + 1), "first at (0, 0): 1.0 and 1.0000001192092896"),
+    "NaN and number": (A, A * math.nan, "1.0 and nan"),
+    "dtype": (A, A.double(), "left.dtype = torch.float32"),
+    "shape": (A, A[0], "left.shape = (1, 2)"),
+    "keys": ({"a": A}, {"b": A}, "left has the keys of right"),
+    "in a dict": ({"a": A}, {"a": -A}, "left['a'] is not right['a']"),
+    "in a tuple": ((A, A), (A, -A), "left[1] is not right[1]"),
+    "in qparams": (fsq.QParams(A, A), fsq.QParams(A, -A), "left.zero_point is not right.zero_point"),
+    "length": ((A, A), (A,), "not so: left == right"),
+    "other values": (1, 2, "left = 1\n  right = 2"),
+    "type": (A, 1.0, "not so: left == right"),
+    "float8": (A.to(torch.float8_e4m3fn), (-A).to(torch.float8_e4m3fn), "1.0 and -1.0"),
+}
+
+
+@pytest.mark.parametrize(("a", "b", "part"), DIFFERENT.values(), ids=DIFFERENT.keys())
+def test_assert_same_bits_fails(a: object, b: object, part: str) -> None:
+    with pytest.raises(AssertionError) as failure:
+        assert_same_bits("left", "right", a, b)
+    assert part in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e5m2fnuz],
+    ids=str,
+)
+def test_assert_same_bits_holds(dtype: torch.dtype) -> None:
+    x = torch.tensor([0.0, 1.0, 3.0]).to(dtype)
+    assert_same_bits("x", "x", {"a": (x, x[0])}, {"a": (x.clone(), x[0].clone())})
+
+
+def test_assert_same_bits_takes_any_nan_for_any_other() -> None:
+    quiet, other = (torch.tensor([bits], dtype=torch.int32).view(torch.float32) for bits in (0x7FC00000, 0x7F800001))
+    assert_same_bits("quiet", "other", quiet, other)
+
+
+def test_laws_are_named_by_their_functions_and_documented() -> None:
+    for name, law in LAWS.items():
+        assert law.holds.__name__ == name
+        assert (law.holds.__doc__ or "").startswith("Assert that ")
+    assert dataclasses.is_dataclass(Law)
