@@ -1,5 +1,13 @@
 """Static quantization of PyTorch models: modules that observe, and modules that multiply codes."""
 
+from bridge.aqt import (
+    AffineQuantizedTensor,
+    Float8Layout,
+    Float8MMConfig,
+    to_affine_quantized_floatx_static,
+    to_affine_quantized_intx_static,
+    to_linear_activation_quantized,
+)
 from bridge.config import StaticQuantConfig
 from bridge.observed import AffineQuantizedMinMaxObserver, ObservedLinear, ObserverModule, insert_observers_
 from bridge.quantized import QuantizedLinear
@@ -10,7 +18,10 @@ from functional_sq import CalibrationError, MappingType, PerAxis, PerGroup, PerR
 __all__ = [
     "AOBaseConfig",
     "AffineQuantizedMinMaxObserver",
+    "AffineQuantizedTensor",
     "CalibrationError",
+    "Float8Layout",
+    "Float8MMConfig",
     "MappingType",
     "ObservedLinear",
     "ObserverModule",
@@ -28,4 +39,7 @@ __all__ = [
     "prepare_",
     "quantize_",
     "register_quantize_module_handler",
+    "to_affine_quantized_floatx_static",
+    "to_affine_quantized_intx_static",
+    "to_linear_activation_quantized",
 ]

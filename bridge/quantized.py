@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import functional_sq as fsq
+from bridge.aqt import AffineQuantizedTensor, static_activation, to_linear_activation_quantized
 from bridge.buffers import Buffers
 from bridge.observed import ObservedLinear, check_static
-
-if TYPE_CHECKING:
-    from bridge.aqt import AffineQuantizedTensor
+from functional_sq.formats import Float8
 
 __all__ = ["QuantizedLinear"]
 
@@ -33,7 +32,7 @@ class QuantizedLinear(Buffers):
             AffineQuantizedTensor. Takes any format and granularity. May be changed at any time
             where the codes can be multiplied.
         device: device of the buffers.
-        dtype: dtype of the bias; the output has the input's.
+        dtype: dtype of the bias and of what `qweight` stands for; the output has the input's.
 
     Raises:
         ValueError: the two specs cannot be multiplied as codes, or the input has a scale for each
@@ -79,9 +78,10 @@ class QuantizedLinear(Buffers):
             fsq.check_product(act, weight, (out_features, in_features))
         self.in_features = in_features
         self.out_features = out_features
-        self.act = act
+        self.act_spec = act
         self.weight_spec = weight
         self.reference = reference
+        self.dtype = dtype or torch.get_default_dtype()
         empty = torch.zeros(out_features, in_features, dtype=weight.format.storage, device=device)
         self._set(
             fsq.calc_qparams(act, fsq.init(act, (in_features,), device=device)),
@@ -96,6 +96,11 @@ class QuantizedLinear(Buffers):
             for name, value in values._asdict().items():
                 # Contiguous and of its own: a state_dict must not save what a view was taken of.
                 self.register_buffer(f"{prefix}_{name}", None if value is None else value.detach().clone())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     @classmethod
     def from_float(
@@ -115,7 +120,7 @@ class QuantizedLinear(Buffers):
         """
         w = linear.weight.detach()
         n, k = w.shape
-        quantized = cls(k, n, act, weight, bias=False, reference=reference, device="meta")
+        quantized = cls(k, n, act, weight, bias=False, reference=reference, device="meta", dtype=w.dtype)
         state = fsq.observe(weight, fsq.init(weight, w.shape, device=w.device), w)
         try:
             fsq.check(weight, state)
@@ -161,27 +166,50 @@ class QuantizedLinear(Buffers):
     @property
     def qweight(self) -> AffineQuantizedTensor:
         """The quantized weight as a tensor: codes, scale, zero point, `.dequantize()`."""
-        from bridge.aqt import AffineQuantizedTensor
+        spec = self.weight_spec
+        codes, (scale, zero_point) = fsq.unfold(spec, self.folded)
+        return AffineQuantizedTensor(
+            codes,
+            scale,
+            None if codes.is_floating_point() else zero_point,
+            spec.dtype,
+            quant_min=spec.quant_min,
+            quant_max=spec.quant_max,
+            dtype=self.dtype,
+        )
 
-        codes, qp = fsq.unfold(self.weight_spec, self.folded)
-        return AffineQuantizedTensor.from_codes(self.weight_spec, codes, qp, dtype=self._float_dtype())
+    def as_linear(self) -> nn.Linear:
+        """Return a `torch.nn.Linear` that computes the same: its weight is a tensor subclass.
 
-    def _float_dtype(self) -> torch.dtype:
-        return torch.float32 if self.bias is None else self.bias.dtype
+        The form of torchao's tutorial that keeps the module. The weight's codes are folded at each
+        call, so the module form is the faster one.
+        """
+        activation = {"scale": self.act_scale, "target_dtype": self.act_spec.dtype}
+        if not isinstance(self.act_spec.format, Float8):
+            activation |= {
+                "zero_point": self.act_zero_point,
+                "quant_min": self.act_spec.quant_min,
+                "quant_max": self.act_spec.quant_max,
+            }
+        weight = to_linear_activation_quantized(self.qweight, static_activation, activation)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         qp = fsq.QParams(self.act_scale, self.act_zero_point)
-        q = fsq.quantize(self.act, x, qp)
+        q = fsq.quantize(self.act_spec, x, qp)
         if self.reference:
             w = fsq.dequantize(self.weight_spec, *fsq.unfold(self.weight_spec, self.folded), dtype=x.dtype)
-            return fsq.linear_reference(self.act, q, qp, w, None if self.bias is None else self.bias.to(x.dtype))
-        return fsq.linear(self.act, q, qp, self.folded, self.bias, dtype=x.dtype)
+            return fsq.linear_reference(self.act_spec, q, qp, w, None if self.bias is None else self.bias.to(x.dtype))
+        return fsq.linear(self.act_spec, q, qp, self.folded, self.bias, dtype=x.dtype)
 
     def extra_repr(self) -> str:
         path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"activation={_summary(self.act)}, weight={_summary(self.weight_spec)}, {path}"
+            f"activation={_summary(self.act_spec)}, weight={_summary(self.weight_spec)}, {path}"
         )
 
 

@@ -1,23 +1,10 @@
 """Static quantization as pure functions over explicit state."""
 
+from functional_sq.calibration import calc_qparams, check, init, merge, observe
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
 from functional_sq.linear import FoldedWeight, check_product, fold, linear, linear_reference, unfold
-from functional_sq.observer import (
-    MAX,
-    MIN,
-    SUM,
-    Accumulator,
-    CalibrationError,
-    Observer,
-    Reduction,
-    State,
-    calc_qparams,
-    check,
-    init,
-    merge,
-    observe,
-)
+from functional_sq.observer import MAX, MIN, SUM, Accumulator, CalibrationError, Observer, Reduction, State
 from functional_sq.observers.fixed import Fixed
 from functional_sq.observers.min_max import MinMax
 from functional_sq.qparams import MappingType, QParams, from_range

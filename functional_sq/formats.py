@@ -18,12 +18,13 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
-from functional_sq.qparams import QParams
+if TYPE_CHECKING:
+    from functional_sq.qparams import QParams
 
 __all__ = ["FORMATS", "REAL_DTYPES", "Float8", "Format", "Integer", "check_real", "format_of"]
 

@@ -160,6 +160,8 @@ class PerBlock(Granularity):
     block_size: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.block_size, (tuple, list)):
+            raise TypeError(f"block_size={self.block_size!r}; give a tuple with a size for each axis, such as (1, 32)")
         # A list would make the granularity unhashable; torchao's own examples pass lists.
         object.__setattr__(self, "block_size", tuple(self.block_size))
         for size in self.block_size:

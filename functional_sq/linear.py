@@ -17,7 +17,7 @@ Codes of uint8 are shifted by 128 to int8, together with their zero point, which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,7 @@ from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import dequantize
-
-if TYPE_CHECKING:
-    from functional_sq.spec import QuantSpec
+from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["FoldedWeight", "check_product", "fold", "linear", "linear_reference", "unfold"]
 
@@ -80,6 +78,7 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
         >>> fsq.fold(spec, torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int8), qp).sum
         tensor([ 6, 15], dtype=torch.int32)
     """
+    check_spec(spec)
     if q.ndim != 2:
         raise ValueError(f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in)")
     shape = check_stats(spec, "the weight's scale", qp.scale.shape, q.shape)
@@ -170,6 +169,7 @@ def linear(
     bias: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    fast_accum: bool = False,
 ) -> Tensor:
     """Multiply the codes of activations with a folded weight.
 
@@ -183,6 +183,8 @@ def linear(
         weight: `fold` of an `(N, K)` weight.
         bias: `(N,)` or None, output units.
         dtype: dtype of the result.
+        fast_accum: let a CUDA device add float8 products with fewer bits than float32 has; faster on
+            Hopper, less exact. Other products stay as they are.
 
     Returns:
         `(..., N)` in `dtype`.
@@ -201,6 +203,7 @@ def linear(
         >>> fsq.linear(spec, torch.tensor([[10, 1]], dtype=torch.int8), one, weight)
         tensor([[12., 34.]])
     """
+    check_spec(spec)
     lead, k = q.shape[:-1], q.shape[-1]
     n = weight.codes.shape[0]
     if k != weight.codes.shape[1]:
@@ -223,7 +226,7 @@ def linear(
         raise TypeError(f"activations of {spec.dtype} meet a weight of {weight.codes.dtype}; quantize both alike")
     scale, zero_point = (_per_row(spec, value, q) for value in qp)
     if weight.sum is None:
-        product = _float8_product(codes, weight.codes)
+        product = _float8_product(codes, weight.codes, fast_accum)
     else:
         product = _integer_product(codes, _shifted(zero_point, shift), weight)
     wide = torch.promote_types(dtype, torch.float32)
@@ -329,11 +332,13 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.t())[:m, :n]
 
 
-def _float8_product(a: Tensor, b: Tensor) -> Tensor:
+def _float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
     """Return `a @ b.T` of float8 codes `(M, K)` and `(N, K)`: exact products summed in float32."""
     if _scaled_mm_takes(a, b):
         one = torch.ones((), dtype=torch.float32, device=a.device)
-        return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+        return torch._scaled_mm(
+            a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=fast_accum and a.is_cuda
+        )
     if a.is_cuda:
         # Every float8 value is a bfloat16 value, and a tensor core adds bfloat16 products in float32.
         return torch.mm(a.to(torch.bfloat16), b.to(torch.bfloat16).t(), out_dtype=torch.float32)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sq.formats import check_real
+
 if TYPE_CHECKING:
     from functional_sq.spec import QuantSpec
 
@@ -64,6 +66,9 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
         lo: smallest real value of each block, input units.
         hi: largest real value of each block; shape and dtype of `lo`.
 
+    Raises:
+        TypeError, ValueError: `lo` and `hi` are not real tensors of one shape and dtype.
+
     Returns:
         QParams of the shape of `lo`. `scale` is at least `spec.eps`; a range that is empty
         (`lo > hi`: nothing was seen) gives `eps` too.
@@ -74,6 +79,13 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
         >>> fsq.from_range(spec, torch.tensor([-1.0]), torch.tensor([1.55]))
         QParams(scale=tensor([0.0100]), zero_point=tensor([100], dtype=torch.int32))
     """
+    for name, end in (("lo", lo), ("hi", hi)):
+        check_real(end, f"from_range ({name})")
+    if lo.shape != hi.shape or lo.dtype != hi.dtype:
+        raise ValueError(
+            f"lo is {lo.dtype} of shape {tuple(lo.shape)} and hi {hi.dtype} of shape {tuple(hi.shape)}; "
+            f"a range has two ends alike"
+        )
     qmin, qmax = spec.bounds
     # A scale is positive and finite in the dtype of the range, and after the cast below.
     held, cast = torch.finfo(lo.dtype), torch.finfo(spec.scale_dtype)

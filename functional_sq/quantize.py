@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from functional_sq.blocks import blockwise
 from functional_sq.formats import REAL_DTYPES, check_real
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import QParams
-
-if TYPE_CHECKING:
-    from functional_sq.spec import QuantSpec
+from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["dequantize", "fake_quantize", "quantize"]
 
@@ -47,6 +45,7 @@ def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
         >>> fsq.quantize(spec, torch.tensor([-1.0, 0.25, 0.75, 1e9]), qp)
         tensor([126, 128, 130, 255], dtype=torch.uint8)
     """
+    check_spec(spec)
     check_real(x, "quantize")
     qp = _fitted(spec, x, qp)
     format, bounds = spec.format, spec.bounds
@@ -78,6 +77,7 @@ def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = 
         >>> fsq.dequantize(spec, torch.tensor([126, 128, 255], dtype=torch.uint8), qp)
         tensor([-1.0000,  0.0000, 63.5000])
     """
+    check_spec(spec)
     if not isinstance(q, Tensor) or q.dtype is not spec.format.storage:
         found = q.dtype if isinstance(q, Tensor) else type(q).__name__
         raise TypeError(f"dequantize got {found}; the codes of {spec.dtype} are a tensor of {spec.format.storage}")
@@ -117,6 +117,7 @@ def fake_quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
         >>> y.sum().backward(); y.detach(), x.grad
         (tensor([ 0.5000, 63.5000]), tensor([1., 0.]))
     """
+    check_spec(spec)
     check_real(x, "fake_quantize")
     result: Tensor = _StraightThrough.apply(spec, x, *_fitted(spec, x, qp))  # type: ignore[no-untyped-call]
     return result
@@ -152,6 +153,8 @@ class _StraightThrough(torch.autograd.Function):
 
 def _fitted(spec: QuantSpec, x: Tensor, qp: QParams) -> QParams:
     """Return `qp` with the rank of `x`, or raise ValueError where it does not belong to `x`."""
+    if not (isinstance(qp, tuple) and len(qp) == 2 and all(isinstance(value, Tensor) for value in qp)):
+        raise TypeError(f"qp is {qp!r}; give QParams(scale, zero_point), two tensors")
     scale, zero_point = qp
     shape = check_stats(spec, "the scale", scale.shape, x.shape)
     if zero_point.shape != scale.shape:

@@ -12,7 +12,7 @@ from functional_sq.observer import Observer
 from functional_sq.observers.min_max import MinMax
 from functional_sq.qparams import MappingType
 
-__all__ = ["QuantSpec"]
+__all__ = ["QuantSpec", "check_spec"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ use MappingType.SYMMETRIC
         for name, kind in (("granularity", Granularity), ("mapping", MappingType), ("observer", Observer)):
             value = getattr(self, name)
             if not isinstance(value, kind):
-                hint = f"; did you mean {value.__name__}()?" if isinstance(value, type) else ""
-                raise TypeError(f"{name}={value!r} is not a functional_sq {kind.__name__}{hint}")
+                raise TypeError(f"{name}={value!r} is not a functional_sq {kind.__name__}; {_meant(value, kind)}")
         _check_bounds(self, format)
         _check_mapping(self, format)
         _check_dtypes(self, format)
@@ -98,6 +97,20 @@ use MappingType.SYMMETRIC
         return f"QuantSpec({', '.join(shown)})"
 
 
+def check_spec(spec: object) -> None:
+    """Raise TypeError unless `spec` is a QuantSpec: the first argument of every function."""
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"spec is {spec!r}; give a QuantSpec, such as QuantSpec(torch.int8, PerTensor())")
+
+
+def _meant(value: object, kind: type) -> str:
+    if kind is MappingType:
+        return f"use one of {', '.join(map(repr, MappingType))}"
+    if isinstance(value, type) and issubclass(value, kind):
+        return f"did you mean {value.__name__}()?"
+    return f"use an instance of {'PerTensor' if kind is Granularity else 'MinMax'}, or of another one"
+
+
 def _check_bounds(spec: QuantSpec, format: Format) -> None:
     short = str(spec.dtype).removeprefix("torch.")
     given = {"quant_min": spec.quant_min, "quant_max": spec.quant_max}
@@ -123,10 +136,11 @@ def _check_mapping(spec: QuantSpec, format: Format) -> None:
             f"{short} with mapping={spec.mapping}: a float format has no zero point; use MappingType.SYMMETRIC"
         )
     low, high = spec.bounds
-    if spec.mapping is MappingType.SYMMETRIC_NO_CLIPPING_ERR and not low < 0 < high:
+    if spec.mapping is MappingType.SYMMETRIC_NO_CLIPPING_ERR and (not low < 0 < high or int((low + high + 1) / 2) != 0):
+        # torchao divides by an end that is 0, or clips what it promises not to.
         raise ValueError(
-            f"{short} with codes {low} to {high} and mapping={spec.mapping}: it divides by both ends and "
-            f"needs quant_min < 0 < quant_max; use MappingType.SYMMETRIC"
+            f"{short} with codes {low} to {high} and mapping={spec.mapping}: it needs quant_min < 0 < quant_max with "
+            f"0 in the middle, as -128 to 127 or -127 to 127; use MappingType.SYMMETRIC"
         )
 
 

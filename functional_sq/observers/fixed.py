@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ class Fixed(Accumulator):
         hi: largest value to represent, input units.
 
     Raises:
-        ValueError: `lo` or `hi` is not finite, or `lo > hi`.
+        ValueError: `lo` or `hi` is not a finite float32, or `lo > hi`.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -49,8 +48,8 @@ class Fixed(Accumulator):
         for name, value in (("lo", self.lo), ("hi", self.hi)):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}={value!r} is not a float; a Fixed range is two numbers")
-            if not math.isfinite(value):
-                raise ValueError(f"{name}={value!r} is not finite; a Fixed range has two finite ends")
+            if not abs(value) <= torch.finfo(torch.float32).max:
+                raise ValueError(f"{name}={value!r} is not a finite float32; a Fixed range has two such ends")
         if self.lo > self.hi:
             raise ValueError(f"lo={self.lo} is above hi={self.hi}; exchange them")
 

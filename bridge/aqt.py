@@ -1,0 +1,984 @@
+"""The removed torchao API, alive: AffineQuantizedTensor and what was written on it.
+
+torchao held a quantized tensor as a `torch.Tensor` subclass with integer codes, a scale and a zero
+point inside and a real shape and dtype outside. It removed the class (integers last in 0.17, float8
+last in 0.16); code that was written on it runs here, with two differences:
+
+* `F.linear` of two of them multiplies the codes (`functional_sq.linear`) where the scales allow it:
+  one for the tensor or the token on the left, one for the tensor or the row on the right. torchao
+  dequantized both and multiplied floats. That is what happens here for all other granularities.
+* Nothing else is computed on dequantized values unless `.dequantize()` says so: an operation that is
+  not listed here raises.
+
+The codes, scales and zero points are those of `functional_sq`: a scale has the rank of its tensor,
+and the block size is read off the two shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+import functional_sq as fsq
+from functional_sq.formats import REAL_DTYPES, Float8, Format, Integer, check_real, format_of
+
+__all__ = [
+    "AffineQuantizedTensor",
+    "Float8Layout",
+    "Float8MMConfig",
+    "LinearActivationQuantizedTensor",
+    "TensorImpl",
+    "static_activation",
+    "to_affine_quantized_floatx_static",
+    "to_affine_quantized_intx_static",
+    "to_linear_activation_quantized",
+]
+
+aten = torch.ops.aten
+
+
+class _Wrapper(Tensor):
+    """What both subclasses share: a table of operations, and a clear refusal of all others."""
+
+    operations: ClassVar[dict[object, Callable[..., Any]]]
+    remedy: ClassVar[str]
+
+    @staticmethod
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # F.linear is taken here, before torch cuts it into view, t and mm: one step for any rank.
+        if func is F.linear:
+            return cls.linear(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operation = cls.operations.get(func)
+        if operation is None:
+            # In inference mode composite operators come here whole: reshape, matmul, to.
+            result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            raise NotImplementedError(
+                f"{func} has no meaning on the codes of an {cls.__name__}, and nothing is dequantized silently; "
+                f"{cls.remedy}"
+            )
+        return return_and_correct_aliasing(func, args, kwargs, operation(func, *args, **kwargs))
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, torch.dtype]]:
+        """Name the tensors inside; return also what is static, and apart from it the outer dtype."""
+        raise NotImplementedError
+
+    def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> _Wrapper:
+        """Return the tensor with `fn` applied to each tensor inside, and with another outer dtype."""
+        raise NotImplementedError
+
+    def _mode(self) -> AbstractContextManager[object]:
+        """Return the mode in which a view of this tensor is made: autograd refuses one that is an inference tensor."""
+        if torch.is_inference_mode_enabled() and not self.is_inference():
+            return torch.inference_mode(False)
+        return nullcontext()
+
+    def requires_grad_(self, requires_grad: bool = True) -> _Wrapper:
+        """Refuse a gradient: codes have none. torch.nn.Parameter calls this."""
+        if requires_grad:
+            raise ValueError(
+                f"requires_grad=True on an {type(self).__name__}: codes are not differentiable; "
+                f"use torch.nn.Parameter(weight, requires_grad=False)"
+            )
+        return self
+
+
+class TensorImpl(NamedTuple):
+    """The tensors inside an AffineQuantizedTensor, under the names that torchao's `tensor_impl` had.
+
+    Attributes:
+        int_data: codes, in their storage dtype.
+        scale: input units per step.
+        zero_point: the code of 0.0, or None.
+    """
+
+    int_data: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    @property
+    def data(self) -> Tensor:
+        """The codes, under the name that is also right for float8."""
+        return self.int_data
+
+    def get_plain(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return codes, scale and zero point.
+
+        Example:
+            >>> import torch
+            >>> from bridge.aqt import to_affine_quantized_intx_static
+            >>> scale, zero_point = torch.tensor([0.5]), torch.tensor([2])
+            >>> q = to_affine_quantized_intx_static(torch.tensor([0.0, 1.0]), scale, zero_point, (2,), torch.int8)
+            >>> q.tensor_impl.get_plain()
+            (tensor([2, 4], dtype=torch.int8), tensor([0.5000]), tensor([2]))
+        """
+        return self.int_data, self.scale, self.zero_point
+
+
+class AffineQuantizedTensor(_Wrapper):
+    """A tensor of codes that has the shape, dtype and device of the real values it stands for.
+
+    Made by `to_affine_quantized_intx_static` and `to_affine_quantized_floatx_static`. A real value
+    is `(code - zero_point) * scale`.
+
+    Invariants:
+        * `int_data` has the outer shape, strides and device, and the format's storage dtype;
+        * `scale` has the rank of `int_data`, and each of its sizes divides the size of `int_data`;
+        * `zero_point` has the shape of `scale`, or is None: always for float8, where it is 0.
+
+    Defined operations: `F.linear`, `torch.mm`, `torch.addmm` and `torch.matmul` with such a weight,
+    detach, clone, contiguous, `to`, t, transpose, permute, indexing by slice, int or one index
+    tensor, view, reshape, and `copy_` between equals. It is a `torch.nn.Parameter` with
+    `requires_grad=False`, and it is copied, pickled, saved and loaded; with `weights_only=True` too, where
+    this module has been imported.
+
+    Args:
+        int_data: codes.
+        scale: real values of the statistics' shape, input units per step.
+        zero_point: whole numbers of the shape of `scale`, or None.
+        target_dtype: the quantized dtype as the user names it: `torch.uint4`.
+        quant_min: smallest code in use; None: the dtype's.
+        quant_max: largest code in use; None: the dtype's.
+        dtype: the outer dtype.
+        use_fast_accum: what `Float8MMConfig` says.
+
+    Source: `torchao.dtypes.AffineQuantizedTensor` of torchao 0.16.
+
+    Example:
+        >>> import torch
+        >>> from bridge.aqt import to_affine_quantized_intx_static
+        >>> w = torch.tensor([[-1.0, 0.0, 1.0], [-4.0, 2.0, 4.0]])
+        >>> to_affine_quantized_intx_static(
+        ...     w, torch.tensor([0.5, 1.0]), torch.tensor([128, 128]), (1, 3), torch.uint8
+        ... )
+        AffineQuantizedTensor(
+            int_data=tensor([[126, 128, 130],
+                             [124, 130, 132]], dtype=torch.uint8),
+            scale=tensor([0.5000, 1.0000]).reshape(2, 1),
+            zero_point=tensor([128, 128]).reshape(2, 1),
+            target_dtype=torch.uint8, block_size=(1, 3), shape=(2, 3), device=cpu, dtype=torch.float32)
+    """
+
+    int_data: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    target_dtype: torch.dtype
+    quant_min: int | None
+    quant_max: int | None
+    use_fast_accum: bool
+
+    operations = {}
+    remedy = "use x.dequantize() for real values or x.int_data for codes"
+
+    @staticmethod
+    def __new__(
+        cls,
+        int_data: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        target_dtype: torch.dtype,
+        *,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        dtype: torch.dtype,
+        use_fast_accum: bool = False,
+    ) -> AffineQuantizedTensor:
+        made: AffineQuantizedTensor = Tensor._make_wrapper_subclass(
+            cls, int_data.shape, strides=int_data.stride(), dtype=dtype, device=int_data.device
+        )
+        return made
+
+    def __init__(
+        self,
+        int_data: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        target_dtype: torch.dtype,
+        *,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        dtype: torch.dtype,
+        use_fast_accum: bool = False,
+    ) -> None:
+        self.int_data = int_data
+        self.scale = scale
+        self.zero_point = zero_point
+        self.target_dtype = target_dtype
+        self.quant_min = quant_min
+        self.quant_max = quant_max
+        self.use_fast_accum = use_fast_accum
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, torch.dtype]]:
+        names = ["int_data", "scale"] if self.zero_point is None else ["int_data", "scale", "zero_point"]
+        return names, ((self.target_dtype, self.quant_min, self.quant_max, self.use_fast_accum), self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, tensors: Mapping[str, Tensor], context: tuple[Any, torch.dtype], size: Any, stride: Any
+    ) -> AffineQuantizedTensor:
+        (target_dtype, quant_min, quant_max, use_fast_accum), dtype = context
+        return cls(
+            tensors["int_data"],
+            tensors["scale"],
+            tensors.get("zero_point"),
+            target_dtype,
+            quant_min=quant_min,
+            quant_max=quant_max,
+            dtype=dtype,
+            use_fast_accum=use_fast_accum,
+        )
+
+    def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> AffineQuantizedTensor:
+        zero_point = None if self.zero_point is None else fn(self.zero_point)
+        return self._like(fn(self.int_data), fn(self.scale), zero_point, dtype)
+
+    def _like(
+        self, int_data: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None
+    ) -> AffineQuantizedTensor:
+        """Return a tensor of the same format with other tensors inside."""
+        with self._mode():
+            return AffineQuantizedTensor(
+                int_data,
+                scale,
+                zero_point,
+                self.target_dtype,
+                quant_min=self.quant_min,
+                quant_max=self.quant_max,
+                dtype=dtype or self.dtype,
+                use_fast_accum=self.use_fast_accum,
+            )
+
+    @property
+    def tensor_impl(self) -> TensorImpl:
+        """The tensors inside, as old code reads them."""
+        return TensorImpl(self.int_data, self.scale, self.zero_point)
+
+    @property
+    def block_size(self) -> tuple[int, ...]:
+        """How many elements along each axis share a scale; the whole shape for one scale."""
+        sizes = zip(self.int_data.shape, self.scale.shape, strict=True)
+        # Not n // s for both: compiled, a size not known yet would make a block size not known.
+        return tuple(n if s == 1 else 1 if s == n else n // s for n, s in sizes)
+
+    @property
+    def spec(self) -> fsq.QuantSpec:
+        """The quantization in the terms of functional_sq; integers are ASYMMETRIC: any zero point."""
+        granularity = _granularity(tuple(self.int_data.shape), tuple(self.scale.shape), self.block_size)
+        return _spec(self.target_dtype, self.quant_min, self.quant_max, granularity)
+
+    @property
+    def qparams(self) -> fsq.QParams:
+        """Scale and zero point in the terms of functional_sq."""
+        return _qparams(self.scale, self.zero_point)
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """Return the real values that the codes stand for.
+
+        Args:
+            output_dtype: dtype of the result, in which the zero point is subtracted; None: the
+                outer dtype.
+
+        Raises:
+            TypeError: `output_dtype` holds no real values.
+
+        Example:
+            >>> import torch
+            >>> from bridge.aqt import to_affine_quantized_intx_static
+            >>> scale, zero_point = torch.tensor([0.5]), torch.tensor([128])
+            >>> x = torch.tensor([0.3, -1.0, 2.2])
+            >>> to_affine_quantized_intx_static(x, scale, zero_point, x.shape, torch.uint8).dequantize()
+            tensor([ 0.5000, -1.0000,  2.0000])
+        """
+        return _dequantize(self, output_dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        def shown(name: str, value: Tensor | None) -> str:
+            return f"    {name}=" + repr(value).replace("\n", "\n" + " " * (len(name) + 5))
+
+        def shown_flat(name: str, value: Tensor | None) -> str:
+            # One scale a row would take one line each.
+            if value is None or value.ndim < 2:
+                return shown(name, value)
+            return f"{shown(name, value.reshape(-1))}.reshape{tuple(value.shape)}"
+
+        options = [
+            f"{name}={value}, "
+            for name, default in (("quant_min", None), ("quant_max", None), ("use_fast_accum", False))
+            if (value := getattr(self, name)) is not default
+        ]
+        lines = [
+            shown("int_data", self.int_data),
+            shown_flat("scale", self.scale),
+            shown_flat("zero_point", self.zero_point),
+            f"    target_dtype={self.target_dtype}, {''.join(options)}block_size={self.block_size}, "
+            f"shape={tuple(self.shape)}, device={self.device}, dtype={self.dtype})",
+        ]
+        return f"{type(self).__name__}(\n" + ",\n".join(lines)
+
+    @staticmethod
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _linear(input, weight, bias)
+
+
+# Constructing.
+
+
+def to_affine_quantized_intx_static(
+    input_float: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    block_size: Sequence[int],
+    target_dtype: torch.dtype,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+) -> AffineQuantizedTensor:
+    """Quantize real values to integers with a scale and zero point that are known.
+
+    Args:
+        input_float: real values; their dtype becomes the outer dtype.
+        scale: one real value for each block, input units per step, in any shape: `()`, `(N,)`, `(N, 1)`.
+        zero_point: one whole number for each block, the code of 0.0, of any dtype and shape; None: 0.
+        block_size: how many elements along each axis share a scale: `x.shape` for one scale,
+            `(1, K)` for one a row.
+        target_dtype: `torch.uint1` ... `uint8`, `torch.int1` ... `int8`, `torch.int16`.
+        quant_min: smallest code to use; None: the dtype's.
+        quant_max: largest code to use; None: the dtype's.
+
+    Raises:
+        TypeError: `input_float` or `scale` holds no real values, or `target_dtype` no integers.
+        ValueError: `block_size` does not divide the shape, or there is not one scale and one zero
+            point for each block.
+
+    Source: the function of the same name in `torchao.dtypes` 0.16; the same bits.
+
+    Example:
+        >>> import torch
+        >>> from bridge.aqt import to_affine_quantized_intx_static
+        >>> x = torch.tensor([[-1.0, 0.0, 1.5]])
+        >>> q = to_affine_quantized_intx_static(x, torch.tensor(0.5), torch.tensor(100), x.shape, torch.uint8)
+        >>> q.int_data, q.block_size
+        (tensor([[ 98, 100, 103]], dtype=torch.uint8), (1, 3))
+    """
+    if not isinstance(format_of(target_dtype), Integer):
+        raise TypeError(f"target_dtype={target_dtype} is no integer dtype; use to_affine_quantized_floatx_static")
+    return _quantized(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
+
+
+@dataclass(frozen=True)
+class Float8MMConfig:
+    """Options of the float8 product.
+
+    Args:
+        emulate: not supported.
+        use_fast_accum: let the device add with fewer bits, where its float8 product offers that.
+        pad_inner_dim: not supported, and not needed.
+
+    Raises:
+        ValueError: an option is set that is not supported; none is ignored.
+
+    Source: `torchao.float8.inference.Float8MMConfig`.
+
+    Example:
+        >>> Float8MMConfig(use_fast_accum=True)
+        Float8MMConfig(emulate=False, use_fast_accum=True, pad_inner_dim=False)
+    """
+
+    emulate: bool = False
+    use_fast_accum: bool = False
+    pad_inner_dim: bool = False
+
+    def __post_init__(self) -> None:
+        if self.emulate:
+            raise ValueError(
+                "Float8MMConfig(emulate=True): the product of codes is not emulated; leave it out (a device "
+                "without float8 products multiplies exactly in wider floats), or multiply x.dequantize()"
+            )
+        if self.pad_inner_dim:
+            raise ValueError("Float8MMConfig(pad_inner_dim=True): any inner size is multiplied as it is; leave it out")
+
+
+@dataclass(frozen=True)
+class Float8Layout:
+    """What torchao's float8 functions take as `_layout`: the options of the product, or none.
+
+    Args:
+        mm_config: the options; None: the defaults.
+
+    Source: `torchao.dtypes.Float8Layout`.
+
+    Example:
+        >>> Float8Layout(mm_config=None)
+        Float8Layout(mm_config=None)
+    """
+
+    mm_config: Float8MMConfig | None = None
+
+
+def _floatx_static(
+    input_float: Tensor, scale: Tensor, block_size: Sequence[int], target_dtype: torch.dtype, use_fast_accum: bool
+) -> AffineQuantizedTensor:
+    return _quantized(input_float, scale, None, block_size, target_dtype, None, None, use_fast_accum)
+
+
+def to_affine_quantized_floatx_static(
+    input_float: Tensor,
+    scale: Tensor,
+    block_size: Sequence[int],
+    target_dtype: torch.dtype,
+    _layout: Float8Layout | None = None,
+) -> AffineQuantizedTensor:
+    """Quantize real values to 8-bit floats with a scale that is known.
+
+    Args:
+        input_float: real values; their dtype becomes the outer dtype.
+        scale: one real value for each block, input units per code unit, in any shape.
+        block_size: how many elements along each axis share a scale.
+        target_dtype: `torch.float8_e4m3fn`, `float8_e5m2` or one of their FNUZ variants.
+        _layout: options of the product; those of the weight count.
+
+    Raises:
+        TypeError: `input_float` or `scale` holds no real values, `target_dtype` no 8-bit floats, or
+            `_layout` is no Float8Layout.
+        ValueError: `block_size` does not divide the shape, or there is not one scale for each block.
+
+    Source: the function of the same name in `torchao.dtypes` 0.16; the same bits.
+
+    Example:
+        >>> import torch
+        >>> from bridge.aqt import to_affine_quantized_floatx_static
+        >>> x = torch.tensor([-1.0, 0.3, 2.0])
+        >>> q = to_affine_quantized_floatx_static(x, torch.tensor(0.5), x.shape, torch.float8_e4m3fn)
+        >>> q.int_data.float(), q.dequantize()
+        (tensor([-2.0000,  0.6250,  4.0000]), tensor([-1.0000,  0.3125,  2.0000]))
+    """
+    if not isinstance(format_of(target_dtype), Float8):
+        raise TypeError(f"target_dtype={target_dtype} is no 8-bit float; use to_affine_quantized_intx_static")
+    if _layout is not None and not isinstance(_layout, Float8Layout):
+        raise TypeError(f"_layout is a {type(_layout).__name__}; give a Float8Layout of bridge.aqt, or None")
+    config = None if _layout is None else _layout.mm_config
+    return _floatx_static(input_float, scale, block_size, target_dtype, config is not None and config.use_fast_accum)
+
+
+def _quantized(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    block_size: Sequence[int],
+    target_dtype: torch.dtype,
+    quant_min: int | None,
+    quant_max: int | None,
+    use_fast_accum: bool = False,
+) -> AffineQuantizedTensor:
+    check_real(x, "quantize")
+    check_real(scale, "scale")
+    shape = tuple(x.shape)
+    stat_shape = _stat_shape(tuple(block_size), shape)
+    scale = _fitted("scale", scale, stat_shape, block_size)
+    if zero_point is not None:
+        zero_point = _fitted("zero_point", zero_point, stat_shape, block_size)
+    spec = _spec(target_dtype, quant_min, quant_max, _granularity(shape, stat_shape, tuple(block_size)))
+    return AffineQuantizedTensor(
+        fsq.quantize(spec, x, _qparams(scale, zero_point)),
+        scale,
+        zero_point,
+        target_dtype,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        dtype=x.dtype,
+        use_fast_accum=use_fast_accum,
+    )
+
+
+def _stat_shape(block_size: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(block_size) != len(shape):
+        raise ValueError(
+            f"block_size={block_size} has {len(block_size)} axes and the tensor of shape {shape} has {len(shape)}; "
+            f"give one size for each axis"
+        )
+    stat_shape = []
+    for axis, (block, n) in enumerate(zip(block_size, shape, strict=True)):
+        # First of all the whole axis, which may be empty and, compiled, of a size not known yet.
+        if block == n:
+            stat_shape.append(1)
+        elif block >= 1 and n % block == 0:
+            stat_shape.append(n // block)
+        else:
+            raise ValueError(
+                f"block_size={block_size} does not divide axis {axis} of shape {shape}; use a divisor of {n}"
+            )
+    return tuple(stat_shape)
+
+
+def _fitted(name: str, value: Tensor, stat_shape: tuple[int, ...], block_size: Sequence[int]) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; give a tensor")
+    if value.numel() != math.prod(stat_shape):
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} has {value.numel()} values, and block_size={tuple(block_size)} "
+            f"makes {math.prod(stat_shape)} blocks; give one for each block, or the block size it was made with"
+        )
+    return value.detach().reshape(stat_shape)
+
+
+def _granularity(shape: tuple[int, ...], stat_shape: tuple[int, ...], block_size: tuple[int, ...]) -> fsq.Granularity:
+    kept = [axis for axis, s in enumerate(stat_shape) if s != 1]
+    if not kept:
+        return fsq.PerTensor()
+    if len(kept) == 1 and stat_shape[kept[0]] == shape[kept[0]]:
+        return fsq.PerAxis(kept[0])
+    if stat_shape == (*shape[:-1], 1):
+        return fsq.PerToken()
+    # int: compiled, a size may be symbolic, and what is in a spec is static.
+    return fsq.PerBlock(tuple(int(n) for n in block_size))
+
+
+@functools.cache
+def _spec(
+    dtype: torch.dtype, quant_min: int | None, quant_max: int | None, granularity: fsq.Granularity
+) -> fsq.QuantSpec:
+    float8 = isinstance(format_of(dtype), Float8)
+    mapping = fsq.MappingType.SYMMETRIC if float8 else fsq.MappingType.ASYMMETRIC
+    return fsq.QuantSpec(dtype, granularity, mapping=mapping, quant_min=quant_min, quant_max=quant_max)
+
+
+def _qparams(scale: Tensor, zero_point: Tensor | None) -> fsq.QParams:
+    return fsq.QParams(scale, torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point)
+
+
+# Computing.
+
+
+def _dequantize(q: AffineQuantizedTensor, dtype: torch.dtype | None) -> Tensor:
+    return fsq.dequantize(q.spec, q.int_data, q.qparams, dtype=dtype or q.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ weight.T + bias`; on codes where both have them and their scales are constant along K."""
+    if not isinstance(weight, AffineQuantizedTensor):
+        raise NotImplementedError(
+            f"a quantized input meets a weight that is a {type(weight).__name__} of {weight.dtype}; "
+            f"quantize the weight too, or multiply input.dequantize()"
+        )
+    if not isinstance(x, AffineQuantizedTensor):
+        return F.linear(x, weight.dequantize(), bias)
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"an input that stands for {x.dtype} meets a weight that stands for {weight.dtype}; "
+            f"convert one of them, as weight.to({x.dtype})"
+        )
+    if not _codes_multiply(x, weight):
+        return fsq.linear_reference(x.spec, x.int_data, x.qparams, weight.dequantize(), bias)
+    folded = fsq.fold(weight.spec, weight.int_data, weight.qparams)
+    return fsq.linear(x.spec, x.int_data, x.qparams, folded, bias, dtype=x.dtype, fast_accum=weight.use_fast_accum)
+
+
+def _codes_multiply(x: AffineQuantizedTensor, weight: AffineQuantizedTensor) -> bool:
+    formats = [format_of(t.target_dtype) for t in (x, weight)]
+    return (
+        (all(map(_is_short_integer, formats)) or all(isinstance(f, Float8) for f in formats))
+        and weight.ndim == 2
+        and tuple(weight.scale.shape) in ((1, 1), (weight.int_data.shape[0], 1))
+        and (x.scale.numel() == 1 or tuple(x.scale.shape) == (*x.int_data.shape[:-1], 1))
+    )
+
+
+def _is_short_integer(format: Format) -> bool:
+    return isinstance(format, Integer) and format.bits <= 8
+
+
+# Operations of AffineQuantizedTensor: the operator, then its arguments.
+
+
+def _each(func: Any, q: _Wrapper, *args: Any, **kwargs: Any) -> _Wrapper:
+    # A scale has the rank of its tensor, so what moves axes moves those of the scale alike.
+    return q._map(lambda t: func(t, *args, **kwargs))
+
+
+def _to_copy(func: Any, q: AffineQuantizedTensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> _Wrapper:
+    # The dtype is that of the values a code stands for; a scale keeps the bits it was chosen with.
+    if dtype is not None and dtype not in REAL_DTYPES:
+        raise TypeError(f"an AffineQuantizedTensor stands for real values, not for {dtype}; x.int_data has the codes")
+    return q._map(lambda t: func(t, **kwargs), dtype)
+
+
+def _multiply(func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # Not F.linear: where torch functions are disabled it would come back here.
+    return (weight if isinstance(weight, _Wrapper) else AffineQuantizedTensor).linear(x, weight, bias)
+
+
+def _mm(func: Any, x: Tensor, weight: Tensor) -> Tensor:
+    return _multiply(func, x, weight.t())
+
+
+def _addmm(func: Any, bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if beta != 1 or alpha != 1:
+        raise NotImplementedError(f"addmm with beta={beta}, alpha={alpha} on codes; use 1, or dequantize")
+    return _multiply(func, x, weight.t(), bias)
+
+
+def _taken(q: AffineQuantizedTensor, codes: Tensor, scales: Callable[[Tensor], Tensor]) -> AffineQuantizedTensor:
+    """Return `codes` with what `scales` takes of the scale and the zero point."""
+    return q._map(lambda t: codes if t is q.int_data else scales(t))
+
+
+def _block(q: AffineQuantizedTensor, dim: int) -> int | None:
+    """How many elements along `dim` share a scale; None where one scale serves the whole axis."""
+    n, s = q.int_data.shape[dim], q.scale.shape[dim]
+    return None if s == 1 else 1 if s == n else n // s
+
+
+def _cut(q: AffineQuantizedTensor, dim: int, block: int) -> ValueError:
+    return ValueError(
+        f"an index along axis {dim} of shape {tuple(q.shape)} cuts blocks of {block} (block_size={q.block_size}); "
+        f"slice at multiples of {block}, or index x.dequantize()"
+    )
+
+
+def _slice(
+    func: Any, q: AffineQuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> AffineQuantizedTensor:
+    codes = func(q.int_data, dim, start, end, step)
+    block = _block(q, dim)
+    if block is None:
+        return _taken(q, codes, lambda t: t)
+    if block > 1:
+        start, end, _ = slice(start, end).indices(q.int_data.shape[dim])
+        if step != 1 or start % block or end % block:
+            raise _cut(q, dim, block)
+        start, end = start // block, end // block
+    return _taken(q, codes, lambda t: func(t, dim, start, end, step))
+
+
+def _select(func: Any, q: AffineQuantizedTensor, dim: int, index: int) -> AffineQuantizedTensor:
+    block = _block(q, dim)
+    if block is not None and block > 1:
+        raise _cut(q, dim, block)
+    return _taken(q, func(q.int_data, dim, index), lambda t: func(t, dim, 0 if block is None else index))
+
+
+def _index(func: Any, q: AffineQuantizedTensor, indices: Sequence[Tensor | None]) -> AffineQuantizedTensor:
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].ndim != 1:
+        raise NotImplementedError(
+            f"indexing with tensors of shapes {[tuple(index.shape) for _, index in given]}; "
+            f"use one index tensor of rank 1, or index x.dequantize()"
+        )
+    block = _block(q, given[0][0])
+    if block is not None and block > 1:
+        raise _cut(q, given[0][0], block)
+    # Read as bytes, for CUDA indexes no float8.
+    codes = q.int_data.view(torch.uint8) if isinstance(format_of(q.target_dtype), Float8) else q.int_data
+    codes = func(codes, indices).view(q.int_data.dtype)
+    return _taken(q, codes, lambda t: t if block is None else func(t, indices))
+
+
+def _view(func: Any, q: AffineQuantizedTensor, size: Sequence[int]) -> AffineQuantizedTensor:
+    codes = func(q.int_data, size)
+    shape, stat_shape = tuple(q.int_data.shape), tuple(q.scale.shape)
+    if q.scale.numel() == 1:
+        stat_shape = (1,) * codes.ndim
+    elif stat_shape == (*shape[:-1], 1) and codes.ndim and codes.shape[-1] == shape[-1]:
+        stat_shape = (*codes.shape[:-1], 1)
+    elif tuple(codes.shape) != shape:
+        raise ValueError(
+            f"a view of shape {tuple(codes.shape)} does not keep the blocks of shape {shape} with "
+            f"block_size={q.block_size}; only one scale for the tensor or for each vector along the last axis "
+            f"can be viewed; use x.dequantize()"
+        )
+    return _taken(q, codes, lambda t: t.view(stat_shape))
+
+
+def _copy_(func: Any, q: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if not (isinstance(q, _Wrapper) and isinstance(source, _Wrapper)):
+        names = f"a {type(source).__name__} into a {type(q).__name__}"
+        raise TypeError(f"copy_ of {names}; quantize the one, or use .dequantize() of the other")
+    if (ours := _kind(q)) != (theirs := _kind(source)):
+        raise ValueError(
+            f"copy_ between tensors that are not alike: {theirs} into {ours}; build the module with the "
+            f"shapes and dtypes of the checkpoint, or use load_state_dict(..., assign=True)"
+        )
+    for name in q.__tensor_flatten__()[0]:
+        getattr(q, name).copy_(getattr(source, name), non_blocking=non_blocking)
+    return q
+
+
+def _kind(q: _Wrapper) -> tuple[Any, ...]:
+    """What two wrappers must share for a copy of one into the other: all but values, device and outer dtype."""
+    names, (static, _) = q.__tensor_flatten__()
+    inner = ((name, getattr(q, name)) for name in names)
+    return (
+        type(q).__name__,
+        *((name, _kind(t) if isinstance(t, _Wrapper) else (tuple(t.shape), t.dtype)) for name, t in inner),
+        static,
+    )
+
+
+AffineQuantizedTensor.operations = {
+    aten.detach.default: _each,
+    aten.alias.default: _each,
+    aten.clone.default: _each,
+    aten.t.default: _each,
+    aten.transpose.int: _each,
+    aten.permute.default: _each,
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.index.Tensor: _index,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.linear.default: _multiply,
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+}
+
+
+# The weight that quantizes the input of its layer.
+
+
+class LinearActivationQuantizedTensor(_Wrapper):
+    """The weight of a `torch.nn.Linear` that also quantizes what the layer is given.
+
+    `F.linear(x, weight, bias)` is `F.linear(input_quant_func(x, **quant_kwargs), original, bias)`. So a
+    module stays a `torch.nn.Linear`, and only its weight is exchanged.
+
+    Args:
+        original_weight_tensor: the weight `(N, K)`, an AffineQuantizedTensor as a rule.
+        input_quant_func: a function of the input, as `static_activation`. One that is defined in a
+            module can be saved; a lambda cannot.
+        quant_kwargs: its keyword arguments. The tensors among them are tensors of the weight: they
+            move with it, and are saved with it; a change of dtype leaves them as they are.
+
+    Source: the class of the same name in `torchao.quantization` 0.16, which held no tensors.
+
+    Example: see `to_linear_activation_quantized`.
+    """
+
+    original_weight_tensor: Tensor
+    input_quant_func: Callable[..., Tensor]
+
+    operations = {}
+    remedy = "use weight.original_weight_tensor"
+
+    @staticmethod
+    def __new__(
+        cls, original_weight_tensor: Tensor, input_quant_func: Callable[..., Tensor], quant_kwargs: Mapping[str, Any]
+    ) -> LinearActivationQuantizedTensor:
+        w = original_weight_tensor
+        made: LinearActivationQuantizedTensor = Tensor._make_wrapper_subclass(
+            cls, w.shape, strides=w.stride(), dtype=w.dtype, device=w.device
+        )
+        return made
+
+    def __init__(
+        self, original_weight_tensor: Tensor, input_quant_func: Callable[..., Tensor], quant_kwargs: Mapping[str, Any]
+    ) -> None:
+        self.original_weight_tensor = original_weight_tensor
+        self.input_quant_func = input_quant_func
+        # Tensors are attributes, for __tensor_flatten__ names attributes.
+        self._static = tuple((name, value) for name, value in quant_kwargs.items() if not isinstance(value, Tensor))
+        self._dynamic = tuple(name for name, value in quant_kwargs.items() if isinstance(value, Tensor))
+        for name in self._dynamic:
+            setattr(self, f"quant_{name}", quant_kwargs[name])
+
+    @property
+    def quant_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of `input_quant_func`."""
+        return dict(self._static) | {name: getattr(self, f"quant_{name}") for name in self._dynamic}
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, torch.dtype]]:
+        names = ["original_weight_tensor", *(f"quant_{name}" for name in self._dynamic)]
+        return names, ((self.input_quant_func, self._static, self._dynamic), self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, tensors: Mapping[str, Tensor], context: tuple[Any, torch.dtype], size: Any, stride: Any
+    ) -> LinearActivationQuantizedTensor:
+        (function, static, dynamic), _ = context
+        kwargs = dict(static) | {name: tensors[f"quant_{name}"] for name in dynamic}
+        return cls(tensors["original_weight_tensor"], function, kwargs)
+
+    def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LinearActivationQuantizedTensor:
+        kwargs = {name: fn(value) if isinstance(value, Tensor) else value for name, value in self.quant_kwargs.items()}
+        original = fn(self.original_weight_tensor)
+        if dtype is not None:
+            original = original.to(dtype)
+        with self._mode():
+            return LinearActivationQuantizedTensor(original, self.input_quant_func, kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        function = getattr(self.input_quant_func, "__qualname__", repr(self.input_quant_func))
+        kwargs = ", ".join(f"{name}={value!r}" for name, value in self.quant_kwargs.items())
+        return f"{type(self).__name__}({self.original_weight_tensor!r}, {function}, {{{kwargs}}})"
+
+    @staticmethod
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _quantizing_linear(input, weight, bias)
+
+
+def _quantizing_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    assert isinstance(weight, LinearActivationQuantizedTensor)
+    return F.linear(weight.input_quant_func(x, **weight.quant_kwargs), weight.original_weight_tensor, bias)
+
+
+def to_linear_activation_quantized(
+    weight: Tensor, input_quant_func: Callable[..., Tensor], quant_kwargs: Mapping[str, Any] | None = None
+) -> LinearActivationQuantizedTensor:
+    """Make a weight that also quantizes what its layer is given.
+
+    Args:
+        weight: `(N, K)`, an AffineQuantizedTensor as a rule.
+        input_quant_func: a function of the input, as `static_activation`. Tensors that a lambda
+            takes from where it is defined become `quant_kwargs`.
+        quant_kwargs: its keyword arguments; tensors among them move and are saved with the weight.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+
+    Source: the function of the same name in `torchao.quantization` 0.16.
+
+    Example:
+        >>> import torch
+        >>> from bridge.aqt import (
+        ...     static_activation, to_affine_quantized_intx_static, to_linear_activation_quantized
+        ... )
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> weight = to_affine_quantized_intx_static(
+        ...     torch.tensor([[1.0, 2.0]]), torch.tensor(0.1), torch.tensor(0), (1, 2), torch.int8
+        ... )
+        >>> activation = {"scale": torch.tensor(0.5), "zero_point": torch.tensor(0), "target_dtype": torch.int8}
+        >>> weight = to_linear_activation_quantized(weight, static_activation, activation)
+        >>> layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        >>> layer(torch.tensor([[3.1, 1.0]]))
+        tensor([[5.]])
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}; give a tensor")
+    if not callable(input_quant_func):
+        raise TypeError(f"input_quant_func is a {type(input_quant_func).__name__}; give a function of the input")
+    function = input_quant_func
+    if held := _held_tensors(function):
+        assert isinstance(function, types.FunctionType)
+        function = _Rebound(function, tuple(held))
+    return LinearActivationQuantizedTensor(weight, function, held | dict(quant_kwargs or {}))
+
+
+def static_activation(
+    x: Tensor,
+    *,
+    scale: Tensor,
+    target_dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+) -> AffineQuantizedTensor:
+    """Quantize an input of any shape with one scale: an `input_quant_func` that can be saved.
+
+    Args:
+        x: real values.
+        scale: one value, input units per step.
+        target_dtype: an integer dtype or an 8-bit float.
+        zero_point: one whole number, the code of 0.0; None: 0. Integers only.
+        quant_min: smallest code to use; None: the dtype's. Integers only.
+        quant_max: largest code to use; None: the dtype's. Integers only.
+
+    Raises:
+        ValueError: more than one scale, or a zero point or bounds for an 8-bit float.
+        TypeError: `x` holds no real values.
+
+    Example:
+        >>> import torch
+        >>> from bridge.aqt import static_activation
+        >>> static_activation(torch.tensor([1.0, 2.0]), scale=torch.tensor(0.5), target_dtype=torch.int8).int_data
+        tensor([2, 4], dtype=torch.int8)
+    """
+    if target_dtype.is_floating_point:
+        given = {"zero_point": zero_point, "quant_min": quant_min, "quant_max": quant_max}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} is given for {target_dtype}: an 8-bit float has none; leave it out")
+        return to_affine_quantized_floatx_static(x, scale, x.shape, target_dtype)
+    return to_affine_quantized_intx_static(x, scale, zero_point, x.shape, target_dtype, quant_min, quant_max)
+
+
+def _held_tensors(function: Callable[..., Any]) -> dict[str, Tensor]:
+    """Return the tensors that a Python function takes from where it was defined, by name."""
+    if not isinstance(function, types.FunctionType):
+        return {}
+    code = function.__code__
+    held = {name: function.__globals__.get(name) for name in code.co_names}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        held[name] = cell.cell_contents
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class _Rebound:
+    """A function that is given the tensors it was defined with.
+
+    The tutorial writes `lambda x: to_affine_quantized_intx_static(x, act_scale, ...)`. There a
+    compiler does not see `act_scale`, and `to(device)` does not reach it.
+    """
+
+    function: types.FunctionType
+    names: tuple[str, ...]
+
+    def __call__(self, x: Tensor, **kwargs: Any) -> Tensor:
+        given = {name: kwargs.pop(name) for name in self.names}
+        f = self.function
+        cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
+        bound = tuple(types.CellType(given[name]) if name in given else cell for name, cell in cells)
+        made = types.FunctionType(f.__code__, f.__globals__ | given, f.__name__, f.__defaults__, bound)
+        made.__kwdefaults__ = f.__kwdefaults__
+        result: Tensor = made(x, **kwargs)
+        return result
+
+
+def _original_t(func: Any, weight: LinearActivationQuantizedTensor) -> LinearActivationQuantizedTensor:
+    original = func(weight.original_weight_tensor)
+    with weight._mode():
+        return LinearActivationQuantizedTensor(original, weight.input_quant_func, weight.quant_kwargs)
+
+
+LinearActivationQuantizedTensor.operations = {
+    aten.detach.default: _each,
+    aten.alias.default: _each,
+    aten.clone.default: _each,
+    aten.t.default: _original_t,
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_,
+    aten.linear.default: _multiply,
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+}
+
+# Compiled, these stay calls in the graph: a QuantSpec cannot be built where Dynamo traces Python, and
+# what they call is traced one level below, on the tensors inside.
+for _function in (to_affine_quantized_intx_static, _floatx_static, _dequantize, _linear, _quantizing_linear):
+    torch.compiler.allow_in_graph(_function)
+
+# What torch.load(weights_only=True) may make; all of it lies in this file.
+torch.serialization.add_safe_globals([AffineQuantizedTensor, LinearActivationQuantizedTensor, static_activation])

@@ -1,0 +1,34 @@
+"""What every test shares: the hypothesis profile, the seed and the `cuda` marker."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "functional_sq",
+    deadline=None,  # the first call of a torch operator is slow, and the machine is shared
+    print_blob=True,
+    derandomize="CI" in os.environ,  # a run of CI fails for what it was given, not by chance
+)
+hypothesis.settings.load_profile("functional_sq")
+
+# The compiler logs thousands of lines for tools; under a failed test they hide what failed.
+logging.getLogger("torch.__trace").addFilter(lambda record: False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torchao 0.16 warns, when it is imported, of its own moved modules, and torch's compiler instantiates
+    # torch.autograd.Function where it compiles one.
+    config.addinivalue_line("filterwarnings", "ignore:Importing .*torchao:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.*Function'> should not be instantiated:DeprecationWarning")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("this machine has no CUDA device")
+    torch.manual_seed(0)

@@ -1,0 +1,224 @@
+"""Compiled equals eager in bits, one compilation serves every batch, vmap equals the loop, gradients are torch's.
+
+Graphs are captured whole (`fullgraph=True`). Where bits are compared, the compiler generates code;
+where compilations are counted, a backend that only counts runs the graph as it was captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import functional_sq as fsq
+
+ASYMMETRIC = fsq.MappingType.ASYMMETRIC
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def bits(value: Any) -> object:
+    if isinstance(value, dict):
+        return {k: bits(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return [bits(v) for v in value]
+    return value.dtype, tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def test_bits_tells_zeros_apart() -> None:
+    assert bits({"a": torch.tensor([0.0])}) != bits({"a": torch.tensor([-0.0])})
+
+
+def everything(spec: fsq.QuantSpec, state: fsq.State, x: torch.Tensor) -> tuple[object, ...]:
+    """The whole way from data to decoded values, with every result of the way."""
+    state = fsq.observe(spec, state, x)
+    qp = fsq.calc_qparams(spec, state)
+    q = fsq.quantize(spec, x, qp)
+    return state, qp, q, fsq.dequantize(spec, q, qp), fsq.fake_quantize(spec, x, qp)
+
+
+SPECS = [
+    fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=ASYMMETRIC),
+    fsq.QuantSpec(torch.int8, fsq.PerAxis(-1)),
+    fsq.QuantSpec(torch.int4, fsq.PerGroup(8), mapping=fsq.MappingType.SYMMETRIC_NO_CLIPPING_ERR),
+    fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerBlock((4, 16))),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_compiled_equals_eager_in_bits(spec: fsq.QuantSpec) -> None:
+    x = torch.randn(8, 32)
+    x[0, :4] = torch.tensor([0.0, -0.0, 1e-30, 1e4])
+    state = fsq.init(spec, x.shape)
+    compiled = torch.compile(partial(everything, spec), fullgraph=True)
+    assert bits(compiled(state, x)) == bits(everything(spec, state, x))
+
+
+STEPS: dict[str, Callable[[fsq.QuantSpec, torch.Tensor, fsq.QParams], Any]] = {
+    "observe": lambda spec, x, qp: fsq.observe(spec, fsq.init(spec, x.shape), x, mask=x[:, 0] > 0),
+    "calc_qparams": lambda spec, x, qp: fsq.calc_qparams(
+        spec, {"min": x[:1, :1], "max": x[1:2, :1], "count": x[:1, :1]}
+    ),
+    "quantize": fsq.quantize,
+    "dequantize": lambda spec, x, qp: fsq.dequantize(spec, x.to(torch.uint8), qp, dtype=torch.bfloat16),
+    "fake_quantize": fsq.fake_quantize,
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_each_step_alone(step: str) -> None:
+    """Each function by itself: fused with others it may be right where alone it is not."""
+    spec = SPECS[0]
+    x = torch.randn(8, 32).abs() * 40
+    qp = fsq.QParams(torch.tensor([[0.37]]), torch.tensor([[3]], dtype=torch.int32))
+    compiled = torch.compile(partial(STEPS[step], spec), fullgraph=True)
+    assert bits(compiled(x, qp)) == bits(STEPS[step](spec, x, qp))
+
+
+def test_one_compilation_for_all_batches() -> None:
+    counter = CompileCounter()
+    spec = SPECS[1]
+    step = torch.compile(partial(fsq.observe, spec), backend=counter, fullgraph=True)
+    state = expected = fsq.init(spec, (8, 32))
+    for _ in range(10):
+        x = torch.randn(8, 32)
+        state, expected = step(state, x), fsq.observe(spec, expected, x)
+    assert counter.frame_count == 1
+    assert bits(state) == bits(expected)
+
+
+def test_one_compilation_for_equal_specs() -> None:
+    counter = CompileCounter()
+    x = torch.randn(8, 32)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(spec: fsq.QuantSpec, x: torch.Tensor) -> torch.Tensor:
+        qp = fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, x.shape), x))
+        return fsq.quantize(spec, x, qp)
+
+    def fresh(dtype: torch.dtype) -> fsq.QuantSpec:
+        return fsq.QuantSpec(dtype, fsq.PerGroup(8), observer=fsq.MinMax())
+
+    for _ in range(5):
+        step(fresh(torch.int8), x)
+    assert counter.frame_count == 1
+    step(fresh(torch.int4), x)
+    assert counter.frame_count == 2  # the counter counts: another spec is another graph
+
+
+@pytest.mark.parametrize("granularity", [fsq.PerTensor(), fsq.PerAxis(-1), fsq.PerAxis(1)], ids=repr)
+def test_one_compilation_for_any_batch_size(granularity: fsq.Granularity) -> None:
+    counter = CompileCounter()
+    spec = fsq.QuantSpec(torch.uint8, granularity, mapping=ASYMMETRIC)
+    state = fsq.init(spec, (1, 6, 4))
+    step = torch.compile(partial(everything, spec), backend=counter, fullgraph=True, dynamic=True)
+    for batch in (3, 5, 8, 17, 64):
+        x = torch.randn(batch, 6, 4)
+        assert bits(step(state, x)) == bits(everything(spec, state, x))
+    assert counter.frame_count == 1
+
+
+def test_a_dynamic_batch_compiles_to_code_of_the_same_bits() -> None:
+    spec = SPECS[0]
+    state = fsq.init(spec, (1, 32))
+    step = torch.compile(partial(everything, spec), fullgraph=True, dynamic=True)
+    for batch in (3, 7, 16):
+        x = torch.randn(batch, 32)
+        assert bits(step(state, x)) == bits(everything(spec, state, x))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_vmap_equals_the_loop(spec: fsq.QuantSpec) -> None:
+    """Over experts, each with its own state: the same specs, one more axis in front."""
+    x = torch.randn(3, 8, 32)
+    states = [fsq.observe(spec, fsq.init(spec, (8, 32)), v) for v in torch.randn(3, 8, 32)]
+    stacked = {k: torch.stack([s[k] for s in states]) for k in states[0]}
+    together = torch.vmap(partial(everything, spec))(stacked, x)
+    for i, state in enumerate(states):
+        one = torch.utils._pytree.tree_map(lambda t, i=i: t[i], together)
+        assert bits(one) == bits(everything(spec, state, x[i]))
+
+
+def test_vmap_of_observe_with_a_mask() -> None:
+    spec = SPECS[1]
+    x, mask = torch.randn(3, 8, 32), torch.rand(3, 8) > 0.5
+    state = fsq.init(spec, (8, 32))
+    together = torch.vmap(lambda x, m: fsq.observe(spec, state, x, mask=m))(x, mask)
+    for i in range(3):
+        one = {k: v[i] for k, v in together.items()}
+        assert bits(one) == bits(fsq.observe(spec, state, x[i], mask=mask[i]))
+
+
+def gradient(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    (f(x) * weight).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize("zero_point", [0, 3, 255])
+@pytest.mark.parametrize("scale", [0.25, 0.37])
+def test_fake_quantize_and_its_gradient_are_those_of_torch(scale: float, zero_point: int) -> None:
+    """The data lie inside, on the edges of, and beyond the codes, with ties and infinities."""
+    spec = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=ASYMMETRIC)
+    steps = torch.arange(-280, 281) / 2
+    x = torch.cat([steps * scale * 2, torch.randn(200) * 60, torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])])
+    weight = torch.randn(x.shape)
+    qp = fsq.QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+    ours = partial(fsq.fake_quantize, spec, qp=qp)
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
+
+    assert bits(ours(x) + 0) == bits(theirs(x) + 0)  # + 0: the sign of a zero is not compared
+    expected = gradient(theirs, x, weight)
+    assert bits(gradient(ours, x, weight)) == bits(expected)
+    assert 0 < int((expected == 0).sum()) < x.numel()
+
+
+def test_the_gradient_per_channel_is_that_of_torch() -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerAxis(0), quant_min=-127)
+    x, weight = torch.randn(2, 4, 16).unbind()
+    qp = fsq.QParams(torch.tensor([[0.01], [0.02], [0.005], [1.0]]), torch.zeros(4, 1, dtype=torch.int32))
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        return torch.fake_quantize_per_channel_affine(x, qp.scale[:, 0], qp.zero_point[:, 0], 0, -127, 127)
+
+    ours = partial(fsq.fake_quantize, spec, qp=qp)
+    assert bits(ours(x) + 0) == bits(theirs(x) + 0)
+    assert bits(gradient(ours, x, weight)) == bits(gradient(theirs, x, weight))
+
+
+def test_the_gradient_compiles() -> None:
+    spec = SPECS[2]
+    x, weight = torch.randn(2, 8, 32).unbind()
+    qp = fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, x.shape), x / 2))
+    ours = partial(fsq.fake_quantize, spec, qp=qp)
+    compiled = torch.compile(ours, fullgraph=True)
+    assert bits(gradient(compiled, x, weight)) == bits(gradient(ours, x, weight))
+
+
+def test_float8_gradient_is_one_inside_and_zero_outside() -> None:
+    spec = fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor())
+    qp = fsq.QParams(torch.tensor([2.0]), torch.tensor([0], dtype=torch.int32))
+    x = torch.tensor([-897.0, -896.0, 0.1, 895.9, 896.0, 896.1])
+    assert gradient(partial(fsq.fake_quantize, spec, qp=qp), x, torch.ones(6)).tolist() == [0, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_a_cuda_device_gives_the_bits_of_the_cpu(spec: fsq.QuantSpec) -> None:
+    x = torch.randn(8, 32)
+    state = fsq.init(spec, x.shape)
+    on_device = everything(spec, {k: v.cuda() for k, v in state.items()}, x.cuda())
+    on_cpu = torch.utils._pytree.tree_map(torch.Tensor.cpu, on_device)
+    assert bits(on_cpu) == bits(everything(spec, state, x))

@@ -1,0 +1,722 @@
+"""The product of codes: integers exact against int64 numpy, float8 within the bound of its sum.
+
+Two references, neither of which imports torch: `corrected` is the sum of Jacob et al. (equation 7 of
+arXiv:1712.05877) before any rounding, and `epilogue` the four float operations behind it, in their
+order. With `u` the unit roundoff of the arithmetic (2**-24 for float32), `v` that of an output dtype
+narrower than it (else 0), `E` the sum times its scales and `b` the bias,
+
+    y = ((sum (1 + d1) * (s_x s_w (1 + d2)) (1 + d3) + b) (1 + d4)) (1 + d5),   |d1..d4| <= u, |d5| <= v
+
+so `|y - (E + b)| <= 3.03 u |E| + (1.01 u + v) |E + b|`, and where the output dtype underflows half of
+its least number comes on top. The reference in float64 errs itself, by no more than `u` of each
+term when the arithmetic is float64 too: `bound` is `5 u |E| + (3 u + v) |E + b| + least / 2`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import find, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+
+import functional_sq as fsq
+from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec
+from functional_sq.formats import REAL_DTYPES, Float8, Integer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
+    from torchao.quantization import quant_primitives as ao
+
+INTEGERS = tuple(d for d, f in FORMATS.items() if isinstance(f, Integer) and f.bits <= 8)
+FLOAT8S = tuple(d for d, f in FORMATS.items() if isinstance(f, Float8))
+ARRAYS = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+} | {d: np.dtype(getattr(ml_dtypes, str(d).removeprefix("torch."))) for d in FLOAT8S}
+
+
+# --- the references --------------------------------------------------------------------------------
+
+
+def corrected(q: np.ndarray, z_x: np.ndarray, w: np.ndarray, z_w: np.ndarray) -> np.ndarray:
+    """Return `sum_k (q - z_x) (w - z_w)` in int64; `q` (..., K), `w` (N, K), zero points with size 1 along K."""
+    return (q.astype(np.int64) - z_x) @ (w.astype(np.int64) - z_w).T
+
+
+def epilogue(total: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """Scale, add the bias, round to `dtype`; in float32, or float64 where `dtype` is."""
+    wide = np.promote_types(dtype, np.float32) if dtype.kind == "f" else np.dtype(np.float32)
+    assert scale.dtype == wide
+    y = total.astype(wide) * scale
+    return (y if bias is None else y + bias.astype(wide)).astype(dtype)
+
+
+def bound(exact: np.ndarray, bias: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """Return how far the result may lie from `exact + bias`: the docstring of this module derives it."""
+    info = ml_dtypes.finfo(dtype)
+    u = 2.0**-53 if dtype == np.float64 else 2.0**-24
+    v = 0.0 if dtype in (np.float64, np.float32) else float(info.eps) / 2
+    total = exact if bias is None else exact + bias
+    return 5 * u * np.abs(exact) + (3 * u + v) * np.abs(total) + float(info.smallest_subnormal) / 2
+
+
+def array(x: Tensor) -> np.ndarray:
+    """Return a tensor as numpy; what numpy itself has not, through its bytes."""
+    x = x.detach().cpu()
+    if x.dtype not in FLOAT8S and x.dtype is not torch.bfloat16:
+        return x.numpy()
+    return x.reshape(-1).view(torch.uint8).numpy().view(ARRAYS[x.dtype]).reshape(x.shape)
+
+
+def test_array_keeps_the_values_of_every_float_dtype() -> None:
+    for dtype in ARRAYS:
+        assert array(torch.tensor([[0.5, -1.75, 0.0]]).to(dtype)).astype(float).tolist() == [[0.5, -1.75, 0.0]]
+
+
+# --- drawing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """Codes and qparams on both sides, and a bias."""
+
+    act: QuantSpec
+    q: Tensor
+    qp: QParams
+    weight: QuantSpec
+    w: Tensor
+    w_qp: QParams
+    bias: Tensor | None
+
+    def folded(self, device: str = "cpu") -> FoldedWeight:
+        w_qp = QParams(*(t.to(device) for t in self.w_qp))
+        return fsq.fold(self.weight, self.w.to(device), w_qp)
+
+    def linear(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+        qp = QParams(*(t.to(device) for t in self.qp))
+        bias = None if self.bias is None else self.bias.to(device)
+        return fsq.linear(self.act, self.q.to(device), qp, self.folded(device), bias, dtype=dtype)
+
+    def corrected(self) -> np.ndarray:
+        return corrected(*map(array, (self.q, self.qp.zero_point, self.w, self.w_qp.zero_point)))
+
+    def scale(self, wide: np.dtype) -> np.ndarray:
+        """Return the product of the scales, `(..., N)`, each of them and the product rounded to `wide`."""
+        return array(self.qp.scale).astype(wide) * array(self.w_qp.scale).reshape(-1).astype(wide)
+
+    def bias_array(self) -> np.ndarray | None:
+        return None if self.bias is None else array(self.bias)
+
+
+def codes(rng: np.random.Generator, spec: QuantSpec, shape: tuple[int, ...], fill: str) -> Tensor:
+    """Draw codes of the format, all of them or the two at its ends."""
+    low, high = spec.bounds
+    if fill == "ends":
+        values = np.where(rng.random(shape) < 0.5, low, high)
+    else:
+        values = {"low": np.full(shape, low), "high": np.full(shape, high)}.get(fill)
+        values = rng.integers(low, high, shape, endpoint=True) if values is None else values
+    return torch.from_numpy(values).to(spec.format.storage)
+
+
+def qparams(rng: np.random.Generator, spec: QuantSpec, shape: tuple[int, ...], fill: str) -> QParams:
+    """Draw scales from 2**-12 to 2**-5 and the zero points that the mapping allows."""
+    stats = spec.granularity.stat_shape(shape)
+    low, high = spec.bounds
+    scale = torch.from_numpy(np.exp2(rng.uniform(-12, -5, stats)).astype(np.float32))
+    if spec.mapping is not MappingType.ASYMMETRIC:
+        zero_point = np.full(stats, int((low + high + 1) / 2))
+    else:
+        # Opposite to the codes: then every difference is as large as it can be.
+        fixed = {"low": np.full(stats, high), "high": np.full(stats, low)}.get(fill)
+        zero_point = rng.integers(low, high, stats, endpoint=True) if fixed is None else fixed
+    return QParams(scale, torch.from_numpy(zero_point).to(spec.zero_point_dtype))
+
+
+def product(
+    rng: np.random.Generator,
+    act: QuantSpec,
+    weight: QuantSpec,
+    shape: tuple[int, ...],
+    n: int,
+    *,
+    bias: bool = True,
+    fill: tuple[str, str] = ("all", "all"),
+) -> Product:
+    w_shape = (n, shape[-1])
+    return Product(
+        act,
+        codes(rng, act, shape, fill[0]),
+        qparams(rng, act, shape, fill[0]),
+        weight,
+        codes(rng, weight, w_shape, fill[1]),
+        qparams(rng, weight, w_shape, fill[1]),
+        torch.from_numpy(rng.standard_normal(n).astype(np.float32)) if bias else None,
+    )
+
+
+@st.composite
+def products(draw: st.DrawFn) -> Product:
+    """Every integer format of at most 8 bits on both sides, every legal granularity, any rank, zero rows too."""
+    specs = []
+    for granularities in ((fsq.PerTensor(), fsq.PerToken()), (fsq.PerTensor(), fsq.PerAxis(0), fsq.PerRow())):
+        dtype = draw(st.sampled_from((torch.uint8, torch.int8, torch.uint4, torch.int4, *INTEGERS)))
+        low, high = FORMATS[dtype].bounds
+        low = draw(st.integers(low, high - 1) if draw(st.booleans()) else st.just(low))
+        mapping = draw(st.sampled_from((MappingType.SYMMETRIC, MappingType.ASYMMETRIC)))
+        specs.append(QuantSpec(dtype, draw(st.sampled_from(granularities)), mapping=mapping, quant_min=low))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    lead = draw(st.lists(st.integers(0, 4), max_size=3))
+    shape = (*lead, draw(st.integers(1, 40)))
+    fills = st.sampled_from(("all", "ends", "low", "high"))
+    return product(
+        rng,
+        *specs,
+        shape,
+        draw(st.integers(1, 20)),
+        bias=draw(st.booleans()),
+        fill=(draw(fills), draw(fills)),
+    )
+
+
+@pytest.mark.parametrize(
+    "reached",
+    [
+        pytest.param(lambda p: p.q.shape[0] == 0 and p.q.ndim > 1, id="no-rows"),
+        pytest.param(lambda p: p.q.ndim == 1, id="one-vector"),
+        pytest.param(lambda p: p.q.ndim == 4 and p.q.numel() > 40 and p.qp.scale.numel() > 1, id="rank-4-per-token"),
+        pytest.param(lambda p: p.q.shape[-1] % 8 > 0 and p.w.shape[0] % 8 > 0 and p.q.numel(), id="not-multiples-of-8"),
+        pytest.param(
+            lambda p: {p.act.dtype, p.weight.dtype} == {torch.uint8} and p.folded().zero_point is not None,
+            id="uint8-asymmetric",
+        ),
+        pytest.param(
+            lambda p: (
+                FORMATS[p.act.dtype].bits < 8 and FORMATS[p.weight.dtype].bits < 8 and p.act.dtype != p.weight.dtype
+            ),
+            id="two-formats-below-8-bits",
+        ),
+    ],
+)
+def test_the_strategy_reaches(reached: Callable[[Product], bool]) -> None:
+    find(products(), lambda p: bool(reached(p)))
+
+
+# --- integers --------------------------------------------------------------------------------------
+
+
+def assert_within(y: np.ndarray, exact: np.ndarray, bias: np.ndarray | None, limit: np.ndarray) -> None:
+    """Assert `|y - (exact + bias)| <= limit`, everywhere."""
+    error = np.abs(y.astype(np.float64) - (exact if bias is None else exact + bias))
+    assert bool((error <= limit).all()), f"off by {np.max(error / limit)} of the bound"
+
+
+def test_assert_within_fails_just_outside_the_bound() -> None:
+    with pytest.raises(AssertionError, match="of the bound"):
+        assert_within(np.array([1.0 + 2**-20]), np.array([1.0]), None, np.array([2**-21]))
+
+
+@given(case=products(), dtype=st.sampled_from(REAL_DTYPES))
+def test_the_product_is_exact_and_then_rounded_as_numpy_rounds(case: Product, dtype: torch.dtype) -> None:
+    """Equal bits to int64 numpy with the float operations in their order; within the module's bound of the truth."""
+    y = case.linear(dtype)
+    assert y.dtype is dtype
+    assert y.shape == (*case.q.shape[:-1], case.w.shape[0])
+
+    total, bias, kind = case.corrected(), case.bias_array(), ARRAYS[dtype]
+    wide = np.dtype(np.float64 if dtype is torch.float64 else np.float32)
+    np.testing.assert_array_equal(array(y), epilogue(total, case.scale(wide), bias, kind))
+
+    exact = total * case.scale(np.dtype(np.float64))
+    assert_within(array(y), exact, bias, bound(exact, bias, kind))
+
+
+@pytest.mark.parametrize("k", [33025, 33026, 131071, 131072, 300_000])
+@pytest.mark.parametrize(
+    ("dtype", "fill", "difference"),
+    [
+        pytest.param(torch.uint8, ("high", "high"), 255 * 255, id="255x255"),
+        pytest.param(torch.uint8, ("low", "high"), -255 * 255, id="-255x255"),
+        pytest.param(torch.uint8, ("low", "low"), 255 * 255, id="-255x-255"),
+    ],
+)
+def test_codes_at_the_ends_are_exact_for_any_k(
+    k: int, dtype: torch.dtype, fill: tuple[str, str], difference: int
+) -> None:
+    """33025 * 255**2 is the last product below 2**31, and 131071 * 128**2 that of bare int8 codes."""
+    rng = np.random.default_rng(k)
+    spec = QuantSpec(dtype, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC)
+    case = product(rng, spec, spec, (2, k), 3, bias=False, fill=fill)
+    assert (case.corrected() == k * difference).all()
+    expected = k * difference * case.scale(np.dtype(np.float64))
+    np.testing.assert_array_equal(array(case.linear(torch.float64)), np.broadcast_to(expected, (2, 3)))
+
+
+def test_int8_codes_at_their_lowest_are_exact_where_their_sum_is_2_to_the_31() -> None:
+    spec = QuantSpec(torch.int8, fsq.PerTensor())
+    case = product(np.random.default_rng(0), spec, spec, (1, 131072), 1, bias=False, fill=("low", "low"))
+    assert case.corrected().item() == 2**31
+    assert case.linear(torch.float64).item() == 2.0**31 * case.scale(np.dtype(np.float64)).item()
+
+
+def test_every_element_of_a_long_row_is_counted_once() -> None:
+    """Random codes over three pieces: a cut in the wrong place or a piece left out changes the sum."""
+    act = QuantSpec(torch.uint8, fsq.PerToken(), mapping=MappingType.ASYMMETRIC)
+    weight = QuantSpec(torch.uint8, fsq.PerAxis(0), mapping=MappingType.ASYMMETRIC)
+    case = product(np.random.default_rng(1), act, weight, (3, 2 * 131071 + 5), 4, bias=False)
+    expected = case.corrected() * case.scale(np.dtype(np.float64))
+    np.testing.assert_array_equal(array(case.linear(torch.float64)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_the_stride_of_an_axis_of_size_one_is_not_read(dtype: torch.dtype) -> None:
+    """torch leaves it undefined, Inductor writes 0, and oneDNN took it for a pitch (pytorch/pytorch#195066)."""
+    act, weight = QuantSpec(dtype, fsq.PerTensor()), QuantSpec(dtype, fsq.PerTensor())
+    zero_point = 128 if dtype is torch.uint8 else 0
+    for k, n in ((64, 5), (1, 5), (64, 1), (1, 1)):
+        q, w = (torch.randint(1, 100, (size, k)).to(dtype) for size in (1, n))
+        qp = ones(act, 1, k, zero_point=zero_point)
+        expected = (q.to(torch.float32) - zero_point) @ (w.to(torch.float32) - zero_point).T
+        q, w = q.as_strided(q.shape, (0, 1)), w.as_strided(w.shape, (0 if n == 1 else k, 1))
+        assert torch.equal(fsq.linear(act, q, qp, fsq.fold(weight, w, qp)), expected)
+
+
+# --- float8 ----------------------------------------------------------------------------------------
+
+
+def float8_codes(rng: np.random.Generator, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Draw among all finite codes of a float8 format."""
+    every = np.arange(256, dtype=np.uint8).view(ARRAYS[dtype])
+    finite = every[np.isfinite(every.astype(np.float32))].view(np.uint8)
+    return torch.from_numpy(rng.choice(finite, shape)).view(dtype)
+
+
+def float8_product(rng: np.random.Generator, act: torch.dtype, weight: torch.dtype, *, rows: int, k: int) -> Product:
+    specs = QuantSpec(act, fsq.PerToken()), QuantSpec(weight, fsq.PerAxis(0))
+    n = 6
+    return Product(
+        specs[0],
+        float8_codes(rng, act, (rows, k)),
+        qparams(rng, specs[0], (rows, k), "all"),
+        specs[1],
+        float8_codes(rng, weight, (n, k)),
+        qparams(rng, specs[1], (n, k), "all"),
+        torch.from_numpy(rng.standard_normal(n).astype(np.float32)),
+    )
+
+
+def assert_float8_product(y: Tensor, case: Product, unit: float) -> None:
+    """Assert the bound of a sum of K exact products in any order, each addition within `unit` of its terms.
+
+    Two float8 values have at most 4 significant bits each, so a product is exact in float32. A sum of
+    K terms in any order errs by at most `(K - 1) u / (1 - (K - 1) u) < K u` of the sum of magnitudes
+    (Higham 2002, 4.4). The roundings behind it enlarge that by less than a hundredth.
+    """
+    q, w = (array(t).astype(np.float64) for t in (case.q, case.w))
+    scale, bias = case.scale(np.dtype(np.float64)), case.bias_array()
+    exact = q @ w.T * scale
+    magnitude = np.abs(q) @ np.abs(w).T * scale
+    limit = 1.01 * q.shape[-1] * unit * magnitude + bound(exact, bias, ARRAYS[y.dtype])
+    assert_within(array(y), exact, bias, limit)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("act", "weight"),
+    [*((d, d) for d in FLOAT8S), *itertools.permutations((torch.float8_e4m3fn, torch.float8_e5m2))],
+)
+def test_the_float8_product_is_within_the_bound_of_a_float32_sum(
+    act: torch.dtype, weight: torch.dtype, rows: int
+) -> None:
+    case = float8_product(np.random.default_rng(rows), act, weight, rows=rows, k=71)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_float8_product(case.linear(dtype), case, 2.0**-24)
+
+
+# --- folding ---------------------------------------------------------------------------------------
+
+GRANULARITIES = (
+    fsq.PerTensor(),
+    fsq.PerAxis(0),
+    fsq.PerAxis(-1),
+    fsq.PerRow(),
+    fsq.PerToken(),
+    fsq.PerGroup(4),
+    fsq.PerBlock((2, 4)),
+)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_unfold_gives_back_what_fold_took(dtype: torch.dtype, granularity: fsq.Granularity) -> None:
+    rng, shape = np.random.default_rng(0), (4, 8)
+    low, high = FORMATS[dtype].bounds
+    for mapping in MappingType:
+        try:
+            spec = QuantSpec(dtype, granularity, mapping=mapping)
+        except ValueError:
+            continue  # float8 is symmetric, and NO_CLIPPING needs codes on both sides of 0
+        qp = qparams(rng, spec, shape, "all")
+        if dtype in FLOAT8S:
+            q, qp = float8_codes(rng, dtype, shape), QParams(qp.scale, torch.zeros_like(qp.zero_point))
+        else:
+            q = codes(rng, spec, shape, "all")
+        folded = fsq.fold(spec, q, qp)
+        again, (scale, zero_point) = fsq.unfold(spec, folded)
+        assert again.dtype is q.dtype
+        assert torch.equal(again.view(torch.uint8), q.view(torch.uint8))
+        assert torch.equal(scale, qp.scale)
+        assert zero_point.dtype is qp.zero_point.dtype
+        assert torch.equal(zero_point, qp.zero_point)
+        if dtype in FLOAT8S:
+            assert folded.sum is None
+        else:
+            assert folded.sum.tolist() == array(folded.codes).astype(np.int64).sum(1).tolist()
+            assert folded.codes.dtype is (torch.int16 if high > 255 else torch.int8)
+            # Left out where it is 0 by construction: no sum over the activations is needed.
+            at_zero = mapping is not MappingType.ASYMMETRIC and (low < 0 or dtype is torch.uint8)
+            assert (folded.zero_point is None) == at_zero
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+ACT = QuantSpec(torch.uint8, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC)
+WEIGHT = QuantSpec(torch.int8, fsq.PerAxis(0))
+ACT8, WEIGHT8 = QuantSpec(torch.float8_e4m3fn, fsq.PerTensor()), QuantSpec(torch.float8_e4m3fn, fsq.PerAxis(0))
+INT16 = QuantSpec(torch.int16, fsq.PerTensor())
+
+
+def zeros(spec: QuantSpec, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=spec.format.storage)
+
+
+def ones(spec: QuantSpec, *shape: int, zero_point: int = 0) -> QParams:
+    stats = spec.granularity.stat_shape(shape)
+    return QParams(torch.ones(stats), torch.full(stats, zero_point, dtype=torch.int32))
+
+
+def fold(spec: QuantSpec, shape: tuple[int, ...] = (4, 8), zero_point: int = 0) -> FoldedWeight:
+    return fsq.fold(spec, zeros(spec, *shape), ones(spec, *shape, zero_point=zero_point))
+
+
+def linear(act: QuantSpec, weight: QuantSpec, shape: tuple[int, ...] = (2, 8), **kwargs: object) -> Tensor:
+    return fsq.linear(act, zeros(act, *shape), ones(act, *shape), fold(weight), **kwargs)
+
+
+def check(act: QuantSpec, weight: QuantSpec) -> None:
+    fsq.check_product(act, weight, (4, 8))
+
+
+def per(granularity: fsq.Granularity, spec: QuantSpec) -> QuantSpec:
+    return QuantSpec(spec.dtype, granularity, mapping=spec.mapping)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "value", "rule", "remedy"),
+    [
+        pytest.param(
+            lambda: fold(QuantSpec(torch.uint8, fsq.PerTensor()), zero_point=7),
+            ValueError,
+            r"got \[7\]",
+            "has the zero point 128",
+            "use MappingType.ASYMMETRIC",
+            id="fold(symmetric uint8, zero_point=7)",
+        ),
+        pytest.param(
+            lambda: fold(WEIGHT, zero_point=1),
+            ValueError,
+            r"got \[1, 1, 1, 1\]",
+            "has the zero point 0",
+            "use MappingType.ASYMMETRIC",
+            id="fold(symmetric int8, zero_point=1)",
+        ),
+        pytest.param(
+            lambda: fold(WEIGHT, (8,)),
+            ValueError,
+            r"shape \(8,\)",
+            "weight of a linear layer",
+            r"\(out, in\)",
+            id="fold(vector)",
+        ),
+        pytest.param(
+            lambda: fold(WEIGHT, (2, 4, 8)),
+            ValueError,
+            r"shape \(2, 4, 8\)",
+            "weight of a linear layer",
+            r"\(out, in\)",
+            id="fold(rank 3)",
+        ),
+        pytest.param(
+            lambda: fsq.fold(WEIGHT, zeros(WEIGHT, 4, 8), ones(WEIGHT, 5, 8)),
+            ValueError,
+            r"shape \(5, 1\)",
+            r"needs \(4, 1\)",
+            "use the granularity and the sizes it was made with",
+            id="fold(scale of another weight)",
+        ),
+        pytest.param(
+            lambda: fsq.fold(WEIGHT, zeros(ACT, 4, 8), ones(WEIGHT, 4, 8)),
+            TypeError,
+            "codes of torch.uint8",
+            "those of torch.int8",
+            "are held as torch.int8",
+            id="fold(uint8 codes, int8 spec)",
+        ),
+        pytest.param(
+            lambda: check(ACT, WEIGHT8),
+            ValueError,
+            "torch.uint8 .* torch.float8_e4m3fn",
+            "no common product",
+            "use integers or float8 for both, or the reference path",
+            id="check_product(uint8, float8)",
+        ),
+        pytest.param(
+            lambda: check(INT16, WEIGHT),
+            ValueError,
+            "torch.int16",
+            "no integer product",
+            "at most 8 bits, or the reference path",
+            id="check_product(int16, int8)",
+        ),
+        pytest.param(
+            lambda: check(ACT, per(fsq.PerGroup(4), WEIGHT)),
+            ValueError,
+            r"PerGroup\(group_size=4\)",
+            "several scales along the axis that a product sums over",
+            r"use PerAxis\(0\) or PerTensor\(\) for the weight, or the reference path",
+            id="check_product(weight per group)",
+        ),
+        pytest.param(
+            lambda: check(per(fsq.PerAxis(-1), ACT), WEIGHT),
+            ValueError,
+            r"PerAxis\(axis=-1\)",
+            "several scales along the axis that a product sums over",
+            r"use PerTensor\(\) for the activations",
+            id="check_product(activations per input channel)",
+        ),
+        pytest.param(
+            lambda: linear(ACT, WEIGHT, (2, 9)),
+            ValueError,
+            r"shape \(2, 9\) .* shape \(4, 8\)",
+            "the last axes",
+            "must be equal",
+            id="linear(K=9, K=8)",
+        ),
+        pytest.param(
+            lambda: linear(ACT, WEIGHT, dtype=torch.int32),
+            TypeError,
+            "torch.int32",
+            "linear to",
+            "use one of torch.float32",
+            id="linear(dtype=int32)",
+        ),
+        pytest.param(
+            lambda: linear(ACT, per(fsq.PerGroup(4), WEIGHT)),
+            ValueError,
+            r"shape \(4, 2\)",
+            "needs one a row",
+            r"use PerAxis\(0\) or PerTensor\(\) for the weight, or linear_reference",
+            id="linear(weight per group)",
+        ),
+        pytest.param(
+            lambda: linear(per(fsq.PerAxis(-1), ACT), WEIGHT),
+            ValueError,
+            r"scales of shape \(1, 8\)",
+            "one for the tensor or for each token",
+            r"use PerTensor\(\), or linear_reference",
+            id="linear(activations per input channel)",
+        ),
+        pytest.param(
+            lambda: linear(INT16, WEIGHT),
+            ValueError,
+            "16-bit",
+            "no integer product",
+            "at most 8 bits, or linear_reference",
+            id="linear(int16, int8)",
+        ),
+        pytest.param(
+            lambda: linear(ACT, INT16),
+            ValueError,
+            "16-bit",
+            "no integer product",
+            "at most 8 bits, or linear_reference",
+            id="linear(uint8, int16)",
+        ),
+        pytest.param(
+            lambda: linear(ACT, WEIGHT8),
+            TypeError,
+            "torch.uint8",
+            "torch.float8_e4m3fn",
+            "quantize both alike",
+            id="linear(uint8, float8)",
+        ),
+        pytest.param(
+            lambda: linear(ACT8, WEIGHT),
+            TypeError,
+            "torch.float8_e4m3fn",
+            "torch.int8",
+            "quantize both alike",
+            id="linear(float8, int8)",
+        ),
+        pytest.param(
+            lambda: fsq.linear(ACT, zeros(WEIGHT, 2, 8), ones(ACT, 2, 8), fold(WEIGHT)),
+            TypeError,
+            "codes of torch.int8",
+            "those of torch.uint8",
+            "are held as torch.uint8",
+            id="linear(int8 codes, uint8 spec)",
+        ),
+    ],
+)
+def test_a_refusal_has_value_rule_and_remedy(
+    call: Callable[[], object], error: type[Exception], value: str, rule: str, remedy: str
+) -> None:
+    for part in (value, rule, remedy):
+        with pytest.raises(error, match=part):
+            call()
+
+
+def test_check_product_takes_what_linear_multiplies() -> None:
+    for act, weight in ((ACT, WEIGHT), (WEIGHT, ACT), (ACT8, WEIGHT8), (per(fsq.PerToken(), ACT), WEIGHT)):
+        check(act, per(fsq.PerTensor(), weight))
+        check(per(fsq.PerTensor(), act), weight)
+
+
+# --- compiled --------------------------------------------------------------------------------------
+
+
+def test_compiled_has_the_bits_of_eager_and_multiplies_int8_in_one_compilation_for_any_batch() -> None:
+    weight = QuantSpec(torch.uint8, fsq.PerAxis(0), mapping=MappingType.ASYMMETRIC)
+    case = product(np.random.default_rng(0), ACT, weight, (2, 20), 12)
+    folded = case.folded()
+
+    def forward(x: Tensor) -> Tensor:
+        return fsq.linear(ACT, fsq.quantize(ACT, x, case.qp), case.qp, folded, case.bias)
+
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(forward, fullgraph=True, backend=counter)
+    x = torch.randn(5, 20)
+    torch._dynamo.mark_dynamic(x, 0)
+    y, (source,) = run_and_get_code(compiled, x)
+    assert "_int_mm" in source
+    assert torch.equal(y, forward(x))
+    for rows in (2, 17, 33):
+        x = torch.randn(rows, 20)
+        assert torch.equal(compiled(x), forward(x))
+    assert counter.frame_count == 1
+
+
+def test_compiled_has_the_bits_of_eager_for_one_token_between_other_operations() -> None:
+    """Inductor then views (1, 1, K) codes as (1, K) with the stride 0, which `_int_mm` misreads."""
+    weight = QuantSpec(torch.int8, fsq.PerAxis(0))
+    act = QuantSpec(torch.int8, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC)
+    case = product(np.random.default_rng(0), act, weight, (1, 64), 64)
+    folded = case.folded()
+
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = fsq.linear(act, fsq.quantize(act, x[:, -1:], case.qp), case.qp, folded, case.bias).relu() + x
+        return x
+
+    x = torch.randn(1, 5, 64)
+    assert torch.equal(torch.compile(forward, fullgraph=True)(x), forward(x))
+
+
+# --- the reference path ----------------------------------------------------------------------------
+
+
+def torchao_dequantized(spec: QuantSpec, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:
+    if spec.dtype in FLOAT8S:
+        return ao._dequantize_affine_float8(q, qp.scale, dtype)
+    stats = spec.granularity.stat_shape(q.shape)
+    block_size = tuple(n // s for n, s in zip(q.shape, stats, strict=True))
+    return ao.dequantize_affine(
+        q, block_size, qp.scale, qp.zero_point, spec.format.storage, *spec.bounds, output_dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("target", [torch.uint8, torch.int8, torch.int4, torch.int16, torch.float8_e4m3fn], ids=str)
+def test_the_reference_has_the_bits_of_linear_on_torchao_dequantized_operands(
+    target: torch.dtype, granularity: fsq.Granularity, dtype: torch.dtype
+) -> None:
+    rng = np.random.default_rng(0)
+    act = QuantSpec(target, fsq.PerTensor())
+    weight = QuantSpec(target, granularity)
+    x, w = torch.randn(6, 8), torch.randn(4, 8)
+    qps = [qparams(rng, spec, tuple(t.shape), "all") for spec, t in ((act, x), (weight, w))]
+    if target in FLOAT8S:
+        qps = [QParams(scale, torch.zeros_like(zero_point)) for scale, zero_point in qps]
+    q, q_w = fsq.quantize(act, x, qps[0]), fsq.quantize(weight, w, qps[1])
+    bias = torch.randn(4, dtype=dtype)
+    ours = fsq.linear_reference(act, q, qps[0], fsq.dequantize(weight, q_w, qps[1], dtype=dtype), bias)
+    theirs = F.linear(torchao_dequantized(act, q, qps[0], dtype), torchao_dequantized(weight, q_w, qps[1], dtype), bias)
+    assert ours.dtype is dtype
+    assert torch.equal(ours, theirs)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------
+
+SIZES = [(1, 16, 8), (16, 32, 24), (17, 32, 24), (16, 29, 13), (17, 20, 12), (64, 33026, 10)]
+"""Rows, K, N: on both sides of what cuBLASLt takes, and above what int32 holds."""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("rows", "k", "n"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_cuda_has_the_integers_and_roundings_of_numpy(dtype: torch.dtype, rows: int, k: int, n: int) -> None:
+    """Eager: each float operation is a kernel of its own, so nothing is fused and the bits are numpy's."""
+    act = QuantSpec(dtype, fsq.PerToken(), mapping=MappingType.ASYMMETRIC)
+    weight = QuantSpec(dtype, fsq.PerAxis(0), mapping=MappingType.ASYMMETRIC)
+    case = product(np.random.default_rng(k), act, weight, (rows, k), n)
+    scale = case.scale(np.dtype(np.float32))
+    for out in (torch.float32, torch.bfloat16):
+        expected = epilogue(case.corrected(), scale, case.bias_array(), ARRAYS[out])
+        np.testing.assert_array_equal(array(case.linear(out, "cuda")), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 16, 8), (17, 20, 12)])
+def test_cuda_compiled_is_within_the_bound(rows: int, k: int, n: int) -> None:
+    """Triton may fuse the multiplication and the addition: one rounding fewer, within the module's bound."""
+    weight = QuantSpec(torch.uint8, fsq.PerAxis(0), mapping=MappingType.ASYMMETRIC)
+    case = product(np.random.default_rng(k), ACT, weight, (rows, k), n)
+    folded, bias = case.folded("cuda"), case.bias.cuda()
+    qp = QParams(*(t.cuda() for t in case.qp))
+    compiled = torch.compile(partial(fsq.linear, ACT), fullgraph=True, mode="max-autotune")
+    y = compiled(case.q.cuda(), qp, folded, bias)
+    exact, b = case.corrected() * case.scale(np.dtype(np.float64)), case.bias_array()
+    assert_within(array(y), exact, b, bound(exact, b, ARRAYS[torch.float32]))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("rows", "k"), [(1, 32), (5, 64), (17, 71)])
+@pytest.mark.parametrize(
+    ("act", "weight"),
+    [*((d, d) for d in FLOAT8S), *itertools.permutations((torch.float8_e4m3fn, torch.float8_e5m2))],
+)
+def test_cuda_float8_is_within_the_bound_of_the_tensor_core_sum(
+    act: torch.dtype, weight: torch.dtype, rows: int, k: int
+) -> None:
+    """Hopper's tensor cores align float8 products to the largest and keep 13 bits of fraction below it.
+
+    So an addition errs by less than 2**-13 of the largest magnitude in its sum, which the sum of all
+    magnitudes bounds (DeepSeek-V3, arXiv:2412.19437, 3.3.2).
+    """
+    case = float8_product(np.random.default_rng(k), act, weight, rows=rows, k=k)
+    assert_float8_product(case.linear(device="cuda"), case, 2.0**-13)

@@ -1,0 +1,542 @@
+"""From a float model to a quantized one: prepare_, calibrate, convert_, and torchao's `quantize_`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import functional_sq as fsq
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
+    from torchao.quantization import quantize_ as torchao_quantize_
+
+    import bridge
+    from bridge import CalibrationError, ObservedLinear, ObserverModule, QuantizedLinear, StaticQuantConfig
+    from bridge.torchao import compute_error
+
+INT8 = StaticQuantConfig(torch.int8)
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+
+
+def batches(n: int = 4, rows: int = 8) -> Tensor:
+    return torch.randn(n, rows, 16)
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return [type(m).__name__ for m in model.children()]
+
+
+def prepared(model: nn.Module, config: StaticQuantConfig = INT8) -> nn.Module:
+    return bridge.prepare_(model, config)
+
+
+def calibrated(model: nn.Module, config: StaticQuantConfig = INT8, data: Tensor | None = None) -> nn.Module:
+    bridge.calibrate(prepared(model, config), batches() if data is None else data)
+    return model
+
+
+# --- the short way ---------------------------------------------------------------------------------
+
+
+SQNR = {torch.uint8: 37, torch.int8: 37, torch.float8_e4m3fn: 25, torch.float8_e5m2: 19}
+"""dB that a model of two layers must reach, a decibel or two below what its four roundings give.
+
+An operand of range r is rounded to 255 steps: noise of r / (255 sqrt 12). Normal inputs that reach
+3.7 deviations: 41.5 dB; behind a ReLU 44.5; weights that are uniform: 48. The four together: 38.6.
+A float with m bits of fraction is rounded by 2**-m / sqrt 12 of a significand of 1.47 in the mean
+square: 32.2 dB for m = 3, 26.2 for m = 2. Four together cost 6 dB: 26.2 and 20.2.
+"""
+
+
+@pytest.mark.parametrize("dtype", SQNR, ids=str)
+def test_a_two_layer_model_keeps_its_output(dtype: torch.dtype) -> None:
+    model = two_layers()
+    x = batches(1, 256)
+    expected = model(x)
+    bridge.convert_(calibrated(model, StaticQuantConfig(dtype), x))
+    assert kinds(model) == ["QuantizedLinear", "ReLU", "QuantizedLinear"]
+    assert compute_error(expected, model(x)) > SQNR[dtype]
+
+
+def test_prepared_is_the_float_model_in_bits_and_loads_its_checkpoint() -> None:
+    model, other = two_layers(), two_layers()
+    x = batches()
+    expected = model(x)
+    names = [name for name, _ in model.named_parameters()]
+    prepared(model)
+    assert torch.equal(model(x), expected)
+    assert [name for name, _ in model.named_parameters()] == names
+    model.load_state_dict(other.state_dict(), strict=True)
+    assert torch.equal(model(x), other(x))
+    assert model[0].act_obs.state["count"].item() == 2 * x.numel()
+
+
+def test_statistics_saved_by_one_process_convert_in_another() -> None:
+    first, second = two_layers(), two_layers()
+    calibrated(first)
+    prepared(second).load_state_dict(first.state_dict(), strict=True)
+    x = batches()
+    assert torch.equal(bridge.convert_(second)(x), bridge.convert_(first)(x))
+
+
+class Named(nn.Module):
+    """Takes its input by name, and a mask beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.fc(x)
+
+
+def largest(model: nn.Module) -> float:
+    return model.get_submodule("fc").act_obs.state["max"].item()
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [torch.ones(2, 3, 16), (torch.ones(2, 3, 16),), [torch.ones(2, 3, 16)], {"x": torch.ones(2, 3, 16)}],
+    ids=lambda b: type(b).__name__,
+)
+def test_a_batch_is_a_tensor_positional_arguments_or_keyword_arguments(batch: object) -> None:
+    model = prepared(Named())
+    assert bridge.calibrate(model, [batch, batch]) == 2
+    assert model.fc.act_obs.state["count"].item() == 2 * 96
+
+
+def test_padding_is_left_out_by_the_attention_mask_of_a_batch_or_by_a_function() -> None:
+    keep = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    x = torch.where(keep[..., None] == 1, 1.0, 99.0).expand(2, 3, 16)
+    for mask, batch in ((None, {"x": x, "attention_mask": keep}), (lambda b: keep != 0, x)):
+        model = prepared(Named())
+        bridge.calibrate(model, [batch], mask=mask)
+        assert largest(model) == 1.0
+        assert model.fc.act_obs.state["count"].item() == 3 * 16
+        model(x)  # the mask was for that batch alone
+        assert largest(model) == 99.0
+
+
+def test_a_mask_is_dropped_when_a_batch_fails() -> None:
+    model = prepared(Named())
+    with pytest.raises(RuntimeError):
+        bridge.calibrate(model, [{"x": torch.ones(2, 3, 5), "attention_mask": torch.ones(2, 3)}])
+    assert model.fc.act_obs.mask is None
+
+
+def test_calibration_stops_after_max_batches_and_takes_no_more_from_the_iterator() -> None:
+    model, data = prepared(two_layers()), iter(batches(5))
+    assert bridge.calibrate(model, data, max_batches=2) == 2
+    assert len(list(data)) == 3
+    assert model[0].act_obs.state["count"].item() == 2 * 8 * 16
+
+
+def test_calibration_goes_on_where_it_stopped() -> None:
+    data = batches(6)
+    once, twice = copy.deepcopy(two := two_layers()), two
+    calibrated(once, data=data)
+    prepared(twice)
+    for part in data.split(2):
+        bridge.calibrate(twice, part)
+    x = batches()
+    assert torch.equal(bridge.convert_(twice)(x), bridge.convert_(once)(x))
+
+
+def test_calibration_keeps_no_graph_and_the_mode_of_the_model() -> None:
+    model = prepared(two_layers().train())
+    bridge.calibrate(model, batches())
+    assert all(module.training for module in model.modules() if not isinstance(module, ObserverModule))
+    assert not any(b.requires_grad for b in model.buffers())
+    model(batches()).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("mode", [None, "max-autotune"])
+def test_a_model_compiled_before_the_observers_go_in_records_and_converts_the_same(mode: str | None) -> None:
+    plain = two_layers()
+    model = torch.compile(copy.deepcopy(plain), mode=mode, fullgraph=True)
+    data = batches(3)
+    with torch.no_grad():
+        model(data[0])
+    seen: list[str] = []
+    bridge.prepare_(model, INT8, lambda module, name: not seen.append(name))
+    assert seen == ["0", "2"]  # not _orig_mod.0
+    bridge.calibrate(model, data[:1])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        bridge.calibrate(model, data[1:])
+    calibrated(plain, data=data)
+    # What the second layer sees comes from a float product, which may be compiled to another kernel.
+    for name, value in plain[0].act_obs.state.items():
+        assert torch.equal(model.get_submodule("0").act_obs.state[name], value)
+    assert model.get_submodule("2").act_obs.state["count"].item() == 3 * 8 * 32
+    model._orig_mod.load_state_dict(plain.state_dict(), strict=True)
+    bridge.convert_(model)
+    bridge.convert_(plain)
+    with torch.no_grad():
+        assert torch.equal(model(data[0]), plain(data[0]))
+
+
+# --- the gate at conversion ------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Two of its three layers never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(16, 8)
+        self.experts = nn.ModuleList([nn.Linear(16, 8), nn.Linear(16, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_layers_that_never_ran_are_named_all_at_once_and_the_model_is_as_it_was() -> None:
+    model = calibrated(Branches())
+    before = dict(model.named_modules())
+    with pytest.raises(CalibrationError, match="2 layers cannot be converted") as caught:
+        bridge.convert_(model)
+    assert "\n  experts.0: nothing was seen" in str(caught.value)
+    assert "\n  experts.1: nothing was seen" in str(caught.value)
+    assert "used" not in str(caught.value)
+    after = dict(model.named_modules())
+    assert before.keys() == after.keys()
+    assert all(after[name] is module for name, module in before.items())
+
+
+@pytest.mark.parametrize(("bad", "kind"), [(float("nan"), "NaN"), (float("inf"), "Inf"), (float("-inf"), "Inf")])
+def test_nan_and_inf_in_activations_are_named_with_a_remedy(bad: float, kind: str) -> None:
+    data = batches()
+    data[1, 0, 0] = bad
+    model = calibrated(two_layers(), data=data)
+    with pytest.raises(CalibrationError, match=rf"0: {kind} was seen.*remove such values.*mask="):
+        bridge.convert_(model)
+    assert kinds(model)[0] == "ObservedLinear"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_in_a_weight_are_named_with_a_remedy(bad: float) -> None:
+    model = two_layers()
+    with torch.no_grad():
+        model[2].weight[0, 0] = bad
+    calibrated(model)
+    with pytest.raises(CalibrationError, match=r"1 layers .*\n  2: the weight has NaN or Inf; mend it, or leave"):
+        bridge.convert_(model)
+
+
+def test_min_count_is_what_each_scale_must_have_seen() -> None:
+    model = calibrated(two_layers(), data=batches(1, 2))
+    with pytest.raises(CalibrationError, match="0: only 32 values were seen, at least 33 needed; calibrate with more"):
+        bridge.convert_(model, min_count=33)
+    bridge.convert_(model, min_count=32)
+
+
+def test_a_layer_converted_in_inference_mode_is_an_ordinary_module_outside_of_it() -> None:
+    model, x = calibrated(two_layers()), batches()
+    with torch.inference_mode():
+        bridge.convert_(model)
+    expected = model(x)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_different_mask_for_each_batch_does_not_recompile() -> None:
+    model = prepared(torch.compile(Named(), fullgraph=True))
+    keeps = torch.rand(3, 2, 5) < 0.5
+    data = [{"x": torch.randn(2, 5, 16), "attention_mask": keep.long()} for keep in keeps]
+    bridge.calibrate(model, data[:1])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        bridge.calibrate(model, data[1:])
+    kept = torch.cat([batch["x"][keep] for batch, keep in zip(data, keeps, strict=True)])
+    assert model.fc.act_obs.state["count"].item() == kept.numel()
+    assert largest(model) == kept.max()
+
+
+# --- models of all kinds ---------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """One layer under two names, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 16)
+        self.b = self.a
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied(self.b(self.a(x)))
+
+
+def test_a_layer_used_twice_stays_one_layer_and_tied_weights_stay_tied_until_conversion() -> None:
+    model = prepared(Shared())
+    assert model.a is model.b
+    assert model.a.weight is model.tied.weight
+    x = batches()
+    bridge.calibrate(model, x)
+    assert model.a.act_obs.state["count"].item() == 2 * x.numel()
+    bridge.convert_(model)
+    assert model.a is model.b
+    assert isinstance(model.a, QuantizedLinear)
+    assert isinstance(model.tied, QuantizedLinear)
+    assert torch.equal(model.tied.weight_codes, model.a.weight_codes)
+    assert model(x).shape == x.shape
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_the_projection_inside_multihead_attention_is_left_alone() -> None:
+    model = Attention().eval()
+    x = batches()
+    expected = model(x)
+    bridge.convert_(calibrated(model, data=x))
+    assert type(model.attention.out_proj).__name__ == "NonDynamicallyQuantizableLinear"
+    assert isinstance(model.fc, QuantizedLinear)
+    assert compute_error(expected, model(x)) > SQNR[torch.int8]
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_that_computes_something_else_is_left_alone() -> None:
+    model = prepared(nn.Sequential(Scaled(16, 16), nn.Linear(16, 8)))
+    assert kinds(model) == ["Scaled", "ObservedLinear"]
+
+
+def test_the_filter_chooses_by_name() -> None:
+    model = nn.ModuleDict({"encoder": two_layers(), "head": nn.Linear(8, 2)})
+    seen: list[str] = []
+    bridge.prepare_(model, INT8, lambda module, name: bool(seen.append(name)) or name.startswith("encoder."))
+    assert seen == ["encoder.0", "encoder.2", "head"]
+    assert kinds(model["encoder"]) == ["ObservedLinear", "ReLU", "ObservedLinear"]
+    assert type(model["head"]) is nn.Linear
+
+
+def test_preparing_twice_adds_the_layers_that_are_still_float() -> None:
+    model = two_layers()
+    bridge.prepare_(model, INT8, lambda module, name: name == "0")
+    first = model[0]
+    bridge.prepare_(model, StaticQuantConfig(torch.uint8))
+    assert model[0] is first
+    assert [model[i].act_obs.spec.dtype for i in (0, 2)] == [torch.int8, torch.uint8]
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+def no_batches() -> Iterator[Tensor]:
+    yield from ()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        pytest.param(
+            lambda: bridge.prepare_(nn.Sequential(nn.ReLU()), INT8),
+            ValueError,
+            "no module of Sequential is a torch.nn.Linear that the filter takes; nothing was changed",
+            id="prepare_(no linear layer)",
+        ),
+        pytest.param(
+            lambda: bridge.prepare_(two_layers(), INT8, lambda module, name: False),
+            ValueError,
+            "no module of Sequential is a torch.nn.Linear that the filter takes; nothing was changed",
+            id="prepare_(filter takes none)",
+        ),
+        pytest.param(
+            lambda: bridge.prepare_(nn.Linear(16, 8), INT8),
+            ValueError,
+            r"the model is itself a torch.nn.Linear and cannot be replaced in place; wrap it: nn.Sequential\(model\)",
+            id="prepare_(Linear)",
+        ),
+        pytest.param(
+            lambda: bridge.prepare_(
+                two_layers(), dataclasses.replace(INT8, weight=fsq.QuantSpec(torch.int8, fsq.PerGroup(16)))
+            ),
+            ValueError,
+            r"^2: PerGroup\(group_size=16\) gives several scales .* use PerAxis\(0\)",
+            id="prepare_(groups in the second layer)",
+        ),
+        pytest.param(
+            lambda: bridge.calibrate(two_layers(), batches()),
+            ValueError,
+            r"Sequential has no observers; call prepare_\(model, config\) first",
+            id="calibrate(float model)",
+        ),
+        pytest.param(
+            lambda: bridge.calibrate(prepared(two_layers()), no_batches()),
+            ValueError,
+            r"no batches to calibrate with; give at least one \(an iterator is used up once\)",
+            id="calibrate(empty)",
+        ),
+        pytest.param(
+            lambda: bridge.calibrate(prepared(two_layers()), batches(), max_batches=0),
+            ValueError,
+            "max_batches=0; it must be at least 1",
+            id="calibrate(max_batches=0)",
+        ),
+        pytest.param(
+            lambda: bridge.convert_(two_layers()),
+            ValueError,
+            "no module of Sequential is a prepared layer",
+            id="convert_(float model)",
+        ),
+        pytest.param(
+            lambda: bridge.quantize_(two_layers(), INT8),
+            ValueError,
+            "no layer of Sequential is taken by step='convert' and the filter; nothing was changed",
+            id="quantize_(convert float model)",
+        ),
+        pytest.param(
+            lambda: bridge.convert_(prepared(two_layers()), min_count=0),
+            ValueError,
+            "min_count=0; it must be at least 1",
+            id="convert_(min_count=0)",
+        ),
+        pytest.param(
+            lambda: bridge.convert_(calibrated(two_layers()), config=StaticQuantConfig(torch.uint8)),
+            ValueError,
+            "^0: target_dtype=torch.uint8, but the activations were observed for torch.int8; use the dtype",
+            id="convert_(config of another dtype)",
+        ),
+        pytest.param(
+            lambda: bridge.prepare_(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 8))), INT8),
+            ValueError,
+            "^0: .*parametri.*remove_parametrizations",
+            id="prepare_(parametrized weight)",
+        ),
+        pytest.param(
+            lambda: bridge.quantize_(nn.Linear(16, 8), StaticQuantConfig(torch.int8, step="prepare")),
+            ValueError,
+            "the model is itself a torch.nn.Linear and cannot be replaced in place; wrap it",
+            id="quantize_(Linear)",
+        ),
+        pytest.param(
+            lambda: StaticQuantConfig(torch.float32),
+            TypeError,
+            "torch.float32 is not a quantized dtype; use one of",
+            id="StaticQuantConfig(float32)",
+        ),
+        pytest.param(
+            lambda: StaticQuantConfig(torch.int8, step="calibrate"),
+            ValueError,
+            "step='calibrate'; use one of 'prepare', 'convert'",
+            id="StaticQuantConfig(step='calibrate')",
+        ),
+        pytest.param(
+            lambda: StaticQuantConfig(torch.int8, form="parameter"),
+            ValueError,
+            "form='parameter'; use one of 'module', 'tensor'",
+            id="StaticQuantConfig(form='parameter')",
+        ),
+        pytest.param(
+            lambda: StaticQuantConfig(torch.int8, weight=torch.int8),
+            TypeError,
+            "weight=torch.int8 is not a QuantSpec",
+            id="StaticQuantConfig(weight=torch.int8)",
+        ),
+        pytest.param(
+            lambda: StaticQuantConfig(torch.int8, form="tensor", reference=True),
+            ValueError,
+            "form='tensor' with reference=True: .*; use form='module'",
+            id="StaticQuantConfig(form='tensor', reference=True)",
+        ),
+    ],
+)
+def test_a_refusal_says_value_rule_and_remedy(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_refused_preparation_changes_nothing() -> None:
+    model = two_layers()
+    before = list(model)
+    with pytest.raises(ValueError, match=r"^2: "):
+        bridge.prepare_(model, dataclasses.replace(INT8, weight=fsq.QuantSpec(torch.int8, fsq.PerGroup(16))))
+    assert all(a is b for a, b in zip(model, before, strict=True))
+
+
+# --- torchao's quantize_ ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize_", [torchao_quantize_, bridge.quantize_], ids=["torchao", "bridge"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantize_takes_both_steps_with_the_bits_of_the_short_way(
+    dtype: torch.dtype, quantize_: Callable[..., None]
+) -> None:
+    model, data = two_layers(), batches()
+    short = bridge.convert_(calibrated(copy.deepcopy(model), StaticQuantConfig(dtype), data))
+    quantize_(model, StaticQuantConfig(dtype, step="prepare"))
+    assert kinds(model) == ["ObservedLinear", "ReLU", "ObservedLinear"]
+    for batch in data:
+        model(batch)
+    quantize_(model, StaticQuantConfig(dtype), lambda module, name: isinstance(module, ObservedLinear))
+    assert kinds(model) == ["QuantizedLinear", "ReLU", "QuantizedLinear"]
+    assert torch.equal(model(data), short(data))
+
+
+def test_the_default_filter_of_torchao_leaves_observed_layers_as_they_are() -> None:
+    """It takes every torch.nn.Linear, and an ObservedLinear is one."""
+    model = calibrated(two_layers())
+    before = list(model)
+    torchao_quantize_(model, StaticQuantConfig(torch.uint8, step="prepare"))
+    assert all(a is b for a, b in zip(model, before, strict=True))
+
+
+def test_quantize_of_the_bridge_names_what_saw_nothing_and_changes_nothing() -> None:
+    model = calibrated(Branches())
+    with pytest.raises(CalibrationError, match=r"(?s)2 layers .*experts\.0: nothing.*experts\.1: nothing"):
+        bridge.quantize_(model, INT8)
+    assert isinstance(model.used, ObservedLinear)
+    bridge.quantize_(model, INT8, lambda module, name: name == "used")
+    assert isinstance(model.used, QuantizedLinear)
+    assert all(isinstance(expert, ObservedLinear) for expert in model.experts)
+
+
+def test_a_config_is_reusable_and_its_reference_form_is_the_reference_path() -> None:
+    config = StaticQuantConfig(torch.uint8, reference=True)
+    x = batches()
+    for _ in range(2):
+        model = calibrated(two_layers(), config, x)
+        bridge.convert_(model, config=config)
+        assert [layer.reference for layer in model if isinstance(layer, QuantizedLinear)] == [True, True]
+    assert hash(config) == hash(StaticQuantConfig(torch.uint8, reference=True))
+    assert config == StaticQuantConfig(torch.uint8, reference=True)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_cuda_model_keeps_its_output_through_the_short_way_and_max_autotune(dtype: torch.dtype) -> None:
+    model = two_layers().cuda()
+    x = batches(1, 256).cuda()[0]
+    expected = model(x)
+    bridge.convert_(calibrated(model, StaticQuantConfig(dtype), x[None]))
+    assert {b.device.type for b in model.buffers()} == {"cuda"}
+    compiled = torch.compile(model, mode="max-autotune")
+    with torch.no_grad():
+        for forward in (model, compiled):
+            assert compute_error(expected, forward(x)) > SQNR[dtype]
