@@ -105,7 +105,7 @@ class ObserverModule(Buffers):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = list(fsq.init(self.spec, (1,) * 8)) if not self._buffers else list(self._buffers)
+        names = list(self._buffers) or list(self.spec.observer.init((1,), torch.float32, None))
         found = [name for name in names if prefix + name in state_dict]
         if not found:
             return  # A checkpoint of the float model: the calibration stays as it is.
@@ -206,12 +206,7 @@ class ObservedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        for name, observer in (("act_obs", act_obs), ("weight_obs", weight_obs)):
-            if not isinstance(observer, ObserverModule):
-                raise TypeError(
-                    f"{name} is a {type(observer).__name__}; give an ObserverModule, "
-                    f"such as bridge.AffineQuantizedMinMaxObserver"
-                )
+        _check_observers(act_obs, weight_obs)
         check_static(act_obs.spec, in_features)
         weight_obs.spec.granularity.stat_shape((out_features, in_features))
         if not act_obs.state:
@@ -221,7 +216,15 @@ class ObservedLinear(nn.Linear):
 
     @classmethod
     def from_float(cls, float_linear: nn.Linear, act_obs: ObserverModule, weight_obs: ObserverModule) -> ObservedLinear:
-        """Return an observed layer that shares the parameters of `float_linear`."""
+        """Return an observed layer that shares the parameters of `float_linear`.
+
+        Raises:
+            TypeError: an observer is not an ObserverModule.
+            ValueError: a granularity does not apply, or the layer has hooks or a parametrization,
+                which would be lost.
+        """
+        _check_observers(act_obs, weight_obs)
+        _check_plain(float_linear)
         weight = float_linear.weight
         if act_obs.state:
             act_obs.to(weight.device)
@@ -249,6 +252,29 @@ class ObservedLinear(nn.Linear):
         """Record the weight as it is now, and nothing that it was before."""
         self.weight_obs.reset(tuple(self.weight.shape), self.weight.device)
         self.weight_obs(self.weight)
+
+
+def _check_observers(act_obs: object, weight_obs: object) -> None:
+    for name, observer in (("act_obs", act_obs), ("weight_obs", weight_obs)):
+        if not isinstance(observer, ObserverModule):
+            raise TypeError(
+                f"{name} is a {type(observer).__name__}; give an ObserverModule, "
+                f"such as bridge.AffineQuantizedMinMaxObserver"
+            )
+
+
+def _check_plain(linear: nn.Linear) -> None:
+    """Raise ValueError if a layer that takes the place of `linear` would do less than it."""
+    if nn.utils.parametrize.is_parametrized(linear):
+        raise ValueError(
+            "the weight is computed by a parametrization, which would be lost; "
+            "call torch.nn.utils.parametrize.remove_parametrizations first, or leave the layer out by filter_fn"
+        )
+    if "forward" in vars(linear):
+        raise ValueError("the layer has a forward of its own, which would be lost; leave the layer out by filter_fn")
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    if any(hooks):
+        raise ValueError("the layer has hooks, which would be lost; remove them first, or leave it out by filter_fn")
 
 
 def check_static(spec: fsq.QuantSpec, in_features: int) -> None:
@@ -315,8 +341,7 @@ def swap_(
 
     All are made before the first is put in place. A module used in two places is made once.
     """
-    if wanted(model, ""):
-        raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")
+    check_root(model, wanted, what)
     found = {name: module for name, module in model.named_modules(remove_duplicate=False) if wanted(module, name)}
     if not found:
         raise ValueError(f"no module of {type(model).__name__} is {what} that the filter takes; nothing was changed")
@@ -330,3 +355,9 @@ def swap_(
     for name, module in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(module)])
+
+
+def check_root(model: nn.Module, wanted: Callable[[nn.Module, str], bool], what: str) -> None:
+    """Raise ValueError if `model` itself would have to be replaced."""
+    if wanted(model, ""):
+        raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")

@@ -103,6 +103,7 @@ class QuantizedLinear(Buffers):
         return self
 
     @classmethod
+    @torch.inference_mode(False)  # Buffers made in inference mode could not be loaded into outside of it.
     def from_float(
         cls,
         linear: nn.Linear,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torchao.core.config import AOBaseConfig
-from torchao.quantization import quantize_ as torchao_quantize_
-from torchao.quantization.transform_module import register_quantize_module_handler
-from torchao.quantization.utils import compute_error
-
 import functional_sq as fsq
+
+with warnings.catch_warnings():
+    # On import, torchao 0.16 warns of its own moved modules.
+    warnings.simplefilter("ignore")
+    from torchao.core.config import AOBaseConfig
+    from torchao.quantization import quantize_ as torchao_quantize_
+    from torchao.quantization.transform_module import register_quantize_module_handler
+    from torchao.quantization.utils import compute_error
 
 __all__ = ["AOBaseConfig", "adopt", "compute_error", "register_quantize_module_handler", "torchao_quantize_"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import functional_sq as fsq
 from bridge.config import StaticQuantConfig, is_observed, observed_layer, quantized_layer
-from bridge.observed import ObservedLinear, ObserverModule, is_linear, swap_
+from bridge.observed import ObservedLinear, ObserverModule, check_root, is_linear, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 
 __all__ = ["calibrate", "convert_", "prepare_", "quantize_"]
@@ -139,6 +139,8 @@ def convert_(model: nn.Module, *, config: StaticQuantConfig | None = None, min_c
 weight=int8 symmetric PerAxis(axis=0), int8 product)
         )
     """
+    if min_count < 1:
+        raise ValueError(f"min_count={min_count}; it must be at least 1")
     _check_coverage(model, is_observed, min_count)
     swap_(model, is_observed, lambda layer, name: quantized_layer(config, layer), "a prepared layer")
     return model
@@ -172,6 +174,8 @@ def quantize_(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None =
         takes = filter_fn or (lambda module, name: True)
         step = is_linear if config.step == "prepare" else is_observed
         filter_fn = lambda module, name: step(module, name) and takes(module, _public(name))  # noqa: E731
+        what = "a torch.nn.Linear" if config.step == "prepare" else "a prepared layer"
+        check_root(model, filter_fn, what)
         if not any(filter_fn(module, name) for name, module in model.named_modules()):
             raise ValueError(
                 f"no layer of {type(model).__name__} is taken by step={config.step!r} and the filter; "

@@ -177,6 +177,7 @@ def check(spec: QuantSpec, state: State, *, min_count: int = 1) -> None:
         min_count: values that each scale must have seen.
 
     Raises:
+        ValueError: `min_count` is below 1.
         CalibrationError: nothing or too little was seen, or NaN or Inf was; the message says what,
             in how many blocks, and what to do.
 
@@ -190,5 +191,7 @@ def check(spec: QuantSpec, state: State, *, min_count: int = 1) -> None:
     """
     check_spec(spec)
     spec.observer.stat_shape(state)
+    if min_count < 1:
+        raise ValueError(f"min_count={min_count}; a range needs at least 1 value")
     if fault := spec.observer.fault(state, min_count):
         raise CalibrationError(fault)

@@ -323,13 +323,21 @@ def _integer_product(codes: Tensor, z_x: Tensor, weight: FoldedWeight) -> Tensor
 
 def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return `a @ b.T` of int8 codes `(M, K)` and `(N, K)`, exact in int32."""
-    if not a.is_cuda:
-        return torch._int_mm(a, b.t())
-    # cuBLASLt takes more than 16 rows, and K and N that are multiples of 8; zeros change no sum.
-    m, k, n = a.shape[0], a.shape[1], b.shape[0]
-    a = F.pad(a, (0, -k % 8, 0, max(0, 17 - m)))
-    b = F.pad(b, (0, -k % 8, 0, -n % 8))
-    return torch._int_mm(a, b.t())[:m, :n]
+    (m, k), n = a.shape, b.shape[0]
+    if a.is_cuda:
+        # cuBLASLt takes more than 16 rows, and K and N that are multiples of 8.
+        rows, inner, columns = max(m, 17), k + -k % 8, n + -n % 8
+    else:
+        # oneDNN reads a pitch off the stride of an axis of size 1, which torch leaves undefined, and
+        # then returns memory that nothing was written to (pytorch/pytorch#195066).
+        rows, inner, columns = (2 if size == 1 else size for size in (m, k, n))
+    return torch._int_mm(_zeros_to(a, rows, inner), _zeros_to(b, columns, inner).t())[:m, :n]
+
+
+def _zeros_to(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Return `x` with rows and columns of zeros added, which change no sum; `x` itself if there are none."""
+    m, k = x.shape
+    return x if (m, k) == (rows, columns) else F.pad(x, (0, columns - k, 0, rows - m))
 
 
 def _float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
