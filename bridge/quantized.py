@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class QuantizedLinear(Buffers):
     Attributes:
         act_scale, act_zero_point: `(1,)`, the input's quantization.
         weight_codes, weight_scale, weight_zero_point, weight_sum: a `functional_sq.FoldedWeight`.
+        product_scale, product_offset: a `functional_sq.Epilogue`, computed from these and not saved.
+            After writing to a buffer by hand, load the `state_dict` anew.
         qweight: the weight as AffineQuantizedTensor, with the codes of its spec.
 
     Example:
@@ -59,6 +62,8 @@ class QuantizedLinear(Buffers):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_sum: Tensor | None
+    product_scale: Tensor
+    product_offset: Tensor | None
 
     def __init__(
         self,
@@ -96,6 +101,14 @@ class QuantizedLinear(Buffers):
             for name, value in values._asdict().items():
                 # Contiguous and of its own: a state_dict must not save what a view was taken of.
                 self.register_buffer(f"{prefix}_{name}", None if value is None else value.detach().clone())
+        self._fold()
+
+    def _fold(self) -> None:
+        """Compute from the buffers what the product is scaled and shifted by; it is not saved."""
+        multiplied = self.weight_codes.dtype is not torch.int16 and self.weight_scale.shape[1] == 1
+        values = fsq.epilogue(self.act_spec, self.act_qparams, self.folded) if multiplied else fsq.Epilogue(None, None)
+        for name, value in values._asdict().items():
+            self.register_buffer(f"product_{name}", None if value is None else value.contiguous(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)
@@ -159,6 +172,16 @@ class QuantizedLinear(Buffers):
         qparams = observed.act_obs.calculate_qparams()
         return cls.from_float(observed, observed.act_obs.spec, qparams, observed.weight_obs.spec, reference=reference)
 
+    @torch.inference_mode(False)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._fold()
+
+    @property
+    def act_qparams(self) -> fsq.QParams:
+        """The input's scale and zero point."""
+        return fsq.QParams(self.act_scale, self.act_zero_point)
+
     @property
     def folded(self) -> fsq.FoldedWeight:
         """The weight in the form that is multiplied."""
@@ -199,12 +222,14 @@ class QuantizedLinear(Buffers):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        qp = fsq.QParams(self.act_scale, self.act_zero_point)
+        qp = self.act_qparams
         q = fsq.quantize(self.act_spec, x, qp)
         if self.reference:
             w = fsq.dequantize(self.weight_spec, *fsq.unfold(self.weight_spec, self.folded), dtype=x.dtype)
             return fsq.linear_reference(self.act_spec, q, qp, w, None if self.bias is None else self.bias.to(x.dtype))
-        return fsq.linear(self.act_spec, q, qp, self.folded, self.bias, dtype=x.dtype)
+        # A float64 model wants the scales' product in float64.
+        known = None if x.dtype is torch.float64 else fsq.Epilogue(self.product_scale, self.product_offset)
+        return fsq.linear(self.act_spec, q, qp, self.folded, self.bias, dtype=x.dtype, epilogue=known)
 
     def extra_repr(self) -> str:
         path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"

@@ -3,7 +3,7 @@
 from functional_sq.calibration import calc_qparams, check, init, merge, observe
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
-from functional_sq.linear import FoldedWeight, check_product, fold, linear, linear_reference, unfold
+from functional_sq.linear import Epilogue, FoldedWeight, check_product, epilogue, fold, linear, linear_reference, unfold
 from functional_sq.observer import MAX, MIN, SUM, Accumulator, CalibrationError, Observer, Reduction, State
 from functional_sq.observers.fixed import Fixed
 from functional_sq.observers.min_max import MinMax
@@ -18,6 +18,7 @@ __all__ = [
     "SUM",
     "Accumulator",
     "CalibrationError",
+    "Epilogue",
     "Fixed",
     "FoldedWeight",
     "Granularity",
@@ -38,6 +39,7 @@ __all__ = [
     "check",
     "check_product",
     "dequantize",
+    "epilogue",
     "fake_quantize",
     "fold",
     "from_range",

@@ -3,10 +3,10 @@
 With `x = s_x (q_x - z_x)` and `w = s_w (q_w - z_w)`, one output of a linear layer is
 
     s_x s_w sum_k (q_x - z_x) (q_w - z_w)
-        = s_x s_w [ (sum_k q_x q_w - z_x sum_k q_w) - z_w (sum_k q_x - K z_x) ]
+        = s_x s_w [ (sum_k q_x q_w - z_w sum_k q_x) - (z_x sum_k q_w - K z_x z_w) ]
 
-`sum_k q_x q_w` is an integer matrix product; `sum_k q_w` depends on the weight alone and is folded at
-conversion. The bracket is exact: in int32, and grouped as written no intermediate leaves int32 while
+`sum_k q_x q_w` is an integer matrix product; the second parenthesis, the offset, is known before the
+input is. The bracket is exact: in int32, and grouped as written no intermediate leaves int32 while
 `K <= 33025` (`K * 255**2 < 2**31`); a larger `K` is cut into pieces that are added in int64. Rounding
 starts with the conversion of the bracket to float32.
 
@@ -29,7 +29,7 @@ from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import dequantize
 from functional_sq.spec import QuantSpec, check_spec
 
-__all__ = ["FoldedWeight", "check_product", "fold", "linear", "linear_reference", "unfold"]
+__all__ = ["Epilogue", "FoldedWeight", "check_product", "epilogue", "fold", "linear", "linear_reference", "unfold"]
 
 _INT32_TERMS = (2**31 - 1) // 255**2
 """The largest K for which the corrected product stays in int32: 33025."""
@@ -161,6 +161,61 @@ use PerAxis(0) or PerTensor() for the weight, or the reference path
         )
 
 
+class Epilogue(NamedTuple):
+    """What turns a bare product of codes into real values, and does not depend on the activations.
+
+    Attributes:
+        scale: `s_x s_w`, output units per unit of the product; `(N,)`, or `(M, N)` for a scale a token.
+        offset: `z_x sum_k q_w - K z_x z_w`, what is subtracted from the product, shape of `scale`;
+            int32, above K = 33025 int64; None for float8.
+    """
+
+    scale: Tensor
+    offset: Tensor | None
+
+
+def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch.dtype = torch.float32) -> Epilogue:
+    """Fold the activations' scale and zero point, which static quantization knows before its input.
+
+    Args:
+        spec: the activations' quantization.
+        qp: scale and zero point of the activations, one for the tensor or for each token.
+        weight: `fold` of an `(N, K)` weight.
+        dtype: dtype of `Epilogue.scale`.
+
+    Returns:
+        what `linear(..., epilogue=)` takes.
+
+    Raises:
+        ValueError: a scale is not constant along K.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+        >>> qp = fsq.QParams(torch.tensor([[0.5]]), torch.tensor([[10]], dtype=torch.int32))
+        >>> weight = fsq.fold(spec, torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), qp)
+        >>> fsq.epilogue(spec, qp, weight)
+        Epilogue(scale=tensor([0.2500, 0.2500]), offset=tensor([-170, -130], dtype=torch.int32))
+    """
+    check_spec(spec)
+    n, k = weight.codes.shape
+    if weight.scale.shape[1] != 1:
+        raise ValueError(
+            f"the weight has scales of shape {tuple(weight.scale.shape)}; a product of codes needs one a row: "
+            f"use PerAxis(0) or PerTensor() for the weight, or linear_reference"
+        )
+    s_x, z_x = (_per_token(spec, value, k) for value in qp)
+    scale = s_x.to(dtype) * weight.scale.reshape(-1).to(dtype)
+    if weight.sum is None:
+        return Epilogue(scale.expand(*scale.shape[:-1], n), None)
+    exact = _accumulator(k)
+    z_x = z_x.to(exact) - _shift(spec)
+    offset = z_x * weight.sum.to(exact)
+    if weight.zero_point is not None:
+        offset = offset - weight.zero_point.reshape(-1) * (k * z_x)
+    return Epilogue(scale.expand(*scale.shape[:-1], n), offset)
+
+
 def linear(
     spec: QuantSpec,
     q: Tensor,
@@ -169,6 +224,7 @@ def linear(
     bias: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    epilogue: Epilogue | None = None,
     fast_accum: bool = False,
 ) -> Tensor:
     """Multiply the codes of activations with a folded weight.
@@ -183,6 +239,7 @@ def linear(
         weight: `fold` of an `(N, K)` weight.
         bias: `(N,)` or None, output units.
         dtype: dtype of the result.
+        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits.
         fast_accum: let a CUDA device add float8 products with fewer bits than float32 has; faster on
             Hopper, less exact. Other products stay as they are.
 
@@ -213,27 +270,29 @@ def linear(
         )
     if dtype not in REAL_DTYPES:
         raise TypeError(f"linear to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
-    if weight.scale.shape[1] != 1:
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
+    codes, _ = _operand(spec, q.reshape(-1, k))
+    if scale.ndim == 2 and scale.shape[0] != codes.shape[0]:
         raise ValueError(
-            f"the weight has scales of shape {tuple(weight.scale.shape)}; a product of codes needs one a row: "
-            f"use PerAxis(0) or PerTensor() for the weight, or linear_reference"
+            f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {codes.shape[0]} "
+            f"tokens; quantize and multiply with the same qp"
         )
-    weight_scale = weight.scale.reshape(-1)
-    codes, shift = _operand(spec, q.reshape(-1, k))
     if torch.int16 in (codes.dtype, weight.codes.dtype):
         raise ValueError("16-bit codes have no integer product; use at most 8 bits, or linear_reference")
     if codes.dtype.is_floating_point != weight.codes.dtype.is_floating_point:
         raise TypeError(f"activations of {spec.dtype} meet a weight of {weight.codes.dtype}; quantize both alike")
-    scale, zero_point = (_per_row(spec, value, q) for value in qp)
-    if weight.sum is None:
+    if offset is None:
         product = _float8_product(codes, weight.codes, fast_accum)
     else:
-        product = _integer_product(codes, _shifted(zero_point, shift), weight)
-    wide = torch.promote_types(dtype, torch.float32)
-    y = product.to(wide) * (scale.to(wide) * weight_scale.to(wide))
+        product = _integer_product(codes, weight) - offset
+    y = product.to(wide) * scale.to(wide)
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(dtype).reshape(*lead, n)
+
+
+_epilogue = epilogue  # `linear` has an argument of that name
 
 
 def linear_reference(
@@ -291,33 +350,34 @@ def _shifted(zero_point: Tensor, shift: int) -> Tensor:
     return zero_point.to(torch.int32) - shift
 
 
-def _per_row(spec: QuantSpec, value: Tensor, q: Tensor) -> Tensor:
-    """Return a statistic of the activations as a scalar or as `(M, 1)`."""
+def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:
+    """Return a statistic of the activations as `(1,)` or `(M, 1)`."""
     if value.numel() == 1:
-        return value.reshape(1, 1)
-    if check_stats(spec, "the activations' scale", value.shape, q.shape) != (*q.shape[:-1], 1):
+        return value.reshape(1)
+    if value.shape[-1] != 1 or spec.granularity.stat_shape((*value.shape[:-1], k)) != value.shape:
         raise ValueError(
-            f"{spec.granularity} gives activations of shape {tuple(q.shape)} scales of shape {tuple(value.shape)}; a "
-            f"product of codes needs one for the tensor or for each token; use PerTensor(), or linear_reference"
+            f"{spec.granularity} gives the activations scales of shape {tuple(value.shape)}; a product of codes "
+            f"needs one for the tensor or for each token; use PerTensor(), or linear_reference"
         )
     return value.reshape(-1, 1)
 
 
-def _integer_product(codes: Tensor, z_x: Tensor, weight: FoldedWeight) -> Tensor:
-    """Return sum_k (q_x - z_x) (q_w - z_w), exactly; `(M, N)` int32 or int64."""
+def _accumulator(k: int) -> torch.dtype:
+    return torch.int32 if k <= _INT32_TERMS else torch.int64
+
+
+def _integer_product(codes: Tensor, weight: FoldedWeight) -> Tensor:
+    """Return sum_k q_x (q_w - z_w), exactly; `(M, N)` int32 or int64."""
     k = codes.shape[1]
-    row_sum = weight.sum
-    assert row_sum is not None
     if k <= _INT32_TERMS:
         product = _int8_matmul(codes, weight.codes)
     else:
         cuts = tuple(range(_INT32_PRODUCTS, k, _INT32_PRODUCTS))
         pieces = (t.tensor_split(cuts, 1) for t in (codes, weight.codes))
         product = torch.stack([_int8_matmul(a, b).to(torch.int64) for a, b in zip(*pieces, strict=True)]).sum(0)
-    product = product - z_x * row_sum.to(product.dtype)
     if weight.zero_point is not None:
         token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
-        product = product - weight.zero_point.reshape(-1) * (token_sum - k * z_x)
+        product = product - weight.zero_point.reshape(-1) * token_sum
     return product
 
 

@@ -473,7 +473,7 @@ def test_no_float_copy_of_the_weight_remains(scheme: str) -> None:
     linear = nn.Linear(256, 64)
     layer = quantized(SCHEMES[scheme], linear)
     held = sum(b.untyped_storage().nbytes() for b in layer.buffers())
-    assert linear.weight.nbytes / 4 < held <= linear.weight.nbytes / 4 + 12 * 64 + 8
+    assert linear.weight.nbytes / 4 < held <= linear.weight.nbytes / 4 + 20 * 64 + 8
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 
 
