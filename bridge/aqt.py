@@ -17,7 +17,9 @@ and the block size is read off the two shapes.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+import pickle
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -86,6 +88,12 @@ class _Wrapper(Tensor):
         """Name the tensors inside; return also what is static, and apart from it the outer dtype."""
         raise NotImplementedError
 
+    def _stable_hash_for_caching(self) -> str:
+        """Name what a compiled graph depends on; torch's caches ask for it. A lambda cannot be named."""
+        names, context = self.__tensor_flatten__()
+        inner = [_cache_key(getattr(self, name)) for name in names]
+        return hashlib.sha256(pickle.dumps((type(self).__qualname__, inner, context))).hexdigest()
+
     def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> _Wrapper:
         """Return the tensor with `fn` applied to each tensor inside, and with another outer dtype."""
         raise NotImplementedError
@@ -101,9 +109,17 @@ class _Wrapper(Tensor):
         if requires_grad:
             raise ValueError(
                 f"requires_grad=True on an {type(self).__name__}: codes are not differentiable; "
-                f"use torch.nn.Parameter(weight, requires_grad=False)"
+                f"use torch.nn.Parameter(weight, requires_grad=False), and before load_state_dict(..., assign=True) "
+                f"model.requires_grad_(False)"
             )
         return self
+
+
+def _cache_key(t: Tensor) -> str:
+    if isinstance(t, _Wrapper):
+        return t._stable_hash_for_caching()
+    # As text: a size may be symbolic.
+    return f"{tuple(t.shape)} {t.stride()} {t.dtype} {t.device} {t.is_inference()}"
 
 
 class TensorImpl(NamedTuple):

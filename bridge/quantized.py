@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import functional_sq as fsq
-from bridge.aqt import AffineQuantizedTensor, static_activation, to_linear_activation_quantized
+from bridge.aqt import (
+    AffineQuantizedTensor,
+    LinearActivationQuantizedTensor,
+    static_activation,
+    to_linear_activation_quantized,
+)
 from bridge.buffers import Buffers
 from bridge.observed import ObservedLinear, check_static
 from functional_sq.formats import Float8
@@ -219,6 +225,8 @@ class QuantizedLinear(Buffers):
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias
+        # What print(model) shows; torch.nn.Linear does not look at its weight.
+        linear.extra_repr = MethodType(_repr_of_weight, linear)
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,11 +240,23 @@ class QuantizedLinear(Buffers):
         return fsq.linear(self.act_spec, q, qp, self.folded, self.bias, dtype=x.dtype, epilogue=known)
 
     def extra_repr(self) -> str:
+        bias = self.bias is not None
         path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
             f"activation={_summary(self.act_spec)}, weight={_summary(self.weight_spec)}, {path}"
         )
+
+
+def _repr_of_weight(linear: nn.Linear) -> str:
+    weight = linear.weight
+    kind = type(weight.data).__name__
+    if isinstance(weight, LinearActivationQuantizedTensor):
+        inner = weight.original_weight_tensor
+        assert isinstance(inner, AffineQuantizedTensor)
+        activation = _short(weight.quant_kwargs["target_dtype"])
+        kind = f"{kind}(activation={activation}, weight={_short(inner.target_dtype)} {inner.spec.granularity})"
+    return f"{nn.Linear.extra_repr(linear)}, weight={kind}"
 
 
 def _short(dtype: torch.dtype) -> str:
