@@ -43,11 +43,11 @@ def load() -> tuple[Any, torch.nn.Module]:
 
 
 def passages(count: int) -> list[str]:
-    """Return `count` passages of 60 to 90 words of the Python manual, spread over all its topics."""
+    """Return `count` passages of about 64 words of the Python manual, spread over all its topics."""
     found = []
     for _, text in sorted(topics.items()):
         words = re.sub(r"\s+", " ", text).split(" ")
-        found += [" ".join(words[i : i + 90]) for i in range(0, len(words) - 60, 90)]
+        found += [" ".join(words[i : i + 64]) for i in range(0, len(words) - 48, 64)]
     if len(found) < count:
         raise SystemExit(f"the manual of this Python has {len(found)} passages, {count} are needed")
     step = len(found) / count
@@ -103,6 +103,22 @@ def medians(calls: dict[str, Callable[[], object]], device: str, seconds: float)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def products(model: torch.nn.Module, rows: int, device: str) -> dict[str, Callable[[], object]]:
+    """Return the quantized layers' matrix products alone, in float32 and int8: what no wrapper can go below."""
+    shapes = [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, bridge.QuantizedLinear)]
+    codes = {
+        s: torch.randint(-128, 128, s, dtype=torch.int8, device=device)
+        for s in {*shapes, *((rows, k) for _, k in shapes)}
+    }
+    reals = {s: t.float() for s, t in codes.items()}
+
+    def each(multiply: Callable[..., object], operands: dict[tuple[int, int], torch.Tensor]) -> None:
+        for n, k in shapes:
+            multiply(operands[rows, k], operands[n, k].t())
+
+    return {"float32": partial(each, torch.mm, reals), "int8": partial(each, torch._int_mm, codes)}
+
+
 def quantized(model: torch.nn.Module, dtype: torch.dtype, tokenizer: Any, texts: list[str], device: str) -> Any:
     model = copy.deepcopy(model)
     bridge.prepare_(model, bridge.StaticQuantConfig(dtype), lambda module, name: name.startswith("encoder."))
@@ -134,7 +150,7 @@ def main() -> None:
 
     found = {name: embed(m, tokenizer, held_out, args.device) for name, m in models.items()}
     sizes = [1] if args.quick else [1, 32]
-    times = {}
+    times, alone = {}, {}
     for size in sizes:
         batch = dict(next(batches(tokenizer, held_out, size, args.device)))
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
@@ -143,12 +159,15 @@ def main() -> None:
             compiled = {name: torch.compile(m) for name, m in models.items()}
             calls = {name: partial(m, **batch) for name, m in compiled.items()}
             times[size] = medians(calls, args.device, seconds)
+            alone[size] = medians(products(models["int8"], size * TOKENS, args.device), args.device, seconds / 4)
 
     print(f"{'':16}{'cosine':>9}{'nearest-10':>12}" + "".join(f"{f'batch {s}':>12}{'speedup':>9}" for s in sizes))
     for name in models:
         cosine, overlap = quality(found[name], found["float32"])
         row = "".join(f"{times[s][name]:12.1f}{times[s]['float32'] / times[s][name]:8.2f}x" for s in sizes)
         print(f"{name:16}{cosine:9.4f}{overlap:12.3f}{row}")
+    row = "".join(f"{alone[s]['int8']:12.1f}{alone[s]['float32'] / alone[s]['int8']:8.2f}x" for s in sizes)
+    print(f"{'int8 products alone':37}{row}  (of the same products in float32)")
 
 
 def _cpu() -> str:
