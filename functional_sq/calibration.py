@@ -143,14 +143,15 @@ def calc_qparams(spec: QuantSpec, state: State) -> QParams:
     scale. `check(spec, state)` judges.
 
     Args:
-        spec: the quantization; may differ from the one that recorded in dtype, mapping and bounds.
+        spec: the quantization; may differ from the one that recorded in dtype, mapping and bounds,
+            and in its observer, where that reads what was recorded.
         state: what was recorded.
 
     Returns:
         QParams of the statistics' shape, in `spec.scale_dtype` and `spec.zero_point_dtype`.
 
     Raises:
-        ValueError: `state` is of another observer.
+        ValueError: `state` has not what the spec's observer reads.
 
     Source: `torchao.quantization.choose_qparams_affine_with_min_max`; the same bits.
 
@@ -163,7 +164,7 @@ def calc_qparams(spec: QuantSpec, state: State) -> QParams:
         (tensor([0.0100]), tensor([100], dtype=torch.int32))
     """
     check_spec(spec)
-    spec.observer.stat_shape(state)
+    spec.observer.stat_shape(state, exact=False)
     lo, hi = spec.observer.range(spec, state)
     return from_range(spec, lo, hi)
 
@@ -190,7 +191,7 @@ def check(spec: QuantSpec, state: State, *, min_count: int = 1) -> None:
         functional_sq.observer.CalibrationError: nothing was seen, at least 1 needed; calibrate with more data
     """
     check_spec(spec)
-    spec.observer.stat_shape(state)
+    spec.observer.stat_shape(state, exact=False)
     if min_count < 1:
         raise ValueError(f"min_count={min_count}; a range needs at least 1 value")
     if fault := spec.observer.fault(state, min_count):

@@ -75,15 +75,21 @@ MIN: Final = Reduction("min", torch.amin, torch.minimum, _highest)
 MAX: Final = Reduction("max", torch.amax, torch.maximum, _lowest)
 """The largest element; identity `-inf`."""
 SUM: Final = Reduction("sum", torch.sum, torch.add, lambda dtype: 0)
-"""The sum; identity 0. For integers only: a float sum depends on the order of its terms."""
+"""The sum; identity 0. Held in int64: a float sum depends on the order of its terms."""
 
 
 class Observer(abc.ABC):
     """What is recorded of a tensor and how the record is read as a range.
 
     Subclasses are frozen dataclasses (hashable, comparable, picklable); all that changes is in the
-    state. `functional_sq.testing.check_observer` runs the laws on one.
+    state, and each state has `count`: int64, the values that each scale has seen.
+    `functional_sq.testing.check_observer` runs the laws on one.
     """
+
+    @property
+    @abc.abstractmethod
+    def names(self) -> frozenset[str]:
+        """The keys of a state, `count` among them."""
 
     @abc.abstractmethod
     def init(self, stat_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> State:
@@ -99,11 +105,29 @@ class Observer(abc.ABC):
 
     @abc.abstractmethod
     def range(self, spec: QuantSpec, state: State) -> tuple[Tensor, Tensor]:
-        """Return the range `lo, hi` of each block that `spec` is to represent."""
+        """Return the range `lo, hi` of each block that `spec` is to represent.
 
-    @abc.abstractmethod
-    def stat_shape(self, state: State) -> tuple[int, ...]:
-        """Return the shape of the statistics in `state`."""
+        `state` has the keys in `names`; it may have more, recorded by another observer.
+        """
+
+    def stat_shape(self, state: State, *, exact: bool = True) -> tuple[int, ...]:
+        """Return the shape of the statistics in `state`; ValueError if it is not one of this observer.
+
+        Not `exact`: the state is to be read, not added to, and other keys do no harm.
+        """
+        remedy = "make a state with init(spec, shape)"
+        if not isinstance(state, dict) or not (state.keys() == self.names if exact else state.keys() >= self.names):
+            found = sorted(state) if isinstance(state, dict) else type(state).__name__
+            verb, remedy = ("records", remedy) if exact else ("reads", "record with an observer that has them")
+            raise ValueError(f"{self} {verb} {sorted(self.names)}, this state is {found}; {remedy}")
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"the state's {name} is a {type(value).__name__}, not a tensor; {remedy}")
+        shape = tuple(state["count"].shape)
+        for name, value in state.items():
+            if value.shape[: len(shape)] != shape:
+                raise ValueError(f"the state's {name} has shape {tuple(value.shape)} and its count {shape}; {remedy}")
+        return shape
 
     def fault(self, state: State, min_count: int) -> str | None:
         """Say what makes `state` unfit to choose a range from, or None. Reads the data."""
@@ -150,12 +174,21 @@ class Accumulator(Observer):
             measured[name] = reduction.reduce(values, dims) if dims else values
         return measured
 
+    def trailing(self, name: str) -> tuple[int, ...]:
+        """Return the axes that the statistic `name` has after those of its block: bins of a histogram."""
+        return ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.reductions) | {"count"}
+
     def init(self, stat_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> State:
-        state = {
-            name: torch.full(stat_shape, reduction.identity(dtype), dtype=dtype, device=device)
-            for name, reduction in self.reductions.items()
-        }
-        return state | {"count": torch.zeros(stat_shape, dtype=torch.int64, device=device)}
+        state = {}
+        for name, reduction in (*self.reductions.items(), ("count", SUM)):
+            kind = torch.int64 if reduction is SUM else dtype
+            shape = stat_shape + (() if name == "count" else self.trailing(name))
+            state[name] = torch.full(shape, reduction.identity(kind), dtype=kind, device=device)
+        return state
 
     def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
         count = state["count"]
@@ -174,23 +207,6 @@ class Accumulator(Observer):
     def merge(self, a: State, b: State) -> State:
         merged = {name: reduction.combine(a[name], b[name]) for name, reduction in self.reductions.items()}
         return merged | {"count": a["count"] + b["count"]}
-
-    def stat_shape(self, state: State) -> tuple[int, ...]:
-        expected = {*self.reductions, "count"}
-        remedy = "make a state with init(spec, shape)"
-        if not isinstance(state, dict) or state.keys() != expected:
-            found = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"{self} records {sorted(expected)}, this state is {found}; {remedy}")
-        for name, value in state.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"the state's {name} is a {type(value).__name__}, not a tensor; {remedy}")
-        shape = state["count"].shape
-        for name, value in state.items():
-            if value.shape[: len(shape)] != shape:
-                raise ValueError(
-                    f"the state's {name} has shape {tuple(value.shape)} and its count {tuple(shape)}; {remedy}"
-                )
-        return tuple(shape)
 
     def fault(self, state: State, min_count: int) -> str | None:
         count = state["count"]

@@ -51,6 +51,8 @@ REALS = "use one of torch.float32, torch.float64, torch.bfloat16, torch.float16"
 CONVERT = "convert it to one of float32, float64, bfloat16, float16"
 BELONGS = "use the granularity and the sizes it was made with, or reshape it"
 RECORDS = "MinMax() records ['count', 'max', 'min'], this state is "
+READS = "MinMax() reads ['count', 'max', 'min'], this state is "
+READ = "record with an observer that has them"
 MAKE = "make a state with init(spec, shape)"
 E4M3 = "torch.float8_e4m3fn"
 NO_CLIPPING = "mapping=MappingType.SYMMETRIC_NO_CLIPPING_ERR"
@@ -257,10 +259,10 @@ INVALID: dict[str, tuple[object, ...]] = {
     "from_range(tensor, 0.0, 1.0)": (TypeError, "from_range (lo) got a float", "give a tensor"),
     "from_range(tensor, x, x[0])": (ValueError, "shape (4, 8) and hi torch.float32 of shape (8,)", "two ends alike"),
     "from_range(tensor, x, x.double())": (ValueError, "hi torch.float64", "a range has two ends alike"),
-    "calc_qparams(tensor, {})": (ValueError, f"{RECORDS}[]", MAKE),
-    "calc_qparams(tensor, x)": (ValueError, f"{RECORDS}Tensor", MAKE),
-    "calc_qparams(fixed, seen)": (ValueError, "Fixed(lo=0.0, hi=1.0) records ['count']", MAKE),
-    "check(tensor, {})": (ValueError, f"{RECORDS}[]", MAKE),
+    "calc_qparams(tensor, {})": (ValueError, f"{READS}[]", READ),
+    "calc_qparams(tensor, x)": (ValueError, f"{READS}Tensor", READ),
+    "calc_qparams(tensor, init(fixed, x.shape))": (ValueError, f"{READS}['count']", READ),
+    "check(tensor, {})": (ValueError, f"{READS}[]", READ),
     "check(tensor, init(tensor, x.shape))": (fsq.CalibrationError, "nothing was seen", "calibrate with more data"),
     "check(channel, init(channel, x.shape))": (fsq.CalibrationError, "nothing was seen in 4 of 4 blocks", "calibrate"),
     "check(tensor, seen, min_count=33)": (fsq.CalibrationError, "only 32 values", "at least 33 needed", "more data"),
