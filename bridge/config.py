@@ -88,12 +88,23 @@ def observed_layer(config: StaticQuantConfig, linear: nn.Linear) -> ObservedLine
 
 
 def quantized_layer(config: StaticQuantConfig | None, observed: ObservedLinear) -> nn.Module:
-    """Return the quantized layer that `observed` becomes; None: a QuantizedLinear."""
+    """Return the quantized layer that `observed` becomes; None: a QuantizedLinear.
+
+    The observers say how it is quantized; a config that says another dtype is refused.
+    """
     if config is None:
         return QuantizedLinear.from_observed(observed)
-    if config.form == "tensor":
-        return QuantizedLinear.from_observed(observed, config.activation.dtype).as_linear()
-    return QuantizedLinear.from_observed(observed, config.activation.dtype, reference=config.reference)
+    for what, spec, observer in (
+        ("activations", config.activation, observed.act_obs),
+        ("weight", config.weight, observed.weight_obs),
+    ):
+        if spec.dtype is not observer.spec.dtype:
+            raise ValueError(
+                f"the config quantizes the {what} to {spec.dtype}, but they were observed for {observer.spec.dtype}; "
+                f"use the dtype that the observers were made with"
+            )
+    quantized = QuantizedLinear.from_observed(observed, reference=config.reference)
+    return quantized.as_linear() if config.form == "tensor" else quantized
 
 
 @register_quantize_module_handler(StaticQuantConfig)

@@ -417,7 +417,7 @@ def no_batches() -> Iterator[Tensor]:
         pytest.param(
             lambda: bridge.convert_(calibrated(two_layers()), config=StaticQuantConfig(torch.uint8)),
             ValueError,
-            "^0: target_dtype=torch.uint8, but the activations were observed for torch.int8; use the dtype",
+            "^0: the config quantizes the activations to torch.uint8, but they were observed for torch.int8; use the dtype",
             id="convert_(config of another dtype)",
         ),
         pytest.param(
@@ -540,3 +540,14 @@ def test_cuda_model_keeps_its_output_through_the_short_way_and_max_autotune(dtyp
     with torch.no_grad():
         for forward in (model, compiled):
             assert compute_error(expected, forward(x)) > SQNR[dtype]
+
+
+def test_activations_and_weights_of_two_dtypes() -> None:
+    config = StaticQuantConfig(torch.uint8, weight=fsq.QuantSpec(torch.int4, fsq.PerAxis(0)))
+    for convert in (lambda m: bridge.convert_(m, config=config), lambda m: bridge.quantize_(m, config)):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        bridge.prepare_(model, config)
+        bridge.calibrate(model, torch.randn(2, 16, 8))
+        convert(model)
+        assert model[0].act_spec.dtype is torch.uint8
+        assert model[0].weight_spec.dtype is torch.int4
