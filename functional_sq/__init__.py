@@ -5,8 +5,14 @@ from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
 from functional_sq.linear import Epilogue, FoldedWeight, check_product, epilogue, fold, linear, linear_reference, unfold
 from functional_sq.observer import MAX, MIN, SUM, Accumulator, CalibrationError, Observer, Reduction, State
+from functional_sq.observers.entropy import Entropy
 from functional_sq.observers.fixed import Fixed
+from functional_sq.observers.histogram import Histogram
 from functional_sq.observers.min_max import MinMax
+from functional_sq.observers.moving_average import MeanRange, MovingAverage
+from functional_sq.observers.mse import Mse
+from functional_sq.observers.percentile import Percentile
+from functional_sq.observers.skip_nonfinite import SkipNonfinite
 from functional_sq.qparams import MappingType, QParams, from_range
 from functional_sq.quantize import dequantize, fake_quantize, quantize
 from functional_sq.spec import QuantSpec
@@ -18,12 +24,17 @@ __all__ = [
     "SUM",
     "Accumulator",
     "CalibrationError",
+    "Entropy",
     "Epilogue",
     "Fixed",
     "FoldedWeight",
     "Granularity",
+    "Histogram",
     "MappingType",
+    "MeanRange",
     "MinMax",
+    "MovingAverage",
+    "Mse",
     "Observer",
     "PerAxis",
     "PerBlock",
@@ -31,9 +42,11 @@ __all__ = [
     "PerRow",
     "PerTensor",
     "PerToken",
+    "Percentile",
     "QParams",
     "QuantSpec",
     "Reduction",
+    "SkipNonfinite",
     "State",
     "calc_qparams",
     "check",

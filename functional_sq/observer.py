@@ -110,6 +110,11 @@ class Observer(abc.ABC):
         `state` has the keys in `names`; it may have more, recorded by another observer.
         """
 
+    @property
+    def table(self) -> Mapping[str, Reduction]:
+        """By which reduction each key of a state merges, `count` among them; empty if `merge` is no such table."""
+        return {}
+
     def stat_shape(self, state: State, *, exact: bool = True) -> tuple[int, ...]:
         """Return the shape of the statistics in `state`; ValueError if it is not one of this observer.
 
@@ -181,6 +186,11 @@ class Accumulator(Observer):
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self.reductions) | {"count"}
+
+    @property
+    def table(self) -> Mapping[str, Reduction]:
+        # A subclass with a merge of its own does not merge by the table.
+        return {**self.reductions, "count": SUM} if type(self).merge is Accumulator.merge else {}
 
     def init(self, stat_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> State:
         state = {}
