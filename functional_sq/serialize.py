@@ -117,7 +117,7 @@ def spec_from_json(text: str, *, classes: Iterable[type] = ()) -> QuantSpec:
         >>> spec_from_json('{"dtype": "int8", "granularity": {"class": "PerMoon"}}')  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: granularity: class 'PerMoon' is not known; known: Fixed, ...; give your own as classes=(PerMoon,)
+        ValueError: granularity: class 'PerMoon' is not known; known: ...; give your own as classes=(PerMoon,)
     """
     known = _known(classes)
     try:
