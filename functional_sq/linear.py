@@ -82,8 +82,8 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
     if q.ndim != 2:
         raise ValueError(f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in)")
     shape = check_stats(spec, "the weight's scale", qp.scale.shape, q.shape)
-    codes, shift = _operand(spec, q)
-    scale, zero_point = qp.scale.reshape(shape), _shifted(qp.zero_point, shift).reshape(shape)
+    codes, shift = _operand(spec, q), _shift(spec)
+    scale, zero_point = qp.scale.reshape(shape), qp.zero_point.to(torch.int32).reshape(shape) - shift
     if isinstance(spec.format, Float8):
         return FoldedWeight(codes.contiguous(), scale, None, None)
     fixed = _fixed_zero_point(spec)
@@ -272,7 +272,7 @@ def linear(
         raise TypeError(f"linear to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
     wide = torch.promote_types(dtype, torch.float32)
     scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
-    codes, _ = _operand(spec, q.reshape(-1, k))
+    codes = _operand(spec, q.reshape(-1, k))
     if scale.ndim == 2 and scale.shape[0] != codes.shape[0]:
         raise ValueError(
             f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {codes.shape[0]} "
@@ -336,18 +336,14 @@ def _fixed_zero_point(spec: QuantSpec) -> int | None:
     return None if spec.mapping is MappingType.ASYMMETRIC else int((qmax + qmin + 1) / 2)
 
 
-def _operand(spec: QuantSpec, q: Tensor) -> tuple[Tensor, int]:
-    """Return codes as a device multiplies them, and what was subtracted from them."""
+def _operand(spec: QuantSpec, q: Tensor) -> Tensor:
+    """Return codes as a device multiplies them: less `_shift(spec)`."""
     if q.dtype is not spec.format.storage:
         raise TypeError(f"got codes of {q.dtype}; those of {spec.dtype} are held as {spec.format.storage}")
     if q.dtype is not torch.uint8:
-        return q, 0
+        return q
     # Flipping the top bit subtracts 128 and reads the byte as two's complement.
-    return (q ^ 128 if _shift(spec) else q).view(torch.int8), _shift(spec)
-
-
-def _shifted(zero_point: Tensor, shift: int) -> Tensor:
-    return zero_point.to(torch.int32) - shift
+    return (q ^ 128 if _shift(spec) else q).view(torch.int8)
 
 
 def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:
