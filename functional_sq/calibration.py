@@ -179,8 +179,9 @@ def check(spec: QuantSpec, state: State, *, min_count: int = 1) -> None:
 
     Raises:
         ValueError: `min_count` is below 1.
-        CalibrationError: nothing or too little was seen, or NaN or Inf was; the message says what,
-            in how many blocks, and what to do.
+        CalibrationError: nothing or too little was seen, NaN or Inf was, or zeros alone (in every
+            block: a dead channel among others is data); the message says what, in how many blocks,
+            and what to do.
 
     Example:
         >>> import torch, functional_sq as fsq

@@ -13,6 +13,8 @@ and `merge`, so the laws hold by construction:
 from __future__ import annotations
 
 import abc
+import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -76,6 +78,31 @@ MAX: Final = Reduction("max", torch.amax, torch.maximum, _lowest)
 """The largest element; identity `-inf`."""
 SUM: Final = Reduction("sum", torch.sum, torch.add, lambda dtype: 0)
 """The sum; identity 0. Held in int64: a float sum depends on the order of its terms."""
+
+
+def extremes(x: Tensor, dims: tuple[int, ...], keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value over `dims` of `x` where `keep`; a NaN is both.
+
+    Each case is the one that took least time: a whole tensor in one pass instead of two (0.43 ms for
+    4096 x 1024 float32 values, 0.58 ms for two), and over all axes but the last, compiled, sixteen
+    rows at once (0.50 ms, where one column at a time takes 0.78).
+    """
+    lo = hi = x
+    if keep is not None:
+        # Where a whole vector counts or does not (a token), its ends are masked, not its elements.
+        whole = tuple(d for d in dims if keep.shape[d] < x.shape[d])
+        if whole:
+            lo, hi = torch.amin(x, whole, keepdim=True), torch.amax(x, whole, keepdim=True)
+        lo, hi = lo.masked_fill(~keep, MIN.identity(x.dtype)), hi.masked_fill(~keep, MAX.identity(x.dtype))
+    elif len(dims) == x.ndim:
+        return torch.aminmax(x)
+    elif dims == tuple(range(x.ndim - 1)) and torch.compiler.is_compiling():
+        rows = x.reshape(-1, x.shape[-1])
+        n = -(-rows.shape[0] // 16)
+        # The runs may overlap: seeing a value twice changes neither end.
+        runs = [rows.narrow(0, min(i * n, rows.shape[0] - n), n) for i in range(16)]
+        lo, hi, dims = functools.reduce(torch.minimum, runs), functools.reduce(torch.maximum, runs), (0,)
+    return (torch.amin(lo, dims), torch.amax(hi, dims)) if dims else (lo, hi)
 
 
 class Observer(abc.ABC):
@@ -170,7 +197,10 @@ class Accumulator(Observer):
         return {}
 
     def measure(self, x: Tensor, dims: tuple[int, ...], keep: Tensor | None) -> State:
-        """Return the statistics of one batch, reduced over `dims` of `x` where `keep`."""
+        """Return the statistics of one batch, reduced over `dims` of `x` where `keep`.
+
+        `keep` is bool, of the rank of `x`, and broadcasts to its shape.
+        """
         measured = {}
         for name, values in self.elements(x).items():
             reduction = self.reductions[name]
@@ -206,12 +236,17 @@ class Accumulator(Observer):
         if keep is None:
             seen = torch.full_like(count, x.numel() // count.numel())
         else:
-            keep = keep.expand(x.shape).reshape(view.shape)
-            seen = keep.sum(dims) if dims else keep.to(count.dtype)
+            if view.ndim != x.ndim:
+                keep = keep.expand(x.shape).reshape(view.shape)
+            # Each entry of `keep` stands for as many values as it is broadcast to.
+            alike = math.prod([view.shape[d] for d in dims if keep.shape[d] != view.shape[d]])
+            seen = (keep.sum(dims, keepdim=True) if dims else keep.to(count.dtype)) * alike
+            seen = seen.expand([1 if d in dims else n for d, n in enumerate(view.shape)])
         batch = {"count": seen.reshape(count.shape)}
         for name, value in self.measure(view, dims, keep).items():
+            value = value.reshape(state[name].shape).to(state[name].dtype)
             # Adding 0 turns -0.0 into 0.0: which of the two a minimum returns depends on the order.
-            batch[name] = value.reshape(state[name].shape).to(state[name].dtype) + 0
+            batch[name] = value + 0 if value.is_floating_point() else value
         return self.merge(state, batch)
 
     def merge(self, a: State, b: State) -> State:
@@ -225,13 +260,18 @@ class Accumulator(Observer):
         if bool(few.any()):
             seen = "nothing was seen" if int(count.max()) == 0 else f"only {int(count.min())} values were seen"
             return f"{seen}{blocks.format(int(few.sum()))}, at least {min_count} needed; calibrate with more data"
-        for name in self.reductions:
-            value = state[name]
-            if value.is_floating_point() and not bool(value.isfinite().all()):
+        real = {name: state[name] for name in self.reductions if state[name].is_floating_point()}
+        for name, value in real.items():
+            if not bool(value.isfinite().all()):
                 kind = "NaN" if bool(value.isnan().any()) else "Inf"
                 bad = int((~value.isfinite()).sum())
                 return (
                     f"{kind} was seen ({name}{blocks.format(bad)}); remove such values from the calibration data, "
                     f"or leave them out with observe(..., mask=)"
                 )
+        if real and not any(bool(value.any()) for value in real.values()):
+            return (
+                "only zeros were seen, and a scale chosen from them clips every other value; "
+                "calibrate with data that is not all zero here"
+            )
         return None

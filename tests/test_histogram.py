@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch._dynamo.testing import CompileCounter
 
 import functional_sq as fsq
-from functional_sq.observers.histogram import Histogram
+from functional_sq.observers.histogram import _CHUNK, Histogram
 from functional_sq.observers.percentile import Percentile
 
 Array = NDArray[np.generic]
@@ -52,7 +52,8 @@ def counts_of(x: Array, bins: Bins) -> Array:
     """Count with numpy.histogram; each sign apart, for its bins are closed on the left and these towards zero."""
     edges = edges_of(bins)
     least, end, half = 2.0 ** bins[0], 2.0 ** bins[1], len(edges) // 2 - 1
-    x = x.astype(np.float64).reshape(-1)
+    with np.errstate(invalid="ignore"):
+        x = x.astype(np.float64).reshape(-1)
     x = np.clip(x[~np.isnan(x)], np.nextafter(-end, 0), np.nextafter(end, 0))
     positive = np.histogram(x[x >= least], edges[half + 1 :])[0]
     negative = np.histogram(-x[x <= -least], edges[half + 1 :])[0]
@@ -254,9 +255,31 @@ def test_generated_code_counts_the_same() -> None:
         assert torch.equal(compiled["histogram"], observe(x)["histogram"])
 
 
-def test_the_operator_is_registered_right() -> None:
+def test_the_operators_are_registered_right() -> None:
     samples = (torch.tensor([0, 3, 3, 5, 4], dtype=torch.int32), 5)
-    torch.library.opcheck(torch.ops.functional_sq.count_bins.default, samples)
+    torch.library.opcheck(torch.ops.functional_sq.bincount.default, samples)
+    x = torch.tensor([[0.5, -1.0, float("nan")], [1.0, 7.0, -0.0]])
+    for keep in (None, x > 0):
+        torch.library.opcheck(torch.ops.functional_sq.count_bins.default, (x, keep, -1, 2, 1))
+
+
+@pytest.mark.parametrize("bins", BINS, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_tensor_of_many_chunks_is_counted_whole(bins: Bins, dtype: type[np.floating]) -> None:
+    """Three chunks, the last one short; Inf and a NaN whose first digits are those of Inf in each."""
+    n = 2 * _CHUNK + 12345
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal(n) * np.exp2(rng.integers(-40, 40, n))).astype(dtype)
+    x[:: _CHUNK // 3] = np.inf
+    x[1 :: _CHUNK // 3] = -np.inf
+    whole = np.int32 if dtype is np.float32 else np.int64
+    x.view(whole)[2 :: _CHUNK // 3] = np.array([np.inf], dtype).view(whole)[0] + 1
+    assert np.isnan(x).sum() == 7
+    keep = rng.random(n) < 0.7
+    state = recorded(observer_of(bins), torch.from_numpy(x))
+    assert np.array_equal(state["histogram"].numpy().reshape(-1), counts_of(x, bins))
+    masked = recorded(observer_of(bins), torch.from_numpy(x), mask=torch.from_numpy(keep))
+    assert np.array_equal(masked["histogram"].numpy().reshape(-1), counts_of(x[keep], bins))
 
 
 def test_memory_is_what_the_docstring_says() -> None:

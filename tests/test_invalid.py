@@ -266,6 +266,11 @@ INVALID: dict[str, tuple[object, ...]] = {
     "check(tensor, init(tensor, x.shape))": (fsq.CalibrationError, "nothing was seen", "calibrate with more data"),
     "check(channel, init(channel, x.shape))": (fsq.CalibrationError, "nothing was seen in 4 of 4 blocks", "calibrate"),
     "check(tensor, seen, min_count=33)": (fsq.CalibrationError, "only 32 values", "at least 33 needed", "more data"),
+    "check(tensor, observe(tensor, init(tensor, x.shape), x * 0))": (
+        fsq.CalibrationError,
+        "only zeros were seen",
+        "calibrate with data that is not all zero",
+    ),
     "check(channel, observe(channel, seen_channel, x / 0))": (
         fsq.CalibrationError,
         "was seen (min in 3 of 4 blocks)",
@@ -371,3 +376,32 @@ def test_a_valid_call_is_not_refused() -> None:
     for call in ("observe(tensor, seen, x)", "quantize(channel, x, qp_channel)", "dequantize(tensor, q, qp)"):
         eval(call, {**vars(fsq), **names})
     assert frozen(names) == frozen(arguments())
+
+
+@pytest.mark.parametrize(
+    "observer",
+    [
+        fsq.MinMax(),
+        fsq.MovingAverage(),
+        fsq.MeanRange(),
+        fsq.Histogram(),
+        fsq.Percentile(),
+        fsq.Mse(),
+        fsq.Entropy(),
+        fsq.SkipNonfinite(fsq.MinMax()),
+    ],
+    ids=repr,
+)
+def test_a_constant_zero_is_refused_and_a_dead_channel_among_others_is_not(observer: fsq.Observer) -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerAxis(-1), observer=observer)
+    x = torch.zeros(4, 3)
+    state = fsq.observe(spec, fsq.init(spec, x.shape), x)
+    with pytest.raises(fsq.CalibrationError, match=r"only zeros were seen.*calibrate with data"):
+        fsq.check(spec, state)
+    x[2, 1] = -1e-30
+    fsq.check(spec, fsq.observe(spec, state, x))
+
+
+def test_a_fixed_range_needs_no_data() -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Fixed(0.0, 0.0))
+    fsq.check(spec, fsq.init(spec, (3,)))

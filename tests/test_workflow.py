@@ -234,6 +234,21 @@ def test_nan_and_inf_in_a_weight_are_named_with_a_remedy(bad: float) -> None:
         bridge.convert_(model)
 
 
+def test_an_input_of_zeros_is_named_and_a_weight_of_zeros_is_exact() -> None:
+    model = two_layers()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.fill_(-1.0)  # behind the ReLU nothing is left
+    x = batches()
+    with pytest.raises(CalibrationError, match=r"1 layers cannot.*\n  2: only zeros were seen.*calibrate with data"):
+        bridge.convert_(calibrated(model, data=x))
+    with torch.no_grad():
+        model[0].bias.fill_(0.5)
+    model[2].act_obs.reset((32,))
+    expected = model(x[0])
+    assert compute_error(expected, bridge.convert_(model)(x[0])) > 40
+
+
 def test_min_count_is_what_each_scale_must_have_seen() -> None:
     model = calibrated(two_layers(), data=batches(1, 2))
     with pytest.raises(CalibrationError, match="0: only 32 values were seen, at least 33 needed; calibrate with more"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from functional_sq.observer import MAX, MIN, Accumulator, State
+from functional_sq.observer import MAX, MIN, Accumulator, State, extremes
 
 if TYPE_CHECKING:
     from functional_sq.spec import QuantSpec
@@ -35,8 +34,9 @@ class MinMax(Accumulator):
 
     reductions = {"min": MIN, "max": MAX}
 
-    def elements(self, x: Tensor) -> Mapping[str, Tensor]:
-        return {"min": x, "max": x}
+    def measure(self, x: Tensor, dims: tuple[int, ...], keep: Tensor | None) -> State:
+        lo, hi = extremes(x, dims, keep)
+        return {"min": lo, "max": hi}
 
     def range(self, spec: QuantSpec, state: State) -> tuple[Tensor, Tensor]:
         return state["min"], state["max"]
