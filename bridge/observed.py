@@ -29,7 +29,8 @@ class ObserverModule(Buffers):
     Attributes:
         spec: as given.
         mask: bool tensor of the leading axes of the tensors to come, True where they count, or None.
-            Tensors whose leading axes differ from it are recorded whole.
+            It also fits tensors in which these axes are one (tokens of all sequences in a row);
+            others are recorded whole.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -72,7 +73,7 @@ class ObserverModule(Buffers):
             self.reset(tuple(x.shape), x.device)
         mask = self.mask
         if mask is not None and mask.shape != x.shape[: mask.ndim]:
-            mask = None
+            mask = mask.reshape(-1) if x.shape[:1] == (mask.numel(),) else None
         write(self, fsq.observe(self.spec, self.state, x, mask=mask))
         return x
 
@@ -346,15 +347,41 @@ def swap_(
     if not found:
         raise ValueError(f"no module of {type(model).__name__} is {what} that the filter takes; nothing was changed")
     made: dict[int, nn.Module] = {}
+    errors: dict[str, ValueError | TypeError] = {}
     for name, module in found.items():
         if id(module) not in made:
             try:
                 made[id(module)] = make(module, name)
             except (ValueError, TypeError) as error:
-                raise type(error)(f"{name}: {error}") from error
+                errors[name] = error
+    if errors:
+        first = next(iter(errors.values()))
+        told = [f"{name}: {error}" for name, error in errors.items()]
+        raise type(first)("\n  ".join([f"{len(told)} layers cannot be replaced:", *told] if told[1:] else told)) from first
     for name, module in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(module)])
+    _choose_paths(model)
+
+
+_FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+"""What torch's encoder looks at before it hands the parameters of its layers, in eval mode, to one fused
+operator; the layers themselves are then not called."""
+
+
+def _choose_paths(model: nn.Module) -> None:
+    """Make encoders call the layers that this package put into them, and only those."""
+    for module in model.modules():
+        flag = next((flag for kind, flag in _FAST_PATHS.items() if isinstance(module, kind)), None)
+        if flag is None:
+            continue
+        ours, kept = any(isinstance(m, Buffers) for m in module.modules()), f"_float_{flag}"
+        if ours and not hasattr(module, kept):
+            setattr(module, kept, getattr(module, flag))
+            setattr(module, flag, False)
+        elif not ours and hasattr(module, kept):
+            setattr(module, flag, getattr(module, kept))
+            delattr(module, kept)
 
 
 def check_root(model: nn.Module, wanted: Callable[[nn.Module, str], bool], what: str) -> None:
