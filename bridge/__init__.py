@@ -8,14 +8,15 @@ from bridge.aqt import (
     to_affine_quantized_intx_static,
     to_linear_activation_quantized,
 )
-from bridge.config import StaticQuantConfig
+from bridge.config import PRESETS, StaticQuantConfig
 from bridge.observed import AffineQuantizedMinMaxObserver, ObservedLinear, ObserverModule, insert_observers_
 from bridge.quantized import QuantizedLinear
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
-from bridge.workflow import calibrate, convert_, prepare_, quantize_
+from bridge.workflow import calibrate, convert_, prepare_, quantize_, unprepare_
 from functional_sq import CalibrationError, MappingType, PerAxis, PerGroup, PerRow, PerTensor, PerToken
 
 __all__ = [
+    "PRESETS",
     "AOBaseConfig",
     "AffineQuantizedMinMaxObserver",
     "AffineQuantizedTensor",
@@ -42,4 +43,5 @@ __all__ = [
     "to_affine_quantized_floatx_static",
     "to_affine_quantized_intx_static",
     "to_linear_activation_quantized",
+    "unprepare_",
 ]

@@ -1,27 +1,35 @@
-"""One configuration of static quantization, and what torchao's `quantize_` does with it."""
+"""One configuration of static quantization: which layers, how, and what torchao's `quantize_` does with it."""
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 
 import functional_sq as fsq
-from bridge.observed import ObservedLinear, ObserverModule, is_linear
-from bridge.quantized import QuantizedLinear
+from bridge.observed import Observed, ObserverModule, observed_type
+from bridge.quantized import Quantized
 from bridge.torchao import AOBaseConfig, register_quantize_module_handler
+from functional_sq.serialize import spec_from_json, spec_to_json
 
-__all__ = ["StaticQuantConfig"]
+__all__ = ["PRESETS", "StaticQuantConfig"]
+
+Rules = tuple[tuple["str | type[nn.Module]", "StaticQuantConfig | None"], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StaticQuantConfig(AOBaseConfig):
-    """How the linear layers of a model are quantized; frozen and reusable.
+    """How the layers of a model are quantized; frozen and reusable.
 
     Used by `prepare_` and `convert_`, and by `quantize_` (torchao's or the bridge's), which applies
-    one step of it to each layer that its filter takes.
+    one step of it to each layer that its filter takes. Prints as the call that makes it.
 
     Args:
         dtype: quantized dtype. It gives the defaults of `activation` and `weight`: per-tensor
@@ -36,6 +44,9 @@ class StaticQuantConfig(AOBaseConfig):
             `torch.nn.Linear` whose weight is a tensor subclass.
         reference: dequantize and multiply floats, as AffineQuantizedTensor did; slow, and takes any
             format and granularity.
+        rules: exceptions, a dict or pairs; the first that fits a layer decides. A key is a name
+            pattern (`fnmatch`: `"encoder.*.query"`, `"lm_head"`) or a module class; a value is
+            another StaticQuantConfig without rules, or None: the layer stays in float.
 
     Raises:
         TypeError, ValueError: an argument is not of its kind, or the combination cannot work.
@@ -45,6 +56,8 @@ class StaticQuantConfig(AOBaseConfig):
         >>> from bridge import StaticQuantConfig
         >>> StaticQuantConfig(torch.uint8).activation
         QuantSpec(torch.uint8, PerTensor(), mapping=MappingType.ASYMMETRIC)
+        >>> StaticQuantConfig(torch.int8, rules={"lm_head": None, "*.fc2": StaticQuantConfig(torch.float8_e4m3fn)})
+        StaticQuantConfig(torch.int8, rules={'lm_head': None, '*.fc2': StaticQuantConfig(torch.float8_e4m3fn)})
     """
 
     dtype: torch.dtype
@@ -53,15 +66,10 @@ class StaticQuantConfig(AOBaseConfig):
     weight: fsq.QuantSpec = field(default=None, kw_only=True)  # type: ignore[assignment]
     form: Literal["module", "tensor"] = field(default="module", kw_only=True)
     reference: bool = field(default=False, kw_only=True)
+    rules: Rules = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        unsigned = fsq.QuantSpec(self.dtype, fsq.PerTensor()).bounds[0] == 0
-        integer = not self.dtype.is_floating_point
-        asymmetric, symmetric = fsq.MappingType.ASYMMETRIC, fsq.MappingType.SYMMETRIC
-        for name, default in (
-            ("activation", fsq.QuantSpec(self.dtype, fsq.PerTensor(), mapping=asymmetric if integer else symmetric)),
-            ("weight", fsq.QuantSpec(self.dtype, fsq.PerAxis(0), mapping=asymmetric if unsigned else symmetric)),
-        ):
+        for name, default in _default_specs(self.dtype).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
             elif not isinstance(getattr(self, name), fsq.QuantSpec):
@@ -73,27 +81,183 @@ class StaticQuantConfig(AOBaseConfig):
             raise ValueError(
                 "form='tensor' with reference=True: the tensor subclass multiplies codes; use form='module'"
             )
+        # Pairs, not the dict: a config is hashable, and the caller may change the dict.
+        pairs = self.rules.items() if isinstance(self.rules, Mapping) else self.rules
+        object.__setattr__(self, "rules", tuple(_rule(pair) for pair in pairs))
+
+    def of(self, module: nn.Module, name: str) -> StaticQuantConfig | None:
+        """Return the config of one layer: that of the first rule that fits it, or this one.
+
+        Args:
+            module: the layer; a rule's class fits its subclasses too.
+            name: its name in the model.
+
+        Returns:
+            a config without rules, or None for a layer that stays in float.
+
+        Example:
+            >>> import torch, bridge
+            >>> config = bridge.StaticQuantConfig(torch.int8, rules={"head.*": None})
+            >>> config.of(torch.nn.Linear(2, 2), "body.0"), config.of(torch.nn.Linear(2, 2), "head.0")
+            (StaticQuantConfig(torch.int8), None)
+        """
+        for key, config in self.rules:
+            fits = fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key)
+            if fits:
+                return config
+        return dataclasses.replace(self, rules=()) if self.rules else self
+
+    def __repr__(self) -> str:
+        default = StaticQuantConfig(self.dtype)
+        shown = [repr(self.dtype)]
+        for f in dataclasses.fields(self)[1:]:
+            value = getattr(self, f.name)
+            if value == getattr(default, f.name):
+                continue
+            text = repr(value)
+            if f.name == "rules":
+                text = "{" + ", ".join(f"{_key(key)}: {config!r}" for key, config in value) + "}"
+            shown.append(f"{f.name}={text}")
+        return f"StaticQuantConfig({', '.join(shown)})"
+
+    def to_json(self) -> str:
+        """Write the config as one line of JSON, keys sorted; `from_json` reads an equal one.
+
+        Raises:
+            TypeError: a spec has no JSON, as in `functional_sq.serialize.spec_to_json`.
+
+        Example:
+            >>> import torch, bridge
+            >>> config = bridge.StaticQuantConfig(torch.int8, rules={torch.nn.Conv2d: None})
+            >>> bridge.StaticQuantConfig.from_json(config.to_json()) == config
+            True
+        """
+        return json.dumps(_plain(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, *, classes: Iterable[type] = ()) -> StaticQuantConfig:
+        """Read a config that `to_json` wrote.
+
+        Args:
+            text: the JSON.
+            classes: your own module, observer and granularity classes that `text` names. Nothing is
+                imported because a text says so; those of `torch.nn` are known.
+
+        Raises:
+            ValueError: `text` is not such JSON, or names what is not known.
+        """
+        classes = tuple(classes)
+        modules = {_key(c): c for c in classes if issubclass(c, nn.Module)}
+        values = tuple(c for c in classes if not issubclass(c, nn.Module))
+        try:
+            return _config(json.loads(text), modules, values)
+        except (TypeError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as e:
+            raise ValueError(f"not the JSON of a StaticQuantConfig ({e!r}); give what to_json() returned") from e
 
 
-def is_observed(module: nn.Module, name: str) -> bool:
-    """Say whether `module` is a layer with observers in."""
-    return isinstance(module, ObservedLinear)
+def _default_specs(dtype: torch.dtype) -> dict[str, fsq.QuantSpec]:
+    asymmetric, symmetric = fsq.MappingType.ASYMMETRIC, fsq.MappingType.SYMMETRIC
+    unsigned = fsq.QuantSpec(dtype, fsq.PerTensor()).bounds[0] == 0
+    act = symmetric if dtype.is_floating_point else asymmetric
+    return {
+        "activation": fsq.QuantSpec(dtype, fsq.PerTensor(), mapping=act),
+        "weight": fsq.QuantSpec(dtype, fsq.PerAxis(0), mapping=asymmetric if unsigned else symmetric),
+    }
 
 
-def observed_layer(config: StaticQuantConfig, linear: nn.Linear) -> ObservedLinear:
-    """Return `linear` with the observers of `config`, sharing its parameters."""
+def _rule(pair: Any) -> tuple[str | type[nn.Module], StaticQuantConfig | None]:
+    """Return a rule, or raise for what is none."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"rules has {pair!r}; give a dict of pattern or module class to config or None")
+    key, config = pair
+    if not (isinstance(key, str) or (isinstance(key, type) and issubclass(key, nn.Module))):
+        raise TypeError(f"rules has the key {key!r}; give a name pattern such as 'encoder.*', or a module class")
+    if config is not None and not isinstance(config, StaticQuantConfig):
+        raise TypeError(f"rules has {config!r} for {_key(key)}; give a StaticQuantConfig, or None for float")
+    if config is not None and config.rules:
+        raise ValueError(f"the rule for {_key(key)} has rules itself; put them into the outer ones, before it")
+    return key, config
+
+
+def _key(key: str | type) -> str:
+    """Return a rule's key as it is written."""
+    if isinstance(key, str):
+        return repr(key)
+    short = f"torch.nn.{key.__name__}"
+    return short if getattr(nn, key.__name__, None) is key else f"{key.__module__}.{key.__qualname__}"
+
+
+def _plain(config: StaticQuantConfig | None) -> dict[str, Any] | None:
+    if config is None:
+        return None
+    return {
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "step": config.step,
+        "activation": json.loads(spec_to_json(config.activation)),
+        "weight": json.loads(spec_to_json(config.weight)),
+        "form": config.form,
+        "reference": config.reference,
+        "rules": [[{"name": k} if isinstance(k, str) else {"class": _key(k)}, _plain(v)] for k, v in config.rules],
+    }
+
+
+def _config(plain: Any, modules: Mapping[str, type], classes: tuple[type, ...]) -> StaticQuantConfig:
+    given = dict(plain)
+    dtype = getattr(torch, given.pop("dtype"))
+    for name in ("activation", "weight"):
+        given[name] = spec_from_json(json.dumps(given[name]), classes=classes)
+    rules = []
+    for key, config in given.pop("rules"):
+        where = key["name"] if "name" in key else _module_class(key["class"], modules)
+        rules.append((where, None if config is None else _config(config, modules, classes)))
+    return StaticQuantConfig(dtype, rules=tuple(rules), **given)
+
+
+def _module_class(name: str, known: Mapping[str, type]) -> type[nn.Module]:
+    found = known.get(name) or getattr(nn, name.removeprefix("torch.nn."), None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"the module class {name} is not known; give it as classes=({name.rpartition('.')[2]},)")
+    return found
+
+
+PRESETS: Final = MappingProxyType(
+    {
+        "int8": StaticQuantConfig(torch.int8),
+        "int8_symmetric": StaticQuantConfig(torch.int8, activation=fsq.QuantSpec(torch.int8, fsq.PerTensor())),
+        "uint8": StaticQuantConfig(torch.uint8),
+        "float8": StaticQuantConfig(torch.float8_e4m3fn),
+    }
+)
+"""The common cases by name; read-only.
+
+| name | activations | weights |
+|---|---|---|
+| `int8` | int8, asymmetric | int8, symmetric, one scale a row |
+| `int8_symmetric` | int8, symmetric | int8, symmetric, one scale a row |
+| `uint8` | uint8, asymmetric | uint8, asymmetric, one scale a row: torchao's tutorial |
+| `float8` | float8_e4m3fn | float8_e4m3fn, one scale a row |
+"""
+
+
+def observed_layer(config: StaticQuantConfig, layer: nn.Module) -> Observed:
+    """Return `layer` with the observers of `config`, sharing its parameters; ValueError if it cannot be so."""
+    kind = observed_type(layer)
+    assert kind is not None
     if not config.reference:
-        fsq.check_product(config.activation, config.weight, linear.weight.shape)
-    return ObservedLinear.from_float(linear, ObserverModule(config.activation), ObserverModule(config.weight))
+        fsq.check_product(config.activation, config.weight, layer.weight.shape)
+    observed = kind.from_float(layer, ObserverModule(config.activation), ObserverModule(config.weight))
+    observed.config = config
+    return observed
 
 
-def quantized_layer(config: StaticQuantConfig | None, observed: ObservedLinear) -> nn.Module:
-    """Return the quantized layer that `observed` becomes; None: a QuantizedLinear.
+def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.Module:
+    """Return the quantized layer that `observed` becomes; None: as it was prepared.
 
     The observers say how it is quantized; a config that says another dtype is refused.
     """
+    config = observed.config if config is None else config
     if config is None:
-        return QuantizedLinear.from_observed(observed)
+        return Quantized.of(observed)
     for what, spec, observer in (
         ("activations", config.activation, observed.act_obs),
         ("weight", config.weight, observed.weight_obs),
@@ -103,7 +267,7 @@ def quantized_layer(config: StaticQuantConfig | None, observed: ObservedLinear) 
                 f"the config quantizes the {what} to {spec.dtype}, but they were observed for {observer.spec.dtype}; "
                 f"use the dtype that the observers were made with"
             )
-    quantized = QuantizedLinear.from_observed(observed, reference=config.reference)
+    quantized = Quantized.of(observed, reference=config.reference)
     return quantized.as_linear() if config.form == "tensor" else quantized
 
 
@@ -114,6 +278,14 @@ def _apply(module: nn.Module, config: StaticQuantConfig) -> nn.Module:
     A layer that the step is not for stays as it is: torchao's default filter takes every
     `torch.nn.Linear`, observed or not.
     """
-    if config.step == "prepare":
-        return observed_layer(config, module) if is_linear(module, "") else module
-    return quantized_layer(config, module) if isinstance(module, ObservedLinear) else module
+    if config.step == "convert":
+        return quantized_layer(config, module) if isinstance(module, Observed) else module
+    if observed_type(module) is None:
+        return module
+    if patterns := [key for key, _ in config.rules if isinstance(key, str)]:
+        raise ValueError(
+            f"torchao's quantize_ tells a config no names, so the rule for {patterns[0]!r} cannot be applied; "
+            f"use bridge.quantize_ or bridge.prepare_"
+        )
+    chosen = config.of(module, "")
+    return module if chosen is None else observed_layer(chosen, module)

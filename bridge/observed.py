@@ -170,7 +170,16 @@ class AffineQuantizedMinMaxObserver(ObserverModule):
         )
 
 
-class ObservedLinear(nn.Linear):
+class Observed(nn.Module):
+    config = None
+
+    def to_float(self):
+        (module,) = self._origin
+        module.weight, module.bias = self.weight, self.bias
+        return module
+
+
+class ObservedLinear(Observed, nn.Linear):
     """A float linear layer that records its input; its weight is observed when it is converted.
 
     Args:
@@ -244,6 +253,7 @@ class ObservedLinear(nn.Linear):
         observed.weight = weight
         observed.bias = float_linear.bias
         observed.observe_weight()
+        observed._origin = (float_linear,)
         return observed.train(float_linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -332,6 +342,32 @@ def is_linear(module: nn.Module, name: str) -> bool:
     )
 
 
+def float_reason(module: nn.Module) -> str | None:
+    """Say why `module`, a kind of layer that one may expect to be quantized, is not; None: it is, or is no such."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "torch.nn.MultiheadAttention multiplies its projections itself, calling no layer; "
+            "to have them quantized, use an attention that calls torch.nn.Linear"
+        )
+    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or isinstance(module, Observed):
+        return None
+    if observed_type(module) is not None or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    kind = type(module).__name__
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{kind} has no weight yet; run the float model once before"
+    if isinstance(module, tuple(OBSERVED)):
+        return f"{kind} has a forward of its own, which a quantized layer would not run"
+    return f"no quantized layer does what {kind} does"
+
+
+OBSERVED = {nn.Linear: ObservedLinear}
+
+
+def observed_type(module):
+    return ObservedLinear if is_linear(module, "") and not isinstance(module, Observed) else None
+
+
 def swap_(
     model: nn.Module,
     wanted: Callable[[nn.Module, str], bool],
@@ -357,7 +393,9 @@ def swap_(
     if errors:
         first = next(iter(errors.values()))
         told = [f"{name}: {error}" for name, error in errors.items()]
-        raise type(first)("\n  ".join([f"{len(told)} layers cannot be replaced:", *told] if told[1:] else told)) from first
+        if told[1:]:
+            told = [f"{len(told)} layers cannot be replaced, and nothing was changed:", *told]
+        raise type(first)("\n  ".join(told)) from first
     for name, module in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(module)])

@@ -23,7 +23,13 @@ from functional_sq.formats import Float8
 __all__ = ["QuantizedLinear"]
 
 
-class QuantizedLinear(Buffers):
+class Quantized(Buffers):
+    @staticmethod
+    def of(observed, *, reference=False):
+        return QuantizedLinear.from_observed(observed, reference=reference)
+
+
+class QuantizedLinear(Quantized):
     """A linear layer with static ranges that multiplies codes: integers, or float8.
 
     Made by `from_observed` or `from_float`; the constructor makes an empty one to load a

@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import functional_sq as fsq
-from bridge.config import StaticQuantConfig, is_observed, observed_layer, quantized_layer
-from bridge.observed import ObservedLinear, ObserverModule, check_root, is_linear, swap_
+from bridge.buffers import write
+from bridge.config import StaticQuantConfig, observed_layer, quantized_layer
+from bridge.observed import Observed, ObserverModule, float_reason, observed_type, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
+from functional_sq import serialize
+from functional_sq.distributed import all_merge
 
-__all__ = ["calibrate", "convert_", "prepare_", "quantize_"]
+__all__ = ["calibrate", "convert_", "prepare_", "quantize_", "unprepare_"]
 
 Filter = Callable[[nn.Module, str], bool]
 
 
 def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | None = None) -> nn.Module:
-    """Put observers into the linear layers of `model`, in place.
+    """Put observers into the linear and convolution layers of `model`, in place.
 
-    Parameters and their names stay: the prepared model loads the float model's `state_dict`.
+    Parameters and their names stay: the prepared model computes what the float model computes and
+    loads its `state_dict`. `unprepare_` takes the observers out again.
+
+    Layers that no one chose to leave in float and that yet must stay so (the projections inside
+    `torch.nn.MultiheadAttention`, which it multiplies itself) are listed once, in one warning.
 
     Args:
-        model: any module with linear layers inside; may be compiled already.
-        config: how the layers will be quantized.
-        filter_fn: `(module, name) -> bool`; default: every `torch.nn.Linear` that is called as such
-            (not the output projection inside `torch.nn.MultiheadAttention`).
+        model: any module with such layers inside; may be compiled already.
+        config: how the layers will be quantized, and by its `rules` which of them.
+        filter_fn: `(module, name) -> bool`; False: the layer stays in float. Default: all.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: no layer matches, or one cannot be quantized so; nothing was changed.
+        ValueError: no layer is left to quantize; a rule's pattern fits no name in the model; layers
+            cannot be quantized so, each of which is named. Nothing was changed.
 
     Example:
         >>> import torch, bridge
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval()
         >>> bridge.prepare_(model, bridge.StaticQuantConfig(torch.int8))
         Sequential(
           (0): ObservedLinear(
@@ -48,13 +63,54 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
           )
         )
     """
-    chosen = filter_fn or (lambda module, name: True)
+    names = {_public(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    for pattern, _ in config.rules:
+        if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "a pattern is matched against the whole name"
+            raise ValueError(f"the rule for {pattern!r} fits no module of {type(model).__name__}; {hint}")
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return (filter_fn is None or filter_fn(module, name)) and config.of(module, name) is not None
+
+    def prepared(layer: nn.Module, name: str) -> nn.Module:
+        own = config.of(layer, _public(name))
+        assert own is not None
+        return observed_layer(own, layer)
+
     swap_(
         model,
-        lambda module, name: is_linear(module, name) and chosen(module, _public(name)),
-        lambda layer, name: observed_layer(config, layer),
-        "a torch.nn.Linear",
+        lambda module, name: observed_type(module) is not None and chosen(module, _public(name)),
+        prepared,
+        "a linear or convolution layer",
     )
+    left = {name: reason for name, m in names.items() if (reason := float_reason(m)) and chosen(m, name)}
+    if left:
+        warnings.warn(f"{len(left)} modules stay in float:\n{_listed(left)}", stacklevel=2)
+    return model
+
+
+def unprepare_(model: nn.Module) -> nn.Module:
+    """Take the observers out: the float model again, in place, with the parameters that it has now.
+
+    Args:
+        model: a prepared model, calibrated or not.
+
+    Returns:
+        `model`; its layers are the very modules that `prepare_` replaced.
+
+    Raises:
+        ValueError: the model has no observed layer.
+
+    Example:
+        >>> import torch, bridge
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval()
+        >>> bridge.unprepare_(bridge.prepare_(model, bridge.PRESETS["int8"]))
+        Sequential(
+          (0): Linear(in_features=8, out_features=4, bias=True)
+        )
+    """
+    swap_(model, is_observed, lambda layer, name: layer.to_float(), "a prepared layer")
     return model
 
 
@@ -64,73 +120,124 @@ def calibrate(
     *,
     mask: Callable[[Any], Tensor] | None = None,
     max_batches: int | None = None,
+    until_stable: float | None = None,
+    window: int = 8,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int = 64,
+    group: dist.ProcessGroup | None = None,
 ) -> int:
     """Run batches through a prepared model, without gradients, so that its observers record them.
 
+    A batch is recorded whole or not at all: if the model raises, or the user interrupts, the
+    observers hold what the batches before it gave. A progress bar is shown on a terminal where tqdm
+    is installed.
+
+    Where `torch.distributed` is initialised, each rank runs its own batches, perhaps none, and at
+    the end every rank has the record of all of them, in the same bits as one process.
+
     Args:
-        model: a prepared model.
+        model: a prepared model in eval mode.
         batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword
             arguments.
         mask: `batch -> bool tensor`, True where a position counts, for inputs whose leading axes
-            have the mask's shape. Default: a batch's own `attention_mask`, if it has one.
-        max_batches: stop after so many.
+            have the mask's shape, or its axes flattened into one. Default: a batch's own
+            `attention_mask`, if it has one. Other inputs (pooled ones) are recorded whole.
+        max_batches: stop after so many, those of the checkpoint included.
+        until_stable: stop when in the last `window` batches no layer's scale moved by more than this
+            share of itself, and no zero point by more than this share of the codes. Where the
+            batches end before that, a warning says which layers still moved.
+        window: batches that `until_stable` looks back on.
+        checkpoint: a file. What was recorded is saved to it after every `save_every` batches, at the
+            end, and on an interruption; if the file is there, its record is taken and as many batches
+            are skipped as it has seen. The same batches, in the same order, so give the same bits as
+            one run. With several ranks each has a file of its own, `checkpoint` with `.rank0` added.
+        save_every: batches between two savings.
+        group: ranks to merge; default: all.
 
     Returns:
-        the number of batches that ran.
+        the number of batches that the record holds, of this rank.
 
     Raises:
-        ValueError: there are no batches, or `model` is not prepared.
+        ValueError: there are no batches; the model is not prepared, or not in eval mode; the
+            checkpoint is of other layers; an argument is outside its range.
+        TypeError: an observer whose states do not merge (a moving average), with several ranks.
 
     Example:
         >>> import torch, bridge
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval()
         >>> _ = bridge.prepare_(model, bridge.StaticQuantConfig(torch.int8))
         >>> bridge.calibrate(model, torch.randn(3, 16, 8))
         3
     """
-    observers = [module for module in model.modules() if isinstance(module, ObserverModule)]
-    if not observers:
-        raise ValueError(f"{type(model).__name__} has no observers; call prepare_(model, config) first")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches={max_batches}; it must be at least 1")
-    done = 0
-    with torch.inference_mode():
-        for batch in batches:
-            with _masked(observers, _mask_of(batch) if mask is None else mask(batch)):
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, (tuple, list)):
-                    model(*batch)
-                else:
-                    model(batch)
-            done += 1
-            if done == max_batches:
-                break
-    if done == 0:
+    observers = _observers(model)
+    ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    _check_calibration(model, observers, max_batches, until_stable, window, save_every, ranks)
+    path = None if checkpoint is None else _rank_path(Path(checkpoint), ranks, group)
+    before = _record(observers)
+    if ranks > 1:
+        # Each rank records from nothing, so that what was there already is not counted once a rank.
+        for observer in observers.values():
+            write(observer, _nothing(observer))
+    done = _resume(path, observers) if path is not None and path.exists() else 0
+    stability = None if until_stable is None else _Stability(observers, until_stable, window)
+    record = done, _record(observers)
+    try:
+        with torch.inference_mode():
+            for batch in _progress(itertools.islice(batches, done, max_batches), done, max_batches):
+                with _masked(observers.values(), _mask_of(batch) if mask is None else mask(batch)):
+                    call(model, batch)
+                record = record[0] + 1, _record(observers)
+                if path is not None and record[0] % save_every == 0:
+                    _save(path, observers, record)
+                if stability is not None and stability.reached():
+                    break
+    except BaseException:
+        _restore(observers, record[1] if ranks == 1 else _merged(observers, before, record[1]))
+        if path is not None:
+            _save(path, observers, record)
+        raise
+    if path is not None and record[0] > done:
+        _save(path, observers, record)
+    if ranks > 1:
+        all_ranks = {name: all_merge(o.spec, record[1][name], group=group) for name, o in observers.items()}
+        _restore(observers, _merged(observers, before, all_ranks))
+    elif record[0] == 0:
         raise ValueError("there were no batches to calibrate with; give at least one (an iterator is used up once)")
-    return done
+    if stability is not None:
+        stability.warn()
+    return record[0]
 
 
-def convert_(model: nn.Module, *, config: StaticQuantConfig | None = None, min_count: int = 1) -> nn.Module:
+def convert_(
+    model: nn.Module,
+    *,
+    config: StaticQuantConfig | None = None,
+    min_rows: int = 1,
+    on_unfit: Literal["refuse", "float"] = "refuse",
+) -> nn.Module:
     """Quantize every observed layer of `model`, in place, or none.
 
     Args:
         model: a calibrated model.
-        config: what form the layers take; None: QuantizedLinear modules. The quantization itself
-            was given to `prepare_`.
-        min_count: values that each scale must have seen.
+        config: what form the layers take; None: as they were prepared. The quantization itself was
+            given to `prepare_`.
+        min_rows: rows (vectors along the input's features: tokens, pixels) that each layer must
+            have seen.
+        on_unfit: what becomes of layers that never ran, ran on too little, or saw NaN, Inf or
+            nothing but zeros: `"refuse"` raises and names all of them; `"float"` leaves them in
+            float and warns, once, with the list.
 
     Returns:
         `model`.
 
     Raises:
-        CalibrationError: layers saw nothing, too little, NaN or Inf; names each of them. The model
-            is as it was.
-        ValueError: the model has no observed layer.
+        CalibrationError: layers are unfit, each with its reason; all layers are, for `"float"`. The
+            model is as it was.
+        ValueError: the model has no observed layer, or an argument is outside its range.
 
     Example:
         >>> import torch, bridge
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval()
         >>> _ = bridge.prepare_(model, bridge.StaticQuantConfig(torch.int8))
         >>> _ = bridge.calibrate(model, torch.randn(3, 16, 8))
         >>> bridge.convert_(model)
@@ -139,51 +246,104 @@ def convert_(model: nn.Module, *, config: StaticQuantConfig | None = None, min_c
 weight=int8 symmetric PerAxis(axis=0), int8 product)
         )
     """
-    if min_count < 1:
-        raise ValueError(f"min_count={min_count}; it must be at least 1")
-    _check_coverage(model, is_observed, min_count)
-    swap_(model, is_observed, lambda layer, name: quantized_layer(config, layer), "a prepared layer")
+    _convert(model, config, is_observed, min_rows, on_unfit)
     return model
 
 
-def quantize_(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None = None, **kwargs: Any) -> None:
-    """Call torchao's `quantize_`, after the checks that a handler of single layers cannot make.
+def quantize_(
+    model: nn.Module,
+    config: AOBaseConfig,
+    filter_fn: Filter | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Call torchao's `quantize_`; for a StaticQuantConfig, `prepare_` or `convert_` by its `step`.
 
-    torchao's own `quantize_` takes a StaticQuantConfig too; it meets a layer that saw nothing only
-    when it has converted those before it.
+    torchao's own `quantize_` takes a StaticQuantConfig too, layer by layer: it meets a layer that saw
+    nothing only when it has converted those before it, and knows no names for `rules`.
 
     Args:
         model: changed in place.
         config: a StaticQuantConfig, or any other configuration, which is passed on.
         filter_fn: `(module, name) -> bool`; default: the layers that the step is for.
-        kwargs: passed on (`device`).
+        device: where the model is moved to first; default: it stays.
 
     Raises:
         CalibrationError, ValueError: as `prepare_` and `convert_`; the model is as it was.
 
     Example:
         >>> import torch, bridge
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval()
         >>> bridge.quantize_(model, bridge.StaticQuantConfig(torch.int8, step="prepare"))
         >>> _ = model(torch.randn(16, 8))
         >>> bridge.quantize_(model, bridge.StaticQuantConfig(torch.int8))
         >>> type(model[0]).__name__
         'QuantizedLinear'
     """
-    if isinstance(config, StaticQuantConfig):
-        takes = filter_fn or (lambda module, name: True)
-        step = is_linear if config.step == "prepare" else is_observed
-        filter_fn = lambda module, name: step(module, name) and takes(module, _public(name))  # noqa: E731
-        what = "a torch.nn.Linear" if config.step == "prepare" else "a prepared layer"
-        check_root(model, filter_fn, what)
-        if not any(filter_fn(module, name) for name, module in model.named_modules()):
-            raise ValueError(
-                f"no layer of {type(model).__name__} is taken by step={config.step!r} and the filter; "
-                f"nothing was changed"
-            )
-        if config.step == "convert":
-            _check_coverage(model, filter_fn, 1)
-    torchao_quantize_(model, config, filter_fn, **kwargs)
+    if not isinstance(config, StaticQuantConfig):
+        torchao_quantize_(model, config, filter_fn, device=device)
+        return
+    if device is not None:
+        model.to(device)
+    if config.step == "prepare":
+        prepare_(model, config, filter_fn)
+    else:
+        _convert(model, config, lambda m, name: is_observed(m, name) and (filter_fn is None or filter_fn(m, name)))
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call `model` with a batch: a mapping of keyword arguments, positional arguments, or one tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def is_observed(module: nn.Module, name: str) -> bool:
+    """Say whether `module` is a layer with observers in."""
+    return isinstance(module, Observed)
+
+
+def unfit(model: nn.Module, wanted: Filter = is_observed, min_rows: int = 1) -> dict[str, str]:
+    """Return, by name, why observed layers cannot be converted."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Observed) and wanted(module, _public(name)):
+            rows = int(module.act_obs.state["count"].sum()) // module.weight.shape[1]
+            if fault := module.act_obs.fault():
+                found[_public(name)] = fault
+            elif rows < min_rows:
+                found[_public(name)] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
+            elif not bool(module.weight.isfinite().all()):
+                found[_public(name)] = "the weight has NaN or Inf; mend it, or leave the layer in float"
+    return found
+
+
+def _convert(
+    model: nn.Module,
+    config: StaticQuantConfig | None,
+    wanted: Filter,
+    min_rows: int = 1,
+    on_unfit: str = "refuse",
+) -> None:
+    if min_rows < 1:
+        raise ValueError(f"min_rows={min_rows}; it must be at least 1")
+    if on_unfit not in ("refuse", "float"):
+        raise ValueError(f"on_unfit={on_unfit!r}; use 'refuse' or 'float'")
+    faults = unfit(model, wanted, min_rows)
+    observed = [m for name, m in model.named_modules() if wanted(m, _public(name))]
+    if faults and (on_unfit == "refuse" or len(faults) == len(observed)):
+        raise fsq.CalibrationError(
+            f"{len(faults)} layers cannot be converted, and the model is as it was:\n{_listed(faults)}"
+        )
+
+    def converted(layer: Observed, name: str) -> nn.Module:
+        own = None if config is None else config.of(layer, _public(name))
+        if _public(name) in faults or (config is not None and own is None):
+            return layer.to_float()
+        return quantized_layer(own, layer)
+
+    swap_(model, lambda module, name: wanted(module, _public(name)), converted, "a prepared layer")
+    if faults:
+        warnings.warn(f"{len(faults)} layers are left in float:\n{_listed(faults)}", stacklevel=3)
 
 
 def _public(name: str) -> str:
@@ -191,19 +351,152 @@ def _public(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _check_coverage(model: nn.Module, wanted: Filter, min_count: int) -> None:
-    """Raise CalibrationError that names every observed layer whose record is unfit."""
-    faults = []
-    for name, module in model.named_modules():
-        if isinstance(module, ObservedLinear) and wanted(module, name):
-            if fault := module.act_obs.fault(min_count):
-                faults.append(f"{_public(name)}: {fault}")
-            elif not bool(module.weight.isfinite().all()):
-                faults.append(f"{_public(name)}: the weight has NaN or Inf; mend it, or leave the layer in float")
-    if faults:
-        raise fsq.CalibrationError(
-            f"{len(faults)} layers cannot be converted, and the model is as it was:\n  " + "\n  ".join(faults)
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+
+
+# What calibrate records, saves and takes up again.
+
+_Record = dict[str, fsq.State]
+_DONE: Final = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Fixed(0.0, 0.0))
+"""In a checkpoint the model itself, whose name is empty, has a state: its `count` is that of batches."""
+
+
+def _observers(model: nn.Module) -> dict[str, ObserverModule]:
+    """Return the observers that data reaches, by name; a weight is observed when it is converted."""
+    weights = {id(module.weight_obs) for module in model.modules() if isinstance(module, Observed)}
+    return {
+        _public(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, ObserverModule) and id(module) not in weights
+    }
+
+
+def _check_calibration(
+    model: nn.Module,
+    observers: Mapping[str, ObserverModule],
+    max_batches: int | None,
+    until_stable: float | None,
+    window: int,
+    save_every: int,
+    ranks: int,
+) -> None:
+    if not observers:
+        raise ValueError(f"{type(model).__name__} has no observers; call prepare_(model, config) first")
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            "the model is in training mode, in which dropout and batch norm change what is recorded; "
+            "call model.eval() first"
         )
+    for name, value in (("max_batches", max_batches), ("window", window), ("save_every", save_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}; it must be at least 1")
+    if until_stable is not None:
+        if not 0 < until_stable < 1:
+            raise ValueError(f"until_stable={until_stable}; it is a share between 0 and 1, such as 0.01")
+        if ranks > 1:
+            raise ValueError(
+                "until_stable with several ranks: each would stop at another batch; use max_batches, or one rank"
+            )
+    if ranks > 1:
+        for observer in observers.values():
+            observer.spec.observer.merge(observer.state, observer.state)  # the TypeError of a moving average
+
+
+def _record(observers: Mapping[str, ObserverModule]) -> _Record:
+    return {name: {k: v.clone() for k, v in observer.state.items()} for name, observer in observers.items()}
+
+
+def _merged(observers: Mapping[str, ObserverModule], a: _Record, b: _Record) -> _Record:
+    return {name: fsq.merge(observer.spec, a[name], b[name]) for name, observer in observers.items()}
+
+
+def _nothing(observer: ObserverModule) -> fsq.State:
+    """Return the state of `observer` that has seen nothing."""
+    count, dtype = observer.state["count"], torch.float32
+    return observer.spec.observer.init(tuple(count.shape), dtype, count.device)
+
+
+def _restore(observers: Mapping[str, ObserverModule], record: _Record) -> None:
+    for name, state in record.items():
+        write(observers[name], state)
+
+
+def _save(path: Path, observers: Mapping[str, ObserverModule], record: tuple[int, _Record]) -> None:
+    states = {name: (observer.spec, record[1][name]) for name, observer in observers.items()}
+    serialize.save(path, {"": (_DONE, {"count": torch.tensor([record[0]])})} | states)
+
+
+def _resume(path: Path, observers: Mapping[str, ObserverModule]) -> int:
+    """Take up the record in a file; return the number of batches that it has seen."""
+    specs = {name: observer.spec for name, observer in observers.items()}
+    kinds = {type(value) for spec in specs.values() for value in (spec.observer, spec.granularity)}
+    own = [kind for kind in kinds if not kind.__module__.startswith("functional_sq.")]
+    saved = serialize.load(path, classes=own)
+    done = saved.pop("", None)
+    found = {name: spec for name, (spec, _) in saved.items()}
+    if done is None or found != specs:
+        differ = sorted(name for name in found.keys() | specs.keys() if found.get(name) != specs.get(name))
+        raise ValueError(
+            f"{path} is no checkpoint of this calibration: "
+            + (f"{', '.join(differ[:8])} differ{'...' if differ[8:] else ''}" if differ else "it counts no batches")
+            + "; use the model and the config that it was made with, or another file"
+        )
+    _restore(observers, {name: state for name, (_, state) in saved.items()})
+    return int(done[1]["count"])
+
+
+def _rank_path(path: Path, ranks: int, group: dist.ProcessGroup | None) -> Path:
+    return path if ranks == 1 else path.with_name(f"{path.name}.rank{dist.get_rank(group)}")
+
+
+class _Stability:
+    """How far the qparams of each layer moved within the last batches."""
+
+    def __init__(self, observers: Mapping[str, ObserverModule], tolerance: float, window: int) -> None:
+        self.observers, self.tolerance = observers, tolerance
+        self.last: deque[list[fsq.QParams]] = deque(maxlen=window + 1)
+        self.moving: dict[str, float] = {}
+
+    def reached(self) -> bool:
+        """Look at the qparams of now; say whether none moved by more than the tolerance."""
+        self.last.append([fsq.calc_qparams(o.spec, o.state) for o in self.observers.values()])
+        self.moving = {}
+        for (name, observer), over_time in zip(self.observers.items(), zip(*self.last, strict=True), strict=True):
+            scales = torch.stack([qp.scale for qp in over_time]).double()
+            points = torch.stack([qp.zero_point for qp in over_time]).double()
+            low, high = observer.spec.bounds
+            moved = max(
+                float((scales.amax(0) / scales.amin(0) - 1).max()),
+                float((points.amax(0) - points.amin(0)).max()) / (high - low),
+            )
+            if not moved <= self.tolerance:
+                self.moving[name] = moved
+        return len(self.last) == self.last.maxlen and not self.moving
+
+    def warn(self) -> None:
+        """Warn if the batches ended before the qparams stood still."""
+        if len(self.last) < (self.last.maxlen or 0):
+            seen, needed = len(self.last), self.last.maxlen
+            warnings.warn(f"until_stable: {seen} batches ran, at least {needed} are needed to tell", stacklevel=3)
+        elif self.moving:
+            worst = dict(sorted(self.moving.items(), key=lambda item: -item[1])[:8])
+            listed = _listed({name: f"{100 * moved:.2g} %" for name, moved in worst.items()})
+            warnings.warn(
+                f"until_stable={self.tolerance}: {len(self.moving)} observers still moved in the last "
+                f"{len(self.last) - 1} batches, most of all\n{listed}",
+                stacklevel=3,
+            )
+
+
+def _progress(batches: Iterator[Any], done: int, total: int | None) -> Iterable[Any]:
+    """Show a bar on a terminal, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return batches
+    bar: Iterable[Any] = tqdm(batches, "calibrate", total, initial=done, unit="batch", disable=None)
+    return bar
 
 
 def _mask_of(batch: Any) -> Tensor | None:
@@ -213,7 +506,7 @@ def _mask_of(batch: Any) -> Tensor | None:
 
 
 @contextmanager
-def _masked(observers: list[ObserverModule], mask: Tensor | None) -> Iterator[None]:
+def _masked(observers: Iterable[ObserverModule], mask: Tensor | None) -> Iterator[None]:
     for observer in observers:
         observer.mask = mask
     try:

@@ -91,7 +91,7 @@ def extremes(x: Tensor, dims: tuple[int, ...], keep: Tensor | None) -> tuple[Ten
     if keep is not None:
         # Where a whole vector counts or does not (a token), its ends are masked, not its elements.
         whole = tuple(d for d in dims if keep.shape[d] < x.shape[d])
-        if whole:
+        if whole and not torch.compiler.is_compiling():
             lo, hi = torch.amin(x, whole, keepdim=True), torch.amax(x, whole, keepdim=True)
         lo, hi = lo.masked_fill(~keep, MIN.identity(x.dtype)), hi.masked_fill(~keep, MAX.identity(x.dtype))
     elif len(dims) == x.ndim:

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     from torchao.quantization import quantize_ as torchao_quantize_
 
     import bridge
-    from bridge import CalibrationError, ObservedLinear, ObserverModule, QuantizedLinear, StaticQuantConfig
+    from bridge import CalibrationError, ObservedLinear, QuantizedLinear, StaticQuantConfig
     from bridge.torchao import compute_error
 
 INT8 = StaticQuantConfig(torch.int8)
@@ -37,7 +37,7 @@ def kinds(model: nn.Module) -> list[str]:
 
 
 def prepared(model: nn.Module, config: StaticQuantConfig = INT8) -> nn.Module:
-    return bridge.prepare_(model, config)
+    return bridge.prepare_(model.eval(), config)
 
 
 def calibrated(model: nn.Module, config: StaticQuantConfig = INT8, data: Tensor | None = None) -> nn.Module:
@@ -152,10 +152,9 @@ def test_calibration_goes_on_where_it_stopped() -> None:
     assert torch.equal(bridge.convert_(twice)(x), bridge.convert_(once)(x))
 
 
-def test_calibration_keeps_no_graph_and_the_mode_of_the_model() -> None:
-    model = prepared(two_layers().train())
+def test_calibration_keeps_no_graph() -> None:
+    model = prepared(two_layers())
     bridge.calibrate(model, batches())
-    assert all(module.training for module in model.modules() if not isinstance(module, ObserverModule))
     assert not any(b.requires_grad for b in model.buffers())
     model(batches()).sum().backward()
     assert model[0].weight.grad is not None
@@ -249,11 +248,28 @@ def test_an_input_of_zeros_is_named_and_a_weight_of_zeros_is_exact() -> None:
     assert compute_error(expected, bridge.convert_(model)(x[0])) > 40
 
 
-def test_min_count_is_what_each_scale_must_have_seen() -> None:
+def test_min_rows_is_what_each_layer_must_have_seen() -> None:
     model = calibrated(two_layers(), data=batches(1, 2))
-    with pytest.raises(CalibrationError, match="0: only 32 values were seen, at least 33 needed; calibrate with more"):
-        bridge.convert_(model, min_count=33)
-    bridge.convert_(model, min_count=32)
+    with pytest.raises(CalibrationError, match=r"\n  0: ran on 2 rows, at least 3 needed; calibrate with more"):
+        bridge.convert_(model, min_rows=3)
+    bridge.convert_(model, min_rows=2)
+
+
+def test_unfit_layers_are_left_in_float_where_the_user_says_so_and_are_listed() -> None:
+    model = Branches().eval()
+    plain = list(model.experts)
+    calibrated(model)
+    with pytest.warns(UserWarning, match=r"2 layers are left in float:\n  experts\.0: nothing.*\n  experts\.1: "):
+        bridge.convert_(model, on_unfit="float")
+    assert isinstance(model.used, QuantizedLinear)
+    assert all(a is b for a, b in zip(model.experts, plain, strict=True))
+
+
+def test_a_model_without_one_fit_layer_is_refused_also_where_floats_are_allowed() -> None:
+    model = prepared(two_layers())
+    with pytest.raises(CalibrationError, match="2 layers cannot be converted"):
+        bridge.convert_(model, on_unfit="float")
+    assert kinds(model) == ["ObservedLinear", "ReLU", "ObservedLinear"]
 
 
 def test_a_layer_converted_in_inference_mode_is_an_ordinary_module_outside_of_it() -> None:
@@ -323,7 +339,10 @@ def test_the_projection_inside_multihead_attention_is_left_alone() -> None:
     model = Attention().eval()
     x = batches()
     expected = model(x)
-    bridge.convert_(calibrated(model, data=x))
+    with pytest.warns(UserWarning, match=r"1 modules stay in float:\n  attention: .*MultiheadAttention multiplies its"):
+        prepared(model)
+    bridge.calibrate(model, x)
+    bridge.convert_(model)
     assert type(model.attention.out_proj).__name__ == "NonDynamicallyQuantizableLinear"
     assert isinstance(model.fc, QuantizedLinear)
     assert compute_error(expected, model(x)) > SQNR[torch.int8]
@@ -335,7 +354,8 @@ class Scaled(nn.Linear):
 
 
 def test_a_subclass_that_computes_something_else_is_left_alone() -> None:
-    model = prepared(nn.Sequential(Scaled(16, 16), nn.Linear(16, 8)))
+    with pytest.warns(UserWarning, match=r"1 modules stay in float:\n  0: Scaled has a forward of its own"):
+        model = prepared(nn.Sequential(Scaled(16, 16), nn.Linear(16, 8)))
     assert kinds(model) == ["Scaled", "ObservedLinear"]
 
 
@@ -370,19 +390,19 @@ def no_batches() -> Iterator[Tensor]:
         pytest.param(
             lambda: bridge.prepare_(nn.Sequential(nn.ReLU()), INT8),
             ValueError,
-            "no module of Sequential is a torch.nn.Linear that the filter takes; nothing was changed",
+            "no module of Sequential is a linear or convolution layer that the filter takes; nothing was changed",
             id="prepare_(no linear layer)",
         ),
         pytest.param(
             lambda: bridge.prepare_(two_layers(), INT8, lambda module, name: False),
             ValueError,
-            "no module of Sequential is a torch.nn.Linear that the filter takes; nothing was changed",
+            "no module of Sequential is a linear or convolution layer that the filter takes; nothing was changed",
             id="prepare_(filter takes none)",
         ),
         pytest.param(
             lambda: bridge.prepare_(nn.Linear(16, 8), INT8),
             ValueError,
-            r"the model is itself a torch.nn.Linear and cannot be replaced in place; wrap it: nn.Sequential\(model\)",
+            r"the model is itself a linear or convolution layer and cannot be replaced in place; wrap it: nn.Seq",
             id="prepare_(Linear)",
         ),
         pytest.param(
@@ -420,19 +440,31 @@ def no_batches() -> Iterator[Tensor]:
         pytest.param(
             lambda: bridge.quantize_(two_layers(), INT8),
             ValueError,
-            "no layer of Sequential is taken by step='convert' and the filter; nothing was changed",
+            "no module of Sequential is a prepared layer that the filter takes; nothing was changed",
             id="quantize_(convert float model)",
         ),
         pytest.param(
-            lambda: bridge.convert_(prepared(two_layers()), min_count=0),
+            lambda: bridge.convert_(prepared(two_layers()), min_rows=0),
             ValueError,
-            "min_count=0; it must be at least 1",
-            id="convert_(min_count=0)",
+            "min_rows=0; it must be at least 1",
+            id="convert_(min_rows=0)",
+        ),
+        pytest.param(
+            lambda: bridge.convert_(calibrated(two_layers()), on_unfit="skip"),
+            ValueError,
+            "on_unfit='skip'; use 'refuse' or 'float'",
+            id="convert_(on_unfit='skip')",
+        ),
+        pytest.param(
+            lambda: bridge.calibrate(prepared(two_layers()).train(), batches()),
+            ValueError,
+            r"training mode.*dropout.*call model\.eval\(\) first",
+            id="calibrate(training mode)",
         ),
         pytest.param(
             lambda: bridge.convert_(calibrated(two_layers()), config=StaticQuantConfig(torch.uint8)),
             ValueError,
-            "^0: the config quantizes the activations to torch.uint8, .* observed for torch.int8; use the dtype",
+            r"^2 layers.*\n  0: the config quantizes the activations to torch.uint8, .* for torch.int8; use the dtype",
             id="convert_(config of another dtype)",
         ),
         pytest.param(
@@ -444,7 +476,7 @@ def no_batches() -> Iterator[Tensor]:
         pytest.param(
             lambda: bridge.quantize_(nn.Linear(16, 8), StaticQuantConfig(torch.int8, step="prepare")),
             ValueError,
-            "the model is itself a torch.nn.Linear and cannot be replaced in place; wrap it",
+            "the model is itself a linear or convolution layer and cannot be replaced in place; wrap it",
             id="quantize_(Linear)",
         ),
         pytest.param(
@@ -560,7 +592,7 @@ def test_cuda_model_keeps_its_output_through_the_short_way_and_max_autotune(dtyp
 def test_activations_and_weights_of_two_dtypes() -> None:
     config = StaticQuantConfig(torch.uint8, weight=fsq.QuantSpec(torch.int4, fsq.PerAxis(0)))
     for convert in (lambda m: bridge.convert_(m, config=config), lambda m: bridge.quantize_(m, config)):
-        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval()
         bridge.prepare_(model, config)
         bridge.calibrate(model, torch.randn(2, 16, 8))
         convert(model)

@@ -1,0 +1,371 @@
+"""calibrate: what is recorded, when it stops, what is saved, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import collections
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import bridge
+import functional_sq as fsq
+from bridge import PRESETS, StaticQuantConfig
+from functional_sq import serialize
+
+HISTOGRAM = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Histogram())
+
+
+def net(config: StaticQuantConfig = PRESETS["int8"]) -> nn.Module:
+    """Return a prepared model, the same at each call."""
+    torch.manual_seed(0)
+    return bridge.prepare_(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), config)
+
+
+def data(n: int = 7) -> Tensor:
+    """Return batches whose range grows now and then."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 5, 16, generator=generator) * torch.linspace(1, 2, n)[:, None, None]
+
+
+def states(model: nn.Module) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in model.named_buffers() if ".act_obs." in name}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def whole(n: int = 7, config: StaticQuantConfig = PRESETS["int8"]) -> dict[str, Tensor]:
+    model = net(config)
+    bridge.calibrate(model, data(n))
+    return states(model)
+
+
+# --- batches, masks, modes -------------------------------------------------------------------------
+
+
+class BatchEncoding(collections.UserDict):
+    """A mapping that is no dict, as Hugging Face's tokenizers return."""
+
+
+class Tokens(nn.Module):
+    """Flattens its tokens before the second layer and pools before the third, as mixtures of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.flat, self.pooled = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        self.token(x)
+        self.flat(x.flatten(0, 1))
+        return self.pooled(x.mean(1))
+
+
+def test_padding_is_left_out_of_tokens_flattened_too_and_pooled_inputs_are_recorded_whole() -> None:
+    keep = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    x = torch.where(keep[..., None] == 1, 1.0, 99.0).expand(2, 3, 4)
+    model = bridge.prepare_(Tokens().eval(), PRESETS["int8"])
+    bridge.calibrate(model, [BatchEncoding(x=x, attention_mask=keep)])
+    found = {name: layer.act_obs.state for name, layer in model.named_children()}
+    assert {name: int(s["count"]) for name, s in found.items()} == {"token": 12, "flat": 12, "pooled": 8}
+    assert {name: float(s["max"]) for name, s in found.items()}["token"] == 1.0
+    assert float(found["flat"]["max"]) == 1.0
+    assert float(found["pooled"]["max"]) > 1.0
+
+
+def test_a_model_in_training_mode_is_refused_also_where_one_module_is() -> None:
+    model = net()
+    model[1].train()
+    with pytest.raises(ValueError, match=r"training mode.*call model\.eval\(\) first"):
+        bridge.calibrate(model, data())
+    assert_same(states(model), states(net()))
+
+
+def test_no_bar_is_shown_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    bridge.calibrate(net(), data())
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+# --- failures and checkpoints ----------------------------------------------------------------------
+
+
+def failing(n: int, error: BaseException) -> Iterator[Tensor]:
+    """Yield `n` batches, then fail."""
+    yield from data()[:n]
+    raise error
+
+
+class Stops(nn.Module):
+    """Fails in the middle of the fourth batch."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        hidden = self.inner[0](x)
+        if self.calls == 4:
+            raise KeyboardInterrupt
+        return self.inner[2](self.inner[1](hidden))
+
+
+def test_a_batch_is_recorded_whole_or_not_at_all(tmp_path: Path) -> None:
+    model, path = Stops(net()).eval(), tmp_path / "c.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        bridge.calibrate(model, data(), checkpoint=path)
+    assert_same(states(model.inner), first(3))
+    assert int(serialize.load(path)[""][1]["count"]) == 3
+
+
+def first(n: int) -> dict[str, Tensor]:
+    """Return what the first `n` batches of seven give."""
+    model = net()
+    bridge.calibrate(model, data(), max_batches=n)
+    return states(model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("observer", [fsq.MinMax(), fsq.Histogram(), fsq.MovingAverage(0.1)], ids=repr)
+def test_an_interrupted_calibration_goes_on_to_the_same_bits(
+    tmp_path: Path, observer: fsq.Observer, error: BaseException
+) -> None:
+    config = StaticQuantConfig(torch.int8, activation=fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=observer))
+    path = tmp_path / "calibration.safetensors"
+    with pytest.raises(type(error)):
+        bridge.calibrate(net(config), failing(4, error), checkpoint=path)
+    model = net(config)
+    assert bridge.calibrate(model, data(), checkpoint=path) == 7
+    assert_same(states(model), whole(config=config))
+    assert os.listdir(tmp_path) == ["calibration.safetensors"]
+
+
+def test_a_finished_checkpoint_is_taken_whole_and_no_batch_runs_again(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    bridge.calibrate(net(), data(), checkpoint=path)
+    written = path.read_bytes()
+    model = net()
+    assert bridge.calibrate(model, data(), checkpoint=path) == 7
+    assert_same(states(model), whole())
+    assert path.read_bytes() == written
+
+
+def test_a_checkpoint_is_a_calibration_that_serialize_reads(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    model = net(StaticQuantConfig(torch.int8, activation=HISTOGRAM))
+    bridge.calibrate(model, data(), checkpoint=path)
+    saved = serialize.load(path)
+    assert saved.keys() == {"", "0.act_obs", "2.act_obs"}
+    assert int(saved[""][1]["count"]) == 7
+    spec, state = saved["0.act_obs"]
+    assert spec == HISTOGRAM
+    assert all(torch.equal(value, model[0].act_obs.state[name]) for name, value in state.items())
+
+
+def test_every_nth_batch_is_saved(tmp_path: Path) -> None:
+    path, seen = tmp_path / "c.safetensors", []
+
+    def watched() -> Iterator[Tensor]:
+        for batch in data():
+            seen.append(int(serialize.load(path)[""][1]["count"]) if path.exists() else 0)
+            yield batch
+
+    bridge.calibrate(net(), watched(), checkpoint=path, save_every=3)
+    assert seen == [0, 0, 0, 3, 3, 3, 6]
+    assert int(serialize.load(path)[""][1]["count"]) == 7
+
+
+KILLED = """
+import os, signal, sys, torch
+sys.path.insert(0, {tests!r})
+from test_calibrate import data, net
+import bridge
+
+def batches():
+    for i, batch in enumerate(data()):
+        if i == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+bridge.calibrate(net(), batches(), checkpoint={path!r}, save_every=2)
+"""
+
+
+def test_a_killed_process_loses_the_batches_since_the_last_saving_and_the_next_gives_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "c.safetensors"
+    code = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert int(serialize.load(path)[""][1]["count"]) == 4
+    model = net()
+    assert bridge.calibrate(model, data(), checkpoint=path) == 7
+    assert_same(states(model), whole())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            lambda: net(PRESETS["uint8"]),
+            r"is no checkpoint of this calibration: 0\.act_obs, 2\.act_obs differ; use the",
+        ),
+        (
+            lambda: bridge.prepare_(nn.Sequential(nn.Linear(16, 8)).eval(), PRESETS["int8"]),
+            r"is no checkpoint of this calibration: 2\.act_obs differ",
+        ),
+    ],
+    ids=["config", "model"],
+)
+def test_a_checkpoint_of_something_else_is_refused_and_nothing_is_changed(
+    tmp_path: Path, other: Callable[[], nn.Module], message: str
+) -> None:
+    path = tmp_path / "c.safetensors"
+    bridge.calibrate(net(), data(), checkpoint=path)
+    written, model = path.read_bytes(), other()
+    before = states(model)
+    with pytest.raises(ValueError, match=message):
+        bridge.calibrate(model, data(), checkpoint=path)
+    assert_same(states(model), before)
+    assert path.read_bytes() == written
+
+
+def test_a_calibration_that_counts_no_batches_is_no_checkpoint(tmp_path: Path) -> None:
+    model, path = net(), tmp_path / "c.safetensors"
+    serialize.save(path, {f"{i}.act_obs": (model[i].act_obs.spec, model[i].act_obs.state) for i in (0, 2)})
+    with pytest.raises(ValueError, match=r"it counts no batches; use the model"):
+        bridge.calibrate(model, data(), checkpoint=path)
+
+
+# --- the stop rule ---------------------------------------------------------------------------------
+
+
+def test_it_stops_when_the_qparams_of_every_layer_stand_still() -> None:
+    growing = data(30)
+    growing[4, 0, 0] = 20.0  # the last batch that moves the first layer's range
+    for i in range(5, 30):
+        growing[i] = growing[3]
+    model = net()
+    assert bridge.calibrate(model, growing, until_stable=0.01, window=6) == 4 + 1 + 6
+    once = net()
+    bridge.calibrate(once, growing[:11])
+    assert_same(states(model), states(once))
+
+
+def test_a_loose_tolerance_stops_earlier() -> None:
+    counts = [bridge.calibrate(net(), data(200), until_stable=tol, window=4) for tol in (0.5, 0.05)]
+    assert counts[0] < counts[1] < 200
+    assert counts[0] >= 5
+
+
+def test_batches_that_end_first_are_told_with_the_layers_that_moved_most() -> None:
+    with pytest.warns(
+        UserWarning, match=r"until_stable=0\.001: 2 observers still moved in the last 3 .*\n  [02]\.act_obs"
+    ):
+        assert bridge.calibrate(net(), data(), until_stable=1e-3, window=3) == 7
+    with pytest.warns(UserWarning, match="until_stable: 2 batches ran, at least 4 are needed to tell"):
+        assert bridge.calibrate(net(), data(2), until_stable=1e-3, window=3) == 2
+
+
+# --- ranks -----------------------------------------------------------------------------------------
+
+
+def worker(rank: int, world: int, folder: str, what: str) -> None:
+    """Calibrate one of the shards; leave the states, or the error, in a file."""
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    try:
+        if what == "moving average":
+            spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.MovingAverage())
+            model = net(StaticQuantConfig(torch.int8, activation=spec))
+        else:
+            model = net(StaticQuantConfig(torch.int8, activation=HISTOGRAM))
+        shard = [*data()][rank::world] if what != "empty" else [*data()] * (rank == 0)
+        half = len(shard) // 2
+        if what == "twice":
+            bridge.calibrate(model, shard[:half])
+            bridge.calibrate(model, shard[half:])
+        elif what == "stable":
+            bridge.calibrate(model, shard, until_stable=0.1)
+        elif what == "resumed":
+            path = f"{folder}/c.safetensors"
+            bridge.calibrate(net(StaticQuantConfig(torch.int8, activation=HISTOGRAM)), shard[:half], checkpoint=path)
+            bridge.calibrate(model, shard, checkpoint=path)
+        else:
+            bridge.calibrate(model, shard)
+        torch.save(states(model) | {"y": bridge.convert_(model)(data()[0])}, f"{folder}/{rank}")
+    except (TypeError, ValueError) as e:
+        Path(folder, str(rank)).write_text(f"{type(e).__name__}: {e}")
+    finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(folder: Path, what: str, world: int = 2) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=worker, args=(r, world, str(folder), what)) for r in range(world)]
+    for process in processes:
+        process.start()
+    stop = time.monotonic() + 120
+    for process in processes:
+        process.join(stop - time.monotonic())
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+@pytest.mark.parametrize("what", ["once", "twice", "empty", "resumed"])
+def test_two_processes_give_the_model_of_one(tmp_path: Path, what: str) -> None:
+    run_ranks(tmp_path, what)
+    model = net(StaticQuantConfig(torch.int8, activation=HISTOGRAM))
+    bridge.calibrate(model, data())
+    expected = states(model) | {"y": bridge.convert_(model)(data()[0])}
+    for rank in range(2):
+        assert_same(torch.load(tmp_path / str(rank)), expected)
+    if what == "resumed":
+        names = sorted(p.name for p in tmp_path.glob("c.*"))
+        assert names == ["c.safetensors.rank0", "c.safetensors.rank1"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("moving average", "TypeError: MovingAverage(momentum=0.01) depends on the order of its batches"),
+        ("stable", "ValueError: until_stable with several ranks: each would stop at another batch; use max_batches"),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused_by_each_before_a_batch_runs(
+    tmp_path: Path, what: str, message: str
+) -> None:
+    run_ranks(tmp_path, what)
+    for rank in range(2):
+        assert (tmp_path / str(rank)).read_text().startswith(message)
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "window=0; it must be at least 1"),
+        ({"save_every": -1}, "save_every=-1; it must be at least 1"),
+        ({"until_stable": 0.0}, r"until_stable=0\.0; it is a share between 0 and 1, such as 0\.01"),
+        ({"until_stable": 1.5}, r"until_stable=1\.5; it is a share"),
+    ],
+)
+def test_a_refusal_says_value_rule_and_remedy(arguments: dict[str, float], message: str) -> None:
+    model = net()
+    with pytest.raises(ValueError, match=message):
+        bridge.calibrate(model, data(), **arguments)
+    assert_same(states(model), states(net()))

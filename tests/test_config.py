@@ -1,0 +1,188 @@
+"""One configuration: rules by name and type, presets, what it prints and its JSON."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import bridge
+import functional_sq as fsq
+from bridge import PRESETS, StaticQuantConfig
+
+FLOAT8 = StaticQuantConfig(torch.float8_e4m3fn)
+UINT8 = StaticQuantConfig(torch.uint8)
+
+
+class Mine(nn.Linear):
+    """A subclass of the user's that computes what its base does."""
+
+
+def model() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "encoder": nn.ModuleDict({n: nn.Linear(16, 16) for n in ("query", "key", "value")}),
+            "mine": Mine(16, 16),
+            "lm_head": nn.Linear(16, 16),
+        }
+    ).eval()
+
+
+def dtypes(prepared: nn.Module) -> dict[str, torch.dtype]:
+    return {n: m.act_obs.spec.dtype for n, m in prepared.named_modules() if isinstance(m, bridge.ObservedLinear)}
+
+
+def test_the_first_rule_that_fits_decides() -> None:
+    config = StaticQuantConfig(torch.int8, rules={"lm_head": None, "encoder.query": UINT8, "encoder.*": FLOAT8})
+    assert dtypes(bridge.prepare_(model(), config)) == {
+        "encoder.query": torch.uint8,
+        "encoder.key": torch.float8_e4m3fn,
+        "encoder.value": torch.float8_e4m3fn,
+        "mine": torch.int8,
+    }
+    swapped = StaticQuantConfig(torch.int8, rules={"encoder.*": FLOAT8, "encoder.query": UINT8})
+    assert dtypes(bridge.prepare_(model(), swapped))["encoder.query"] is torch.float8_e4m3fn
+
+
+def test_a_rule_for_a_class_fits_its_subclasses() -> None:
+    one, every = (StaticQuantConfig(torch.int8, rules={kind: UINT8}) for kind in (Mine, nn.Linear))
+    assert [name for name, d in dtypes(bridge.prepare_(model(), one)).items() if d is torch.uint8] == ["mine"]
+    assert set(dtypes(bridge.prepare_(model(), every)).values()) == {torch.uint8}
+
+
+def test_rules_see_the_names_of_a_compiled_model() -> None:
+    config = StaticQuantConfig(torch.int8, rules={"encoder.*": None})
+    assert dtypes(bridge.prepare_(torch.compile(model()), config)).keys() == {"_orig_mod.mine", "_orig_mod.lm_head"}
+
+
+def test_each_layer_becomes_what_its_own_config_says() -> None:
+    reference = StaticQuantConfig(torch.uint8, reference=True)
+    tensor = StaticQuantConfig(torch.int8, form="tensor")
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    bridge.prepare_(net, StaticQuantConfig(torch.int8, rules={"1": reference, "2": tensor, "3": None}))
+    bridge.calibrate(net, torch.randn(2, 16, 8))
+    bridge.convert_(net)
+    assert [type(m).__name__ for m in net] == ["QuantizedLinear", "QuantizedLinear", "Linear", "Linear"]
+    assert [net[0].reference, net[1].reference] == [False, True]
+    assert net[1].act_spec.dtype is torch.uint8
+    assert isinstance(net[2].weight.data, bridge.aqt.LinearActivationQuantizedTensor)
+    assert type(net[3].weight.data) is torch.Tensor
+
+
+def test_rules_at_conversion_choose_the_form_and_give_floats_back() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    plain = net[1]
+    bridge.prepare_(net, PRESETS["int8"])
+    bridge.calibrate(net, torch.randn(2, 16, 8))
+    bridge.convert_(net, config=StaticQuantConfig(torch.int8, reference=True, rules={"1": None}))
+    assert net[0].reference
+    assert net[1] is plain
+
+
+def test_a_config_is_a_value_that_nothing_changes() -> None:
+    rules = {"lm_head": None, nn.Conv2d: FLOAT8}
+    config = StaticQuantConfig(torch.int8, rules=rules)
+    before, h = repr(config), hash(config)
+    rules.clear()
+    net = nn.Sequential(bridge.prepare_(model(), config)["mine"]).eval()
+    bridge.calibrate(net, torch.randn(2, 4, 16))
+    bridge.convert_(net)
+    assert (repr(config), hash(config)) == (before, h)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+CONFIGS = [
+    *PRESETS.values(),
+    StaticQuantConfig(torch.int8, step="prepare", reference=True),
+    StaticQuantConfig(torch.int8, form="tensor"),
+    StaticQuantConfig(
+        torch.uint8,
+        activation=fsq.QuantSpec(
+            torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC, observer=fsq.Percentile(99.9)
+        ),
+        weight=fsq.QuantSpec(torch.int4, fsq.PerAxis(0), observer=fsq.Mse()),
+    ),
+    StaticQuantConfig(torch.int8, rules={"a.*": None, nn.Conv2d: FLOAT8, Mine: UINT8, "b": PRESETS["int8_symmetric"]}),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_prints_as_the_call_that_makes_it(config: StaticQuantConfig) -> None:
+    names = {"torch": torch, "StaticQuantConfig": StaticQuantConfig, **vars(fsq), "Mine": Mine}
+    assert eval(repr(config).replace(f"{__name__}.Mine", "Mine"), names) == config
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_json_and_back(config: StaticQuantConfig) -> None:
+    text = config.to_json()
+    assert "\n" not in text
+    again = StaticQuantConfig.from_json(text, classes=(Mine,))
+    assert again == config
+    assert again.to_json() == text
+
+
+def test_what_a_preset_is() -> None:
+    sym, asym = fsq.MappingType.SYMMETRIC, fsq.MappingType.ASYMMETRIC
+    found = {
+        name: (c.activation.dtype, c.activation.mapping, c.weight.dtype, c.weight.mapping)
+        for name, c in PRESETS.items()
+    }
+    assert found == {
+        "int8": (torch.int8, asym, torch.int8, sym),
+        "int8_symmetric": (torch.int8, sym, torch.int8, sym),
+        "uint8": (torch.uint8, asym, torch.uint8, asym),
+        "float8": (torch.float8_e4m3fn, sym, torch.float8_e4m3fn, sym),
+    }
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: bridge.prepare_(model(), StaticQuantConfig(torch.int8, rules={"lm_haed": None})),
+            ValueError,
+            "the rule for 'lm_haed' fits no module of ModuleDict; did you mean 'lm_head'?",
+        ),
+        (
+            lambda: bridge.prepare_(model(), StaticQuantConfig(torch.int8, rules={"query": None})),
+            ValueError,
+            "the rule for 'query' fits no module",
+        ),
+        (
+            lambda: bridge.prepare_(model(), StaticQuantConfig(torch.int8, rules={"*": None})),
+            ValueError,
+            "no module of ModuleDict is a linear or convolution layer that the filter takes",
+        ),
+        (lambda: StaticQuantConfig(torch.int8, rules=["lm_head"]), TypeError, "rules has 'lm_head'; give a dict of"),
+        (lambda: StaticQuantConfig(torch.int8, rules={3: None}), TypeError, "rules has the key 3; give a name pattern"),
+        (lambda: StaticQuantConfig(torch.int8, rules={int: None}), TypeError, "rules has the key <class 'int'>"),
+        (
+            lambda: StaticQuantConfig(torch.int8, rules={"a": torch.int8}),
+            TypeError,
+            "rules has torch.int8 for 'a'; give a StaticQuantConfig, or None for float",
+        ),
+        (
+            lambda: StaticQuantConfig(torch.int8, rules={"a": StaticQuantConfig(torch.int8, rules={"b": None})}),
+            ValueError,
+            "the rule for 'a' has rules itself; put them into the outer ones",
+        ),
+        (lambda: StaticQuantConfig.from_json("{"), ValueError, "not the JSON of a StaticQuantConfig"),
+        (lambda: StaticQuantConfig.from_json("[]"), ValueError, "not the JSON of a StaticQuantConfig"),
+        (
+            lambda: StaticQuantConfig.from_json(PRESETS["int8"].to_json().replace('"step"', '"stop"')),
+            ValueError,
+            "not the JSON of a StaticQuantConfig",
+        ),
+        (
+            lambda: StaticQuantConfig.from_json(StaticQuantConfig(torch.int8, rules={Mine: None}).to_json()),
+            ValueError,
+            r"the module class .*test_config\.Mine is not known; give it as classes=\(Mine,\)",
+        ),
+    ],
+)
+def test_a_refusal_says_value_rule_and_remedy(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,313 @@
+"""Models as they come: what a prepared model keeps, what is quantized in it, and what is told of the rest.
+
+Each model goes the same way: its outputs in float, prepared (the same bits), its float checkpoint loaded
+strictly, calibrated, unprepared (the very modules, the same bits) or converted (close to float).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bridge
+from bridge import PRESETS, StaticQuantConfig
+from bridge.torchao import compute_error
+
+INT8 = PRESETS["int8"]
+
+
+class ByName(nn.Module):
+    """Calls its layers with keyword arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(input=torch.relu(self.a(input=x)))
+
+
+class Shared(nn.Module):
+    """One layer under two names, called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 16)
+        self.again = nn.ModuleList([self.a])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(torch.tanh(self.again[0](torch.tanh(self.a(x)))))
+
+
+class Tied(nn.Module):
+    """An embedding and the output projection have one weight, as in most language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.body = nn.Linear(16, 16)
+        self.lm_head = nn.Linear(16, 50, bias=False)
+        self.lm_head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x[..., 0].abs() * 10).long() % 50
+        return self.lm_head(torch.tanh(self.body(self.embedding(tokens))))
+
+
+class Containers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.list = nn.ModuleList([nn.Linear(16, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, 16))])
+        self.dict = nn.ModuleDict({"x.y".replace(".", "_"): nn.Linear(16, 16)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.list, *self.dict.values()):
+            x = layer(x)
+        return x
+
+
+class Positive(nn.Linear):
+    """A subclass of the user's, with an attribute and a method, that computes what its base computes."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.note = "mine"
+
+    def norm(self) -> Tensor:
+        return self.weight.norm()
+
+
+class Lazily(nn.Module):
+    """Takes one of two branches, by the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.small(x) if x.shape[0] < 3 else self.large(x)
+
+
+def encoder(**kwargs: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, **kwargs)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not kwargs)
+
+
+MODELS: Mapping[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "keyword arguments": (ByName, {"a", "b"}),
+    "a shared module": (Shared, {"a"}),
+    "tied weights": (Tied, {"body", "lm_head"}),
+    "containers": (Containers, {"list.0", "list.1.1", "dict.x_y"}),
+    "a subclass": (lambda: nn.Sequential(Positive(16, 16), nn.Linear(16, 16)), {"0", "1"}),
+    "TransformerEncoder": (encoder, {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}),
+    "TransformerEncoder, norm first": (
+        lambda: encoder(norm_first=True),
+        {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)},
+    ),
+    "TransformerEncoder, gelu": (
+        lambda: encoder(activation="gelu"),
+        {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)},
+    ),
+}
+
+DTYPES = [torch.float32, torch.bfloat16]
+SQNR = {torch.float32: 25.0, torch.bfloat16: 22.0}
+"""dB. Each layer costs 38 dB or better (see test_workflow.py); chains of three to five with LayerNorm stay
+10 dB above this bound, and a layer that is wrong falls below 10."""
+
+
+@pytest.fixture(params=MODELS, ids=str)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, set[str]]:
+    make, layers = MODELS[request.param]
+    return make().eval(), layers
+
+
+def inputs(n: int = 4) -> Tensor:
+    return torch.randn(n, 6, 16)
+
+
+def prepared(model: nn.Module, config: StaticQuantConfig = INT8) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*modules stay in float.*MultiheadAttention")
+        return bridge.prepare_(model, config)
+
+
+def names(model: nn.Module, kind: type) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+@torch.inference_mode()
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def test_a_prepared_model_is_the_float_model(case: tuple[nn.Module, set[str]]) -> None:
+    model, layers = case
+    x = inputs()
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():  # the fused encoder adds in another order; what is compared calls its layers
+        calls = copy.deepcopy(model)
+        prepared(calls)
+        expected = calls(x)
+    parameters = [name for name, _ in model.named_parameters()]
+    prepared(model)
+    assert names(model, bridge.ObservedLinear) == layers
+    assert torch.equal(run(model, x), expected)
+    assert compute_error(run(bridge.unprepare_(copy.deepcopy(model)), x), expected) > 100
+    assert [name for name, _ in model.named_parameters()] == parameters
+    model.load_state_dict(other.state_dict(), strict=True)
+    loaded = run(bridge.unprepare_(model), x)
+    assert torch.equal(loaded, run(other, x))
+
+
+def test_unprepared_is_the_very_model(case: tuple[nn.Module, set[str]]) -> None:
+    model, _ = case
+    x = inputs()
+    before, expected = dict(model.named_modules(remove_duplicate=False)), run(model, x)
+    attributes = {name: set(vars(module)) for name, module in before.items()}
+    prepared(model)
+    bridge.calibrate(model, [x])
+    bridge.unprepare_(model)
+    after = dict(model.named_modules(remove_duplicate=False))
+    assert before.keys() == after.keys()
+    assert all(after[name] is module for name, module in before.items())
+    assert {name: set(vars(module)) for name, module in after.items()} == attributes
+    assert torch.equal(run(model, x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_converted_model_is_close_to_float(
+    case: tuple[nn.Module, set[str]], dtype: torch.dtype, compiled: bool
+) -> None:
+    model, layers = case
+    model, x = model.to(dtype), inputs(16).to(dtype)
+    expected = run(model, x)
+    model = torch.compile(model) if compiled else model
+    prepared(model)
+    bridge.calibrate(model, x.split(4))
+    bridge.convert_(model)
+    assert {name.removeprefix("_orig_mod.") for name in names(model, bridge.QuantizedLinear)} == layers
+    y = run(model, x)
+    assert y.dtype is dtype
+    assert compute_error(expected.float(), y.float()) > SQNR[dtype]
+
+
+def test_parameters_changed_while_prepared_come_back_with_the_float_model() -> None:
+    model = nn.Sequential(nn.Linear(16, 16)).eval()
+    plain = model[0]
+    prepared(model)
+    model.bfloat16()
+    model[0].weight = nn.Parameter(torch.ones(16, 16, dtype=torch.bfloat16))
+    bridge.unprepare_(model)
+    assert model[0] is plain
+    assert plain.weight.dtype is torch.bfloat16
+    assert torch.equal(plain.weight, torch.ones(16, 16))
+    assert plain.bias.dtype is torch.bfloat16
+
+
+def test_the_weight_of_a_tied_embedding_stays_a_float_parameter() -> None:
+    model, x = Tied().eval(), inputs()
+    prepared(model)
+    assert model.lm_head.weight is model.embedding.weight
+    bridge.calibrate(model, [x])
+    weight = model.embedding.weight
+    bridge.convert_(model)
+    assert model.embedding.weight is weight
+    assert weight.is_floating_point()
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["no mask", "padding mask"])
+def test_an_encoder_in_eval_mode_calls_the_layers_that_observe(padded: bool) -> None:
+    """It would hand their weights to one fused operator otherwise, and nested tensors to the next layer."""
+    model, x = encoder().eval(), inputs()
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[:, 4:] = padded
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+        expected = run_masked(model, x, mask)
+    prepared(model)
+    run_masked(model, x, mask)
+    assert {int(layer.linear1.act_obs.state["count"]) for layer in model.layers} == {x.numel()}
+    bridge.convert_(model)
+    y = run_masked(model, x, mask)[:, :4]
+    assert compute_error(expected[:, :4], y) > SQNR[torch.float32]
+
+
+@torch.inference_mode()
+def run_masked(model: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    return model(x, src_key_padding_mask=mask)
+
+
+def test_what_stays_in_float_is_listed_once_with_its_reason() -> None:
+    with pytest.warns(UserWarning, match="2 modules stay in float") as caught:
+        bridge.prepare_(encoder().eval(), INT8)
+    assert len(caught) == 1
+    told = str(caught[0].message).splitlines()[1:]
+    assert [line.split(":")[0] for line in told] == ["  layers.0.self_attn", "  layers.1.self_attn"]
+    assert all("multiplies its projections itself, calling no layer; to have them quantized" in line for line in told)
+
+
+def test_what_the_user_leaves_in_float_is_not_listed() -> None:
+    bridge.prepare_(encoder().eval(), StaticQuantConfig(torch.int8, rules={"*self_attn": None}))
+    bridge.prepare_(encoder().eval(), INT8, lambda module, name: "self_attn" not in name)
+
+
+def test_a_kind_that_has_no_quantized_layer_is_listed() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ConvTranspose2d(3, 3, 2), "c": nn.LazyLinear(3)})
+    with pytest.warns(
+        UserWarning, match=r"b: no quantized layer does what ConvTranspose2d does\n  c: LazyLinear has no"
+    ):
+        bridge.prepare_(model.eval(), INT8)
+
+
+def test_all_layers_that_cannot_be_prepared_are_named_at_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    model[0].register_forward_hook(lambda *_: None)
+    nn.utils.parametrizations.weight_norm(model[2])
+    before = list(model)
+    with pytest.raises(
+        ValueError, match=r"2 layers cannot be replaced, and nothing .*\n  0: .*hooks.*\n  2: .*parametri"
+    ):
+        bridge.prepare_(model, INT8)
+    assert all(a is b for a, b in zip(model, before, strict=True))
+    bridge.prepare_(model, StaticQuantConfig(torch.int8, rules={"0": None, "2": None}))
+    assert names(model, bridge.ObservedLinear) == {"1"}
+
+
+def test_a_branch_taken_later_is_named_until_it_was_taken() -> None:
+    model = prepared(Lazily().eval())
+    bridge.calibrate(model, [inputs(2)])
+    with pytest.raises(bridge.CalibrationError, match=r"1 layers cannot be converted.*\n  large: nothing was seen"):
+        bridge.convert_(model)
+    bridge.calibrate(model, [inputs(4)])
+    bridge.convert_(model)
+    assert names(model, bridge.QuantizedLinear) == {"small", "large"}
+
+
+@pytest.mark.cuda
+def test_cuda_a_model_on_two_devices_is_observed_and_quantized_where_its_layers_are() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16).cuda()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).cuda())
+
+    model, x = Split().eval(), inputs(16)
+    expected = run(model, x)
+    prepared(model)
+    bridge.calibrate(model, x.split(4), until_stable=0.5, window=1)
+    bridge.convert_(model)
+    devices = {name: {b.device.type for b in layer.buffers()} for name, layer in model.named_children()}
+    assert devices == {"a": {"cpu"}, "b": {"cuda"}}
+    assert compute_error(expected, run(model, x)) > SQNR[torch.float32]
