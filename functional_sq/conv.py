@@ -311,7 +311,8 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Ge
         (batch, *size, *kernel, channels),
         (along, *map(mul, step, geometry.stride), *map(mul, step, geometry.dilation), 1),
     )
-    return windows.reshape(batch, *size, math.prod(kernel) * channels).view(q.dtype)
+    # Of one channel, windows may be rows that overlap in memory, which no product of int8 takes.
+    return windows.reshape(batch, *size, math.prod(kernel) * channels).contiguous().view(q.dtype)
 
 
 def _gathered(

@@ -305,7 +305,8 @@ def linear(
     wide = torch.promote_types(dtype, torch.float32)
     scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     check_operands(spec, q, weight)
-    codes = operand(spec, q.reshape(-1, k))
+    # Contiguous: oneDNN takes rows that overlap or repeat for rows apart, and reads past them.
+    codes = operand(spec, q.reshape(-1, k).contiguous())
     if scale.ndim == 2 and scale.shape[0] != codes.shape[0]:
         raise ValueError(
             f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {codes.shape[0]} "

@@ -318,6 +318,15 @@ def test_the_stride_of_an_axis_of_size_one_is_not_read(dtype: torch.dtype) -> No
         assert torch.equal(fsq.linear(act, q, qp, fsq.fold(weight, w, qp)), expected)
 
 
+def test_rows_that_overlap_or_repeat_in_memory_are_read_as_they_are() -> None:
+    spec = QuantSpec(torch.int8, fsq.PerTensor())
+    w = torch.randint(-128, 128, (5, 64), dtype=torch.int8)
+    long = torch.randint(-128, 128, (100,), dtype=torch.int8)
+    for q in (long.unfold(0, 64, 1), long[:64].expand(7, 64)):
+        y = fsq.linear(spec, q, ones(spec, *q.shape), fsq.fold(spec, w, ones(spec, 5, 64)))
+        assert torch.equal(y, q.float() @ w.float().T)
+
+
 # --- float8 ----------------------------------------------------------------------------------------
 
 
