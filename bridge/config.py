@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import functional_sq as fsq
-from bridge.observed import ObservedLinear, ObserverModule, is_linear
-from bridge.quantized import QuantizedLinear
+from bridge.observed import LAYERS, Observed, ObserverModule, observed_type
+from bridge.quantized import QUANTIZED, QuantizedLinear
 from bridge.torchao import AOBaseConfig, register_quantize_module_handler
 
 __all__ = ["StaticQuantConfig"]
@@ -18,7 +18,7 @@ __all__ = ["StaticQuantConfig"]
 
 @dataclass(frozen=True)
 class StaticQuantConfig(AOBaseConfig):
-    """How the linear layers of a model are quantized; frozen and reusable.
+    """How the linear layers and convolutions of a model are quantized; frozen and reusable.
 
     Used by `prepare_` and `convert_`, and by `quantize_` (torchao's or the bridge's), which applies
     one step of it to each layer that its filter takes.
@@ -32,8 +32,8 @@ class StaticQuantConfig(AOBaseConfig):
             observed.
         activation: quantization of inputs, in place of the default.
         weight: quantization of weights, in place of the default.
-        form: what a converted layer is: `"module"`, a QuantizedLinear, or `"tensor"`, a
-            `torch.nn.Linear` whose weight is a tensor subclass.
+        form: what a converted layer is: `"module"`, a QuantizedLinear or QuantizedConv2d, or `"tensor"`,
+            for linear layers alone: a `torch.nn.Linear` whose weight is a tensor subclass.
         reference: dequantize and multiply floats, as AffineQuantizedTensor did; slow, and takes any
             format and granularity.
 
@@ -77,23 +77,27 @@ class StaticQuantConfig(AOBaseConfig):
 
 def is_observed(module: nn.Module, name: str) -> bool:
     """Say whether `module` is a layer with observers in."""
-    return isinstance(module, ObservedLinear)
+    return isinstance(module, Observed)
 
 
-def observed_layer(config: StaticQuantConfig, linear: nn.Linear) -> ObservedLinear:
-    """Return `linear` with the observers of `config`, sharing its parameters."""
+def observed_layer(config: StaticQuantConfig, layer: nn.Module) -> Observed:
+    """Return `layer` with the observers of `config`, sharing its parameters."""
+    kind = observed_type(layer)
+    if kind is None:
+        raise TypeError(f"a {type(layer).__name__} cannot be observed; give one of {LAYERS}")
     if not config.reference:
-        fsq.check_product(config.activation, config.weight, linear.weight.shape)
-    return ObservedLinear.from_float(linear, ObserverModule(config.activation), ObserverModule(config.weight))
+        fsq.check_product(config.activation, config.weight, layer.weight.shape)
+    return kind.from_float(layer, ObserverModule(config.activation), ObserverModule(config.weight))
 
 
-def quantized_layer(config: StaticQuantConfig | None, observed: ObservedLinear) -> nn.Module:
-    """Return the quantized layer that `observed` becomes; None: a QuantizedLinear.
+def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.Module:
+    """Return the quantized layer that `observed` becomes; None: a module that multiplies codes.
 
     The observers say how it is quantized; a config that says another dtype is refused.
     """
+    kind = QUANTIZED[type(observed)]
     if config is None:
-        return QuantizedLinear.from_observed(observed)
+        return kind.from_observed(observed)
     for what, spec, observer in (
         ("activations", config.activation, observed.act_obs),
         ("weight", config.weight, observed.weight_obs),
@@ -103,8 +107,15 @@ def quantized_layer(config: StaticQuantConfig | None, observed: ObservedLinear) 
                 f"the config quantizes the {what} to {spec.dtype}, but they were observed for {observer.spec.dtype}; "
                 f"use the dtype that the observers were made with"
             )
-    quantized = QuantizedLinear.from_observed(observed, reference=config.reference)
-    return quantized.as_linear() if config.form == "tensor" else quantized
+    quantized = kind.from_observed(observed, reference=config.reference)
+    if config.form == "module":
+        return quantized
+    if not isinstance(quantized, QuantizedLinear):
+        raise ValueError(
+            f"form='tensor' is for linear layers, and this is a {type(observed).__name__}; "
+            f"use form='module', or leave the layer out by filter_fn"
+        )
+    return quantized.as_linear()
 
 
 @register_quantize_module_handler(StaticQuantConfig)
@@ -115,5 +126,5 @@ def _apply(module: nn.Module, config: StaticQuantConfig) -> nn.Module:
     `torch.nn.Linear`, observed or not.
     """
     if config.step == "prepare":
-        return observed_layer(config, module) if is_linear(module, "") else module
-    return quantized_layer(config, module) if isinstance(module, ObservedLinear) else module
+        return module if observed_type(module) is None else observed_layer(config, module)
+    return quantized_layer(config, module) if isinstance(module, Observed) else module

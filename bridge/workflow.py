@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import functional_sq as fsq
 from bridge.config import StaticQuantConfig, is_observed, observed_layer, quantized_layer
-from bridge.observed import ObservedLinear, ObserverModule, check_root, is_linear, swap_
+from bridge.observed import LAYERS, Observed, ObserverModule, check_root, observed_type, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 
 __all__ = ["calibrate", "convert_", "prepare_", "quantize_"]
@@ -20,15 +20,15 @@ Filter = Callable[[nn.Module, str], bool]
 
 
 def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | None = None) -> nn.Module:
-    """Put observers into the linear layers of `model`, in place.
+    """Put observers into the linear layers and convolutions of `model`, in place.
 
     Parameters and their names stay: the prepared model loads the float model's `state_dict`.
 
     Args:
-        model: any module with linear layers inside; may be compiled already.
+        model: any module with such layers inside; may be compiled already.
         config: how the layers will be quantized.
-        filter_fn: `(module, name) -> bool`; default: every `torch.nn.Linear` that is called as such
-            (not the output projection inside `torch.nn.MultiheadAttention`).
+        filter_fn: `(module, name) -> bool`; default: every `torch.nn.Linear`, `Conv1d` and `Conv2d`
+            that is called as such (not the output projection inside `torch.nn.MultiheadAttention`).
 
     Returns:
         `model`.
@@ -51,9 +51,9 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
     chosen = filter_fn or (lambda module, name: True)
     swap_(
         model,
-        lambda module, name: is_linear(module, name) and chosen(module, _public(name)),
+        lambda module, name: _is_layer(module, name) and chosen(module, _public(name)),
         lambda layer, name: observed_layer(config, layer),
-        "a torch.nn.Linear",
+        f"one of {LAYERS}",
     )
     return model
 
@@ -116,7 +116,7 @@ def convert_(model: nn.Module, *, config: StaticQuantConfig | None = None, min_c
 
     Args:
         model: a calibrated model.
-        config: what form the layers take; None: QuantizedLinear modules. The quantization itself
+        config: what form the layers take; None: modules that multiply codes. The quantization itself
             was given to `prepare_`.
         min_count: values that each scale must have seen.
 
@@ -172,9 +172,9 @@ def quantize_(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None =
     """
     if isinstance(config, StaticQuantConfig):
         takes = filter_fn or (lambda module, name: True)
-        step = is_linear if config.step == "prepare" else is_observed
+        step = _is_layer if config.step == "prepare" else is_observed
         filter_fn = lambda module, name: step(module, name) and takes(module, _public(name))  # noqa: E731
-        what = "a torch.nn.Linear" if config.step == "prepare" else "a prepared layer"
+        what = f"one of {LAYERS}" if config.step == "prepare" else "a prepared layer"
         check_root(model, filter_fn, what)
         if not any(filter_fn(module, name) for name, module in model.named_modules()):
             raise ValueError(
@@ -186,6 +186,10 @@ def quantize_(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None =
     torchao_quantize_(model, config, filter_fn, **kwargs)
 
 
+def _is_layer(module: nn.Module, name: str) -> bool:
+    return observed_type(module) is not None
+
+
 def _public(name: str) -> str:
     """Return a module's name in the model that the user compiled."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
@@ -195,7 +199,7 @@ def _check_coverage(model: nn.Module, wanted: Filter, min_count: int) -> None:
     """Raise CalibrationError that names every observed layer whose record is unfit."""
     faults = []
     for name, module in model.named_modules():
-        if isinstance(module, ObservedLinear) and wanted(module, name):
+        if isinstance(module, Observed) and wanted(module, name):
             if fault := module.act_obs.fault(min_count):
                 faults.append(f"{_public(name)}: {fault}")
             elif not bool(module.weight.isfinite().all()):

@@ -355,13 +355,13 @@ def no_batches() -> Iterator[Tensor]:
         pytest.param(
             lambda: bridge.prepare_(nn.Sequential(nn.ReLU()), INT8),
             ValueError,
-            "no module of Sequential is a torch.nn.Linear that the filter takes; nothing was changed",
+            "no module of Sequential is one of torch.nn.Linear, .* that the filter takes; nothing was changed",
             id="prepare_(no linear layer)",
         ),
         pytest.param(
             lambda: bridge.prepare_(two_layers(), INT8, lambda module, name: False),
             ValueError,
-            "no module of Sequential is a torch.nn.Linear that the filter takes; nothing was changed",
+            "no module of Sequential is one of torch.nn.Linear, .* that the filter takes; nothing was changed",
             id="prepare_(filter takes none)",
         ),
         pytest.param(
