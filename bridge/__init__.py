@@ -9,8 +9,15 @@ from bridge.aqt import (
     to_linear_activation_quantized,
 )
 from bridge.config import PRESETS, StaticQuantConfig
-from bridge.observed import AffineQuantizedMinMaxObserver, ObservedLinear, ObserverModule, insert_observers_
-from bridge.quantized import QuantizedLinear
+from bridge.observed import (
+    AffineQuantizedMinMaxObserver,
+    ObservedConv1d,
+    ObservedConv2d,
+    ObservedLinear,
+    ObserverModule,
+    insert_observers_,
+)
+from bridge.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
 from bridge.workflow import calibrate, convert_, prepare_, quantize_, unprepare_
 from functional_sq import CalibrationError, MappingType, PerAxis, PerGroup, PerRow, PerTensor, PerToken
@@ -24,6 +31,8 @@ __all__ = [
     "Float8Layout",
     "Float8MMConfig",
     "MappingType",
+    "ObservedConv1d",
+    "ObservedConv2d",
     "ObservedLinear",
     "ObserverModule",
     "PerAxis",
@@ -31,6 +40,8 @@ __all__ = [
     "PerRow",
     "PerTensor",
     "PerToken",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
     "QuantizedLinear",
     "StaticQuantConfig",
     "calibrate",

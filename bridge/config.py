@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import functional_sq as fsq
-from bridge.observed import Observed, ObserverModule, observed_type
-from bridge.quantized import Quantized
+from bridge.observed import LAYERS, Observed, ObserverModule, observed_type
+from bridge.quantized import QUANTIZED, QuantizedLinear
 from bridge.torchao import AOBaseConfig, register_quantize_module_handler
 from functional_sq.serialize import spec_from_json, spec_to_json
 
@@ -40,8 +40,8 @@ class StaticQuantConfig(AOBaseConfig):
             observed.
         activation: quantization of inputs, in place of the default.
         weight: quantization of weights, in place of the default.
-        form: what a converted layer is: `"module"`, a QuantizedLinear, or `"tensor"`, a
-            `torch.nn.Linear` whose weight is a tensor subclass.
+        form: what a converted layer is: `"module"`, a QuantizedLinear or QuantizedConv2d, or `"tensor"`,
+            for linear layers alone: a `torch.nn.Linear` whose weight is a tensor subclass.
         reference: dequantize and multiply floats, as AffineQuantizedTensor did; slow, and takes any
             format and granularity.
         rules: exceptions, a dict or pairs; the first that fits a layer decides. A key is a name
@@ -242,7 +242,8 @@ PRESETS: Final = MappingProxyType(
 def observed_layer(config: StaticQuantConfig, layer: nn.Module) -> Observed:
     """Return `layer` with the observers of `config`, sharing its parameters; ValueError if it cannot be so."""
     kind = observed_type(layer)
-    assert kind is not None
+    if kind is None:
+        raise TypeError(f"a {type(layer).__name__} cannot be observed; give one of {LAYERS}")
     if not config.reference:
         fsq.check_product(config.activation, config.weight, layer.weight.shape)
     observed = kind.from_float(layer, ObserverModule(config.activation), ObserverModule(config.weight))
@@ -256,8 +257,9 @@ def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.
     The observers say how it is quantized; a config that says another dtype is refused.
     """
     config = observed.config if config is None else config
+    kind = QUANTIZED[type(observed)]
     if config is None:
-        return Quantized.of(observed)
+        return kind.from_observed(observed)
     for what, spec, observer in (
         ("activations", config.activation, observed.act_obs),
         ("weight", config.weight, observed.weight_obs),
@@ -267,8 +269,15 @@ def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.
                 f"the config quantizes the {what} to {spec.dtype}, but they were observed for {observer.spec.dtype}; "
                 f"use the dtype that the observers were made with"
             )
-    quantized = Quantized.of(observed, reference=config.reference)
-    return quantized.as_linear() if config.form == "tensor" else quantized
+    quantized = kind.from_observed(observed, reference=config.reference)
+    if config.form == "module":
+        return quantized
+    if not isinstance(quantized, QuantizedLinear):
+        raise ValueError(
+            f"form='tensor' is for linear layers, and this is a {type(observed).__name__}; "
+            f"use form='module', or leave the layer in float by a rule"
+        )
+    return quantized.as_linear()
 
 
 @register_quantize_module_handler(StaticQuantConfig)

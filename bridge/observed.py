@@ -1,20 +1,28 @@
-"""Modules that record what flows through them: observers as modules, and a linear layer with two."""
+"""Modules that record what flows through them: observers as modules, and float layers with two."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functional_sq as fsq
 from bridge.buffers import Buffers, write
 from bridge.torchao import adopt
 
-__all__ = ["AffineQuantizedMinMaxObserver", "ObservedLinear", "ObserverModule", "insert_observers_"]
+__all__ = [
+    "AffineQuantizedMinMaxObserver",
+    "Observed",
+    "ObservedConv1d",
+    "ObservedConv2d",
+    "ObservedLinear",
+    "ObserverModule",
+    "insert_observers_",
+    "observed_type",
+]
 
 
 class ObserverModule(Buffers):
@@ -171,12 +179,107 @@ class AffineQuantizedMinMaxObserver(ObserverModule):
 
 
 class Observed(nn.Module):
-    config = None
+    """A float layer that records its input; its weight is observed when it is converted.
 
-    def to_float(self):
-        (module,) = self._origin
+    Base of a class that also derives from the float layer's type, and comes before it: the layer's
+    own forward then runs on what was recorded, and parameters keep their names.
+
+    Attributes:
+        act_obs: records the input. Scales whose shape depends on the batch are refused: a static scale
+            must fit any.
+        weight_obs: names how the weight will be quantized.
+        config: the StaticQuantConfig that it was prepared with, or None.
+        float_type: the type of the float layer.
+        settings: the names of what its constructor takes, other than bias, device and dtype.
+    """
+
+    act_obs: ObserverModule
+    weight_obs: ObserverModule
+    weight: Tensor
+    config: Any
+    float_type: ClassVar[type[nn.Module]]
+    settings: ClassVar[tuple[str, ...]]
+
+    def attach(self, act_obs: ObserverModule, weight_obs: ObserverModule) -> None:
+        """Take two observers; called once, by the constructor of a derived class.
+
+        Raises:
+            TypeError: an observer is not an ObserverModule.
+            ValueError: a granularity does not apply.
+        """
+        _check_observers(act_obs, weight_obs)
+        shape = tuple(self.weight.shape)
+        check_static(act_obs.spec, shape)
+        weight_obs.spec.granularity.stat_shape(shape)
+        if not act_obs.state:
+            act_obs.reset(shape[1:2], self.weight.device)
+        self.act_obs = act_obs
+        self.weight_obs = weight_obs
+        self.config = None
+        # In a tuple, so that it is no submodule: its parameters are this layer's already.
+        self._float: tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def from_float(cls, module: nn.Module, act_obs: ObserverModule, weight_obs: ObserverModule) -> Observed:
+        """Return an observed layer that shares the parameters of `module`.
+
+        Raises:
+            TypeError: an observer is not an ObserverModule, or `module` is not of `float_type`.
+            ValueError: a granularity does not apply, or the layer has hooks or a parametrization,
+                which would be lost.
+        """
+        _check_observers(act_obs, weight_obs)
+        if not isinstance(module, cls.float_type):
+            raise TypeError(
+                f"{cls.__name__}.from_float got a {type(module).__name__}; give a torch.nn.{cls.float_type.__name__}"
+            )
+        _check_plain(module)
+        weight = module.weight
+        if act_obs.state:
+            act_obs.to(weight.device)
+        else:
+            act_obs.reset(tuple(weight.shape[1:2]), weight.device)
+        observed = cls(
+            **settings_of(module, cls.settings),
+            act_obs=act_obs,
+            weight_obs=weight_obs,
+            bias=False,
+            # The parameters below replace these, so these take no memory.
+            device="meta",
+            dtype=weight.dtype,
+        )
+        observed.weight, observed.bias = weight, module.bias
+        observed._float = (module,)
+        observed.observe_weight()
+        return observed.train(module.training)
+
+    def to_float(self) -> nn.Module:
+        """Return the float layer with this layer's parameters: the very module that `from_float` took.
+
+        A layer that was constructed gives a new one.
+
+        Example:
+            >>> import torch, functional_sq as fsq
+            >>> from bridge import ObservedLinear, ObserverModule
+            >>> spec, linear = fsq.QuantSpec(torch.int8, fsq.PerTensor()), torch.nn.Linear(4, 2)
+            >>> layer = ObservedLinear.from_float(linear, ObserverModule(spec), ObserverModule(spec))
+            >>> layer.to_float() is linear
+            True
+        """
+        if self._float:
+            module = self._float[0]
+        else:
+            module = self.float_type(**settings_of(self, self.settings), bias=False, device="meta")
         module.weight, module.bias = self.weight, self.bias
-        return module
+        return module.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:  # the float layer's name for it: it may be given by name
+        return super().forward(self.act_obs(input))
+
+    def observe_weight(self) -> None:
+        """Record the weight as it is now, and nothing that it was before."""
+        self.weight_obs.reset(tuple(self.weight.shape), self.weight.device)
+        self.weight_obs(self.weight)
 
 
 class ObservedLinear(Observed, nn.Linear):
@@ -205,6 +308,9 @@ class ObservedLinear(Observed, nn.Linear):
         tensor([1.])
     """
 
+    float_type = nn.Linear
+    settings = ("in_features", "out_features")
+
     def __init__(
         self,
         in_features: int,
@@ -216,53 +322,136 @@ class ObservedLinear(Observed, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        _check_observers(act_obs, weight_obs)
-        check_static(act_obs.spec, in_features)
-        weight_obs.spec.granularity.stat_shape((out_features, in_features))
-        if not act_obs.state:
-            act_obs.reset((in_features,), device)
-        self.act_obs = act_obs
-        self.weight_obs = weight_obs
+        self.attach(act_obs, weight_obs)
 
-    @classmethod
-    def from_float(cls, float_linear: nn.Linear, act_obs: ObserverModule, weight_obs: ObserverModule) -> ObservedLinear:
-        """Return an observed layer that shares the parameters of `float_linear`.
 
-        Raises:
-            TypeError: an observer is not an ObserverModule.
-            ValueError: a granularity does not apply, or the layer has hooks or a parametrization,
-                which would be lost.
-        """
-        _check_observers(act_obs, weight_obs)
-        _check_plain(float_linear)
-        weight = float_linear.weight
-        if act_obs.state:
-            act_obs.to(weight.device)
-        else:
-            act_obs.reset((float_linear.in_features,), weight.device)
-        observed = cls(
-            float_linear.in_features,
-            float_linear.out_features,
-            act_obs,
-            weight_obs,
-            False,
-            # The parameters below replace these, so these take no memory.
-            device="meta",
-            dtype=weight.dtype,
+CONV_SETTINGS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
+"""What the constructor of a convolution takes, other than bias, device and dtype."""
+
+
+class ObservedConv1d(Observed, nn.Conv1d):
+    """A float convolution over one dimension that records its input.
+
+    Args:
+        settings: what `torch.nn.Conv1d` takes.
+        act_obs: records the input; one scale for the tensor.
+        weight_obs: names how the weight will be quantized.
+        kwargs: what `torch.nn.Conv1d` takes by name.
+
+    Raises:
+        TypeError: an observer is not an ObserverModule.
+        ValueError: a granularity does not apply.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import ObservedConv1d, ObserverModule
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> layer = ObservedConv1d.from_float(torch.nn.Conv1d(4, 2, 3), ObserverModule(spec), ObserverModule(spec))
+        >>> _ = layer(torch.ones(1, 4, 9)); layer.act_obs.state["max"]
+        tensor([1.])
+    """
+
+    float_type = nn.Conv1d
+    settings = CONV_SETTINGS
+
+    def __init__(self, *settings: Any, act_obs: ObserverModule, weight_obs: ObserverModule, **kwargs: Any) -> None:
+        super().__init__(*settings, **kwargs)
+        self.attach(act_obs, weight_obs)
+
+
+class ObservedConv2d(Observed, nn.Conv2d):
+    """A float convolution over two dimensions that records its input.
+
+    Args:
+        settings: what `torch.nn.Conv2d` takes.
+        act_obs: records the input; one scale for the tensor.
+        weight_obs: names how the weight will be quantized.
+        kwargs: what `torch.nn.Conv2d` takes by name.
+
+    Raises:
+        TypeError: an observer is not an ObserverModule.
+        ValueError: a granularity does not apply.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import ObservedConv2d, ObserverModule
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> layer = ObservedConv2d.from_float(torch.nn.Conv2d(4, 2, 3), ObserverModule(spec), ObserverModule(spec))
+        >>> _ = layer(torch.ones(1, 4, 9, 9)); layer.act_obs.state["max"]
+        tensor([1.])
+    """
+
+    float_type = nn.Conv2d
+    settings = CONV_SETTINGS
+
+    def __init__(self, *settings: Any, act_obs: ObserverModule, weight_obs: ObserverModule, **kwargs: Any) -> None:
+        super().__init__(*settings, **kwargs)
+        self.attach(act_obs, weight_obs)
+
+
+OBSERVED: dict[type[nn.Module], type[Observed]] = {
+    observed.float_type: observed for observed in (ObservedLinear, ObservedConv1d, ObservedConv2d)
+}
+"""Which observed type takes the place of a float one."""
+
+LAYERS = ", ".join(f"torch.nn.{kind.__name__}" for kind in OBSERVED)
+"""The float types, for messages."""
+
+
+def observed_type(module: nn.Module) -> type[Observed] | None:
+    """Return the observed type that computes what `module` computes; None where there is none.
+
+    A subclass counts while it computes what its torch type does: with a forward of its own it is
+    something else.
+
+    Example:
+        >>> import torch
+        >>> from bridge.observed import observed_type
+        >>> observed_type(torch.nn.Conv2d(3, 8, 3)).__name__, observed_type(torch.nn.ReLU())
+        ('ObservedConv2d', None)
+    """
+    # MultiheadAttention's output projection is a Linear that is never called: its parameters are used.
+    # A lazy layer has no weight yet.
+    if isinstance(module, (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.modules.lazy.LazyModuleMixin)):
+        return None
+    for kind, observed in OBSERVED.items():
+        own = ("forward", "_conv_forward") if hasattr(kind, "_conv_forward") else ("forward",)
+        if isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in own):
+            return observed
+    return None
+
+
+def float_reason(module: nn.Module) -> str | None:
+    """Say why `module`, a kind of layer that one may expect to be quantized, is not; None: it is, or is no such."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "torch.nn.MultiheadAttention multiplies its projections itself, calling no layer; "
+            "to have them quantized, use an attention that calls torch.nn.Linear"
         )
-        observed.weight = weight
-        observed.bias = float_linear.bias
-        observed.observe_weight()
-        observed._origin = (float_linear,)
-        return observed.train(float_linear.training)
+    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or isinstance(module, Observed):
+        return None
+    if observed_type(module) is not None or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    kind = type(module).__name__
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{kind} has no weight yet; run the float model once before"
+    if isinstance(module, tuple(OBSERVED)):
+        return f"{kind} has a forward of its own, which a quantized layer would not run"
+    return f"no quantized layer does what {kind} does"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.act_obs(x), self.weight, self.bias)
 
-    def observe_weight(self) -> None:
-        """Record the weight as it is now, and nothing that it was before."""
-        self.weight_obs.reset(tuple(self.weight.shape), self.weight.device)
-        self.weight_obs(self.weight)
+def settings_of(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """Return what the constructor of `module` took, by name."""
+    return {name: getattr(module, name) for name in names}
 
 
 def _check_observers(act_obs: object, weight_obs: object) -> None:
@@ -274,24 +463,36 @@ def _check_observers(act_obs: object, weight_obs: object) -> None:
             )
 
 
-def _check_plain(linear: nn.Linear) -> None:
-    """Raise ValueError if a layer that takes the place of `linear` would do less than it."""
-    if nn.utils.parametrize.is_parametrized(linear):
+def _check_plain(module: nn.Module) -> None:
+    """Raise ValueError if a layer that takes the place of `module` would do less than it."""
+    if nn.utils.parametrize.is_parametrized(module):
         raise ValueError(
             "the weight is computed by a parametrization, which would be lost; "
             "call torch.nn.utils.parametrize.remove_parametrizations first, or leave the layer out by filter_fn"
         )
-    if "forward" in vars(linear):
+    if "forward" in vars(module):
         raise ValueError("the layer has a forward of its own, which would be lost; leave the layer out by filter_fn")
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
         raise ValueError("the layer has hooks, which would be lost; remove them first, or leave it out by filter_fn")
 
 
-def check_static(spec: fsq.QuantSpec, in_features: int) -> None:
-    """Raise ValueError if the shape of a static activation scale would depend on the batch."""
+def check_static(spec: fsq.QuantSpec, shape: Sequence[int]) -> None:
+    """Raise ValueError if a static scale of the input does not fit any batch and any image size.
+
+    Args:
+        spec: the activations' quantization.
+        shape: shape of the weight, of a linear layer or a convolution.
+    """
     granularity = spec.granularity
-    wide, narrow = (granularity.stat_shape((rows, in_features)) for rows in (5, 3))
+    if len(shape) > 2:
+        if not isinstance(granularity, fsq.PerTensor):
+            raise ValueError(
+                f"{granularity} gives the input of a convolution several scales, and a static scale must fit any "
+                f"batch and image; use PerTensor() for activations"
+            )
+        return
+    wide, narrow = (granularity.stat_shape((rows, shape[1])) for rows in (5, 3))
     if wide != narrow:
         raise ValueError(
             f"{granularity} gives each token a scale of its own, and a static scale must fit any batch; "
@@ -334,38 +535,7 @@ def insert_observers_(
 
 def is_linear(module: nn.Module, name: str) -> bool:
     """Say whether `module` computes what `torch.nn.Linear` computes and nothing else."""
-    return (
-        isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-        # MultiheadAttention's output projection is a Linear that is never called: its parameters are used.
-        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    )
-
-
-def float_reason(module: nn.Module) -> str | None:
-    """Say why `module`, a kind of layer that one may expect to be quantized, is not; None: it is, or is no such."""
-    if isinstance(module, nn.MultiheadAttention):
-        return (
-            "torch.nn.MultiheadAttention multiplies its projections itself, calling no layer; "
-            "to have them quantized, use an attention that calls torch.nn.Linear"
-        )
-    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or isinstance(module, Observed):
-        return None
-    if observed_type(module) is not None or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return f"{kind} has no weight yet; run the float model once before"
-    if isinstance(module, tuple(OBSERVED)):
-        return f"{kind} has a forward of its own, which a quantized layer would not run"
-    return f"no quantized layer does what {kind} does"
-
-
-OBSERVED = {nn.Linear: ObservedLinear}
-
-
-def observed_type(module):
-    return ObservedLinear if is_linear(module, "") and not isinstance(module, Observed) else None
+    return observed_type(module) is ObservedLinear
 
 
 def swap_(

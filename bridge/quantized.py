@@ -1,12 +1,14 @@
-"""The quantized linear layer: codes in buffers, and a forward that multiplies them."""
+"""Quantized layers: codes in buffers, and a forward that multiplies them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functional_sq as fsq
@@ -17,16 +19,240 @@ from bridge.aqt import (
     to_linear_activation_quantized,
 )
 from bridge.buffers import Buffers
-from bridge.observed import ObservedLinear, check_static
+from bridge.observed import (
+    CONV_SETTINGS,
+    Observed,
+    ObservedConv1d,
+    ObservedConv2d,
+    ObservedLinear,
+    check_static,
+    settings_of,
+)
 from functional_sq.formats import Float8
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["Quantized", "QuantizedConv1d", "QuantizedConv2d", "QuantizedLinear"]
 
 
 class Quantized(Buffers):
-    @staticmethod
-    def of(observed, *, reference=False):
-        return QuantizedLinear.from_observed(observed, reference=reference)
+    """A layer with static ranges that multiplies codes: integers, or float8.
+
+    Made by `from_observed` or `from_float`; the constructor of a derived class makes an empty one to
+    load a `state_dict` into. For inference: no gradient flows through it.
+
+    Attributes:
+        act_scale, act_zero_point: `(1,)`, the input's quantization.
+        weight_codes, weight_scale, weight_zero_point, weight_sum: a `functional_sq.FoldedWeight`.
+        product_scale, product_offset: a `functional_sq.Epilogue`, computed from these and not saved.
+            After writing to a buffer by hand, load the `state_dict` anew.
+        reference: dequantize and multiply floats instead. May be changed at any time where the codes
+            can be multiplied.
+        observed: the observed type that it is made from.
+        settings: the names of what the float layer's constructor takes, other than bias, device and
+            dtype; attributes here too.
+    """
+
+    act_scale: Tensor
+    act_zero_point: Tensor
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_sum: Tensor | None
+    product_scale: Tensor
+    product_offset: Tensor | None
+    observed: ClassVar[type[Observed]]
+    settings: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        act: fsq.QuantSpec,
+        weight: fsq.QuantSpec,
+        *,
+        bias: bool,
+        reference: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        check_static(act, shape)
+        if not reference:
+            fsq.check_product(act, weight, shape)
+        self.act_spec = act
+        self.weight_spec = weight
+        self.reference = reference
+        self.dtype = dtype or torch.get_default_dtype()
+        empty = torch.zeros(shape, dtype=weight.format.storage, device=device)
+        self._set(
+            fsq.calc_qparams(act, fsq.init(act, shape[1:2], device=device)),
+            fsq.fold(weight, empty, fsq.calc_qparams(weight, fsq.init(weight, shape, device=device))),
+        )
+        self.bias = (
+            nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype), requires_grad=False) if bias else None
+        )
+
+    def _set(self, act: fsq.QParams, weight: fsq.FoldedWeight) -> None:
+        for prefix, values in (("act", act), ("weight", weight)):
+            for name, value in values._asdict().items():
+                # Contiguous and of its own: a state_dict must not save what a view was taken of.
+                self.register_buffer(f"{prefix}_{name}", None if value is None else value.detach().clone())
+        self._fold()
+
+    def _fold(self) -> None:
+        """Compute from the buffers what the product is scaled and shifted by; it is not saved."""
+        one_a_row = all(size == 1 for size in self.weight_scale.shape[1:])
+        multiplied = self.weight_codes.dtype is not torch.int16 and one_a_row and self.act_scale.numel() == 1
+        values = fsq.epilogue(self.act_spec, self.act_qparams, self.folded) if multiplied else fsq.Epilogue(None, None)
+        for name, value in values._asdict().items():
+            self.register_buffer(f"product_{name}", None if value is None else value.contiguous(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def arguments(self) -> dict[str, object]:
+        """Return what makes an empty twin, beside the two specs, device and dtype: plain values for JSON.
+
+        `type(layer)(act=layer.act_spec, weight=layer.weight_spec, **layer.arguments())` loads the
+        layer's `state_dict`.
+
+        Example:
+            >>> import torch, functional_sq as fsq
+            >>> from bridge import QuantizedLinear
+            >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+            >>> QuantizedLinear(8, 4, spec, spec).arguments()
+            {'in_features': 8, 'out_features': 4, 'bias': True, 'reference': False}
+        """
+        return {
+            **settings_of(self, self.settings),
+            "bias": self.bias is not None,
+            "reference": self.reference,
+        }
+
+    @classmethod
+    @torch.inference_mode(False)  # Buffers made in inference mode could not be loaded into outside of it.
+    def from_float(
+        cls,
+        module: nn.Module,
+        act: fsq.QuantSpec,
+        act_qparams: fsq.QParams,
+        weight: fsq.QuantSpec,
+        *,
+        reference: bool = False,
+    ) -> Quantized:
+        """Quantize the weight of the float layer `module`; its range is taken from the weight as it is now.
+
+        Raises:
+            CalibrationError: the weight has NaN or Inf.
+            ValueError: as the constructor.
+        """
+        w = module.weight.detach()
+        quantized = cls(
+            **settings_of(module, cls.settings),
+            act=act,
+            weight=weight,
+            bias=False,
+            reference=reference,
+            device="meta",
+            dtype=w.dtype,
+        )
+        state = fsq.observe(weight, fsq.init(weight, w.shape, device=w.device), w)
+        # Not fsq.check: a weight that is all zero is exact under any scale.
+        if not bool(w.isfinite().all()):
+            raise fsq.CalibrationError("the weight has NaN or Inf; mend it, or leave the layer in float")
+        qparams = fsq.calc_qparams(weight, state)
+        quantized._set(act_qparams, fsq.fold(weight, fsq.quantize(weight, w, qparams), qparams))
+        if module.bias is not None:
+            quantized.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+        return quantized.train(module.training)
+
+    @classmethod
+    def from_observed(
+        cls, observed: Observed, target_dtype: torch.dtype | None = None, *, reference: bool = False
+    ) -> Quantized:
+        """Convert a calibrated layer.
+
+        Args:
+            observed: the layer; it is left as it is.
+            target_dtype: the dtype that both observers were made for; None: not compared.
+            reference: as the constructor.
+
+        Raises:
+            CalibrationError: the layer saw nothing, or NaN or Inf.
+            ValueError: the observers were made for another dtype than `target_dtype`.
+        """
+        if not isinstance(observed, cls.observed):
+            raise TypeError(f"from_observed got a {type(observed).__name__}; give a bridge.{cls.observed.__name__}")
+        for name, observer in (("activations", observed.act_obs), ("weight", observed.weight_obs)):
+            if target_dtype not in (None, observer.spec.dtype):
+                raise ValueError(
+                    f"target_dtype={target_dtype}, but the {name} were observed for {observer.spec.dtype}; "
+                    f"use the dtype that the observers were made with"
+                )
+        qparams = observed.act_obs.calculate_qparams()
+        return cls.from_float(observed, observed.act_obs.spec, qparams, observed.weight_obs.spec, reference=reference)
+
+    @torch.inference_mode(False)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._fold()
+
+    @property
+    def act_qparams(self) -> fsq.QParams:
+        """The input's scale and zero point."""
+        return fsq.QParams(self.act_scale, self.act_zero_point)
+
+    @property
+    def folded(self) -> fsq.FoldedWeight:
+        """The weight in the form that is multiplied."""
+        return fsq.FoldedWeight(self.weight_codes, self.weight_scale, self.weight_zero_point, self.weight_sum)
+
+    @property
+    def qweight(self) -> AffineQuantizedTensor:
+        """The quantized weight as a tensor: codes, scale, zero point, `.dequantize()`."""
+        spec = self.weight_spec
+        codes, (scale, zero_point) = fsq.unfold(spec, self.folded)
+        return AffineQuantizedTensor(
+            codes,
+            scale,
+            None if codes.is_floating_point() else zero_point,
+            spec.dtype,
+            quant_min=spec.quant_min,
+            quant_max=spec.quant_max,
+            dtype=self.dtype,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:  # the float layer's name for it: it may be given by name
+        x, qp, bias = input, self.act_qparams, self.bias
+        q = fsq.quantize(self.act_spec, self._padded(x), qp)
+        if self.reference:
+            w = fsq.dequantize(self.weight_spec, *fsq.unfold(self.weight_spec, self.folded), dtype=x.dtype)
+            return self._reference(q, qp, w, None if bias is None else bias.to(x.dtype))
+        # A float64 model wants the scales' product in float64.
+        known = None if x.dtype is torch.float64 else fsq.Epilogue(self.product_scale, self.product_offset)
+        return self._product(q, qp, bias, x.dtype, known)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Return the input with what a product of codes cannot add."""
+        return x
+
+    @abstractmethod
+    def _product(
+        self, q: Tensor, qp: fsq.QParams, bias: Tensor | None, dtype: torch.dtype, known: fsq.Epilogue | None
+    ) -> Tensor:
+        """Multiply codes."""
+
+    @abstractmethod
+    def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply the floats that codes stand for."""
+
+    def extra_repr(self) -> str:
+        path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
+        shown = {name: value for name, value in self.arguments().items() if name != "reference"}
+        return (
+            f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "
+            f"activation={_summary(self.act_spec)}, weight={_summary(self.weight_spec)}, {path}"
+        )
 
 
 class QuantizedLinear(Quantized):
@@ -68,14 +294,8 @@ class QuantizedLinear(Quantized):
         torch.Size([2, 3, 4])
     """
 
-    act_scale: Tensor
-    act_zero_point: Tensor
-    weight_codes: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor | None
-    weight_sum: Tensor | None
-    product_scale: Tensor
-    product_offset: Tensor | None
+    observed = ObservedLinear
+    settings = ("in_features", "out_features")
 
     def __init__(
         self,
@@ -89,129 +309,11 @@ class QuantizedLinear(Quantized):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_static(act, in_features)
-        if not reference:
-            fsq.check_product(act, weight, (out_features, in_features))
+        super().__init__(
+            (out_features, in_features), act, weight, bias=bias, reference=reference, device=device, dtype=dtype
+        )
         self.in_features = in_features
         self.out_features = out_features
-        self.act_spec = act
-        self.weight_spec = weight
-        self.reference = reference
-        self.dtype = dtype or torch.get_default_dtype()
-        empty = torch.zeros(out_features, in_features, dtype=weight.format.storage, device=device)
-        self._set(
-            fsq.calc_qparams(act, fsq.init(act, (in_features,), device=device)),
-            fsq.fold(weight, empty, fsq.calc_qparams(weight, fsq.init(weight, empty.shape, device=device))),
-        )
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
-        )
-
-    def _set(self, act: fsq.QParams, weight: fsq.FoldedWeight) -> None:
-        for prefix, values in (("act", act), ("weight", weight)):
-            for name, value in values._asdict().items():
-                # Contiguous and of its own: a state_dict must not save what a view was taken of.
-                self.register_buffer(f"{prefix}_{name}", None if value is None else value.detach().clone())
-        self._fold()
-
-    def _fold(self) -> None:
-        """Compute from the buffers what the product is scaled and shifted by; it is not saved."""
-        multiplied = self.weight_codes.dtype is not torch.int16 and self.weight_scale.shape[1] == 1
-        values = fsq.epilogue(self.act_spec, self.act_qparams, self.folded) if multiplied else fsq.Epilogue(None, None)
-        for name, value in values._asdict().items():
-            self.register_buffer(f"product_{name}", None if value is None else value.contiguous(), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
-    @classmethod
-    @torch.inference_mode(False)  # Buffers made in inference mode could not be loaded into outside of it.
-    def from_float(
-        cls,
-        linear: nn.Linear,
-        act: fsq.QuantSpec,
-        act_qparams: fsq.QParams,
-        weight: fsq.QuantSpec,
-        *,
-        reference: bool = False,
-    ) -> QuantizedLinear:
-        """Quantize the weight of `linear`; its range is taken from the weight as it is now.
-
-        Raises:
-            CalibrationError: the weight has NaN or Inf.
-            ValueError: as the constructor.
-        """
-        w = linear.weight.detach()
-        n, k = w.shape
-        quantized = cls(k, n, act, weight, bias=False, reference=reference, device="meta", dtype=w.dtype)
-        state = fsq.observe(weight, fsq.init(weight, w.shape, device=w.device), w)
-        # Not fsq.check: a weight that is all zero is exact under any scale.
-        if not bool(w.isfinite().all()):
-            raise fsq.CalibrationError("the weight has NaN or Inf; mend it, or leave the layer in float")
-        qparams = fsq.calc_qparams(weight, state)
-        quantized._set(act_qparams, fsq.fold(weight, fsq.quantize(weight, w, qparams), qparams))
-        if linear.bias is not None:
-            quantized.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        return quantized.train(linear.training)
-
-    @classmethod
-    def from_observed(
-        cls, observed: ObservedLinear, target_dtype: torch.dtype | None = None, *, reference: bool = False
-    ) -> QuantizedLinear:
-        """Convert a calibrated layer.
-
-        Args:
-            observed: the layer; it is left as it is.
-            target_dtype: the dtype that both observers were made for; None: not compared.
-            reference: as the constructor.
-
-        Raises:
-            CalibrationError: the layer saw nothing, or NaN or Inf.
-            ValueError: the observers were made for another dtype than `target_dtype`.
-        """
-        if not isinstance(observed, ObservedLinear):
-            raise TypeError(f"from_observed got a {type(observed).__name__}; give a bridge.ObservedLinear")
-        for name, observer in (("activations", observed.act_obs), ("weight", observed.weight_obs)):
-            if target_dtype not in (None, observer.spec.dtype):
-                raise ValueError(
-                    f"target_dtype={target_dtype}, but the {name} were observed for {observer.spec.dtype}; "
-                    f"use the dtype that the observers were made with"
-                )
-        qparams = observed.act_obs.calculate_qparams()
-        return cls.from_float(observed, observed.act_obs.spec, qparams, observed.weight_obs.spec, reference=reference)
-
-    @torch.inference_mode(False)
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._fold()
-
-    @property
-    def act_qparams(self) -> fsq.QParams:
-        """The input's scale and zero point."""
-        return fsq.QParams(self.act_scale, self.act_zero_point)
-
-    @property
-    def folded(self) -> fsq.FoldedWeight:
-        """The weight in the form that is multiplied."""
-        return fsq.FoldedWeight(self.weight_codes, self.weight_scale, self.weight_zero_point, self.weight_sum)
-
-    @property
-    def qweight(self) -> AffineQuantizedTensor:
-        """The quantized weight as a tensor: codes, scale, zero point, `.dequantize()`."""
-        spec = self.weight_spec
-        codes, (scale, zero_point) = fsq.unfold(spec, self.folded)
-        return AffineQuantizedTensor(
-            codes,
-            scale,
-            None if codes.is_floating_point() else zero_point,
-            spec.dtype,
-            quant_min=spec.quant_min,
-            quant_max=spec.quant_max,
-            dtype=self.dtype,
-        )
 
     def as_linear(self) -> nn.Linear:
         """Return a `torch.nn.Linear` that computes the same: its weight is a tensor subclass.
@@ -234,23 +336,142 @@ class QuantizedLinear(Quantized):
         linear.extra_repr = MethodType(_repr_of_weight, linear)
         return linear.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qp = self.act_qparams
-        q = fsq.quantize(self.act_spec, x, qp)
-        if self.reference:
-            w = fsq.dequantize(self.weight_spec, *fsq.unfold(self.weight_spec, self.folded), dtype=x.dtype)
-            return fsq.linear_reference(self.act_spec, q, qp, w, None if self.bias is None else self.bias.to(x.dtype))
-        # A float64 model wants the scales' product in float64.
-        known = None if x.dtype is torch.float64 else fsq.Epilogue(self.product_scale, self.product_offset)
-        return fsq.linear(self.act_spec, q, qp, self.folded, self.bias, dtype=x.dtype, epilogue=known)
+    def _product(
+        self, q: Tensor, qp: fsq.QParams, bias: Tensor | None, dtype: torch.dtype, known: fsq.Epilogue | None
+    ) -> Tensor:
+        return fsq.linear(self.act_spec, q, qp, self.folded, bias, dtype=dtype, epilogue=known)
 
-    def extra_repr(self) -> str:
-        bias = self.bias is not None
-        path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
-            f"activation={_summary(self.act_spec)}, weight={_summary(self.weight_spec)}, {path}"
+    def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return fsq.linear_reference(self.act_spec, q, qp, weight, bias)
+
+
+class _QuantizedConv(Quantized):
+    """What the convolutions share; `kernel_size` and the like are tuples, as in `torch.nn.Conv2d`."""
+
+    settings = CONV_SETTINGS
+    rank: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        *,
+        act: fsq.QuantSpec,
+        weight: fsq.QuantSpec,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        bias: bool = True,
+        reference: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # The float layer checks its settings, and says what it makes of them.
+        made = self.observed.float_type(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            padding_mode=padding_mode,
+            bias=False,
+            device="meta",
         )
+        super().__init__(
+            tuple(made.weight.shape), act, weight, bias=bias, reference=reference, device=device, dtype=dtype
+        )
+        for name, value in settings_of(made, self.settings).items():
+            setattr(self, name, value)
+        zeros = padding_mode == "zeros"
+        self._around = [] if zeros else made._reversed_padding_repeated_twice
+        self._geometry = {
+            "stride": made.stride,
+            "padding": made.padding if zeros else 0,
+            "dilation": made.dilation,
+            "groups": groups,
+        }
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, self._around, mode=self.padding_mode) if self._around else x
+
+    def _product(
+        self, q: Tensor, qp: fsq.QParams, bias: Tensor | None, dtype: torch.dtype, known: fsq.Epilogue | None
+    ) -> Tensor:
+        return fsq.conv(self.act_spec, q, qp, self.folded, bias, **self._geometry, dtype=dtype, epilogue=known)
+
+    def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return fsq.conv_reference(self.act_spec, q, qp, weight, bias, **self._geometry)
+
+
+class QuantizedConv1d(_QuantizedConv):
+    """A convolution over one dimension with static ranges that multiplies codes.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, bias: as
+            `torch.nn.Conv1d`.
+        act: quantization of the input; one scale for the tensor.
+        weight: quantization of the weight; one scale for the tensor or for each output channel.
+        reference: dequantize and convolve floats instead; takes any format, and any granularity of the
+            weight.
+        device: device of the buffers.
+        dtype: dtype of the bias; the output has the input's.
+
+    Raises:
+        ValueError: the two specs cannot be multiplied as codes, or the input has several scales.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import QuantizedConv1d
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> qp = fsq.QParams(torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32))
+        >>> layer = QuantizedConv1d.from_float(torch.nn.Conv1d(8, 4, 3), spec, qp, spec)
+        >>> layer(torch.zeros(2, 8, 9)).shape
+        torch.Size([2, 4, 7])
+    """
+
+    observed = ObservedConv1d
+
+
+class QuantizedConv2d(_QuantizedConv):
+    """A convolution over two dimensions with static ranges that multiplies codes.
+
+    Fastest for one group on a `channels_last` input.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, bias: as
+            `torch.nn.Conv2d`.
+        act: quantization of the input; one scale for the tensor.
+        weight: quantization of the weight; one scale for the tensor or for each output channel.
+        reference: dequantize and convolve floats instead; takes any format, and any granularity of the
+            weight.
+        device: device of the buffers.
+        dtype: dtype of the bias; the output has the input's.
+
+    Raises:
+        ValueError: the two specs cannot be multiplied as codes, or the input has several scales.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import QuantizedConv2d
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> qp = fsq.QParams(torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32))
+        >>> layer = QuantizedConv2d.from_float(torch.nn.Conv2d(8, 4, 3, padding=1), spec, qp, spec)
+        >>> layer(torch.zeros(2, 8, 5, 5)).shape
+        torch.Size([2, 4, 5, 5])
+    """
+
+    observed = ObservedConv2d
+
+
+QUANTIZED: dict[type[Observed], type[Quantized]] = {
+    quantized.observed: quantized for quantized in (QuantizedLinear, QuantizedConv1d, QuantizedConv2d)
+}
+"""Which quantized type an observed one becomes."""
 
 
 def _repr_of_weight(linear: nn.Linear) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import functional_sq as fsq
 from bridge.buffers import write
 from bridge.config import StaticQuantConfig, observed_layer, quantized_layer
-from bridge.observed import Observed, ObserverModule, float_reason, observed_type, swap_
+from bridge.observed import LAYERS, Observed, ObserverModule, float_reason, observed_type, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 from functional_sq import serialize
 from functional_sq.distributed import all_merge
@@ -82,7 +82,7 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
         model,
         lambda module, name: observed_type(module) is not None and chosen(module, _public(name)),
         prepared,
-        "a linear or convolution layer",
+        f"one of {LAYERS}",
     )
     left = {name: reason for name, m in names.items() if (reason := float_reason(m)) and chosen(m, name)}
     if left:

@@ -1,6 +1,7 @@
 """Static quantization as pure functions over explicit state."""
 
 from functional_sq.calibration import calc_qparams, check, init, merge, observe
+from functional_sq.conv import conv, conv_reference, fold_batch_norm
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
 from functional_sq.linear import Epilogue, FoldedWeight, check_product, epilogue, fold, linear, linear_reference, unfold
@@ -51,10 +52,13 @@ __all__ = [
     "calc_qparams",
     "check",
     "check_product",
+    "conv",
+    "conv_reference",
     "dequantize",
     "epilogue",
     "fake_quantize",
     "fold",
+    "fold_batch_norm",
     "from_range",
     "init",
     "linear",

@@ -16,6 +16,9 @@ Codes of uint8 are shifted by 128 to int8, together with their zero point, which
 
 from __future__ import annotations
 
+import math
+import os
+import platform
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,12 +27,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.formats import REAL_DTYPES, Float8
-from functional_sq.granularity import check_stats
+from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import dequantize
 from functional_sq.spec import QuantSpec, check_spec
 
-__all__ = ["Epilogue", "FoldedWeight", "check_product", "epilogue", "fold", "linear", "linear_reference", "unfold"]
+__all__ = [
+    "Epilogue",
+    "FoldedWeight",
+    "apply_epilogue",
+    "check_operands",
+    "check_product",
+    "epilogue",
+    "float8_product",
+    "fold",
+    "integer_product",
+    "linear",
+    "linear_reference",
+    "operand",
+    "unfold",
+]
 
 _INT32_TERMS = (2**31 - 1) // 255**2
 """The largest K for which the corrected product stays in int32: 33025."""
@@ -37,15 +54,21 @@ _INT32_TERMS = (2**31 - 1) // 255**2
 _INT32_PRODUCTS = (2**31 - 1) // 128**2
 """The largest K for which a bare int8 product stays in int32: 131071."""
 
+_SATURATES = platform.machine() in ("x86_64", "AMD64") and (
+    not torch.cpu._is_vnni_supported() or "ONEDNN_MAX_CPU_ISA" in os.environ
+)
+"""Whether oneDNN may multiply int8 without VNNI: it then adds pairs of products in int16, which saturates."""
+
 
 class FoldedWeight(NamedTuple):
     """A quantized weight in the form that is multiplied; made once, by `fold`.
 
     Attributes:
-        codes: `(N, K)`, contiguous; int8, float8, or int16 for `linear_reference` alone.
+        codes: `(N, K)`, of a convolution `(N, C / groups, *kernel)`, contiguous; int8, float8, or int16
+            for the reference path alone.
         scale: output units per input unit and step; the statistics' shape, `(N, 1)` for PerAxis(0).
         zero_point: int32, the code of 0.0 in `codes`, shape of `scale`; None where the spec fixes it at 0.
-        sum: `(N,)` int32, `codes` summed over K; None for float8.
+        sum: `(N,)` int32, `codes` summed over all axes but the first; None for float8.
     """
 
     codes: Tensor
@@ -61,15 +84,15 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
 
     Args:
         spec: the weight's quantization.
-        q: codes `(N, K)` from `quantize(spec, weight, qp)`.
+        q: codes from `quantize(spec, weight, qp)`: `(N, K)`, or `(N, C / groups, *kernel)` for `conv`.
         qp: scale and zero point of `q`.
 
     Returns:
         the folded weight. `unfold(spec, ...)` gives `q` and `qp` back.
 
     Raises:
-        ValueError: `q` is no matrix, `qp` does not fit it, or a symmetric spec has another zero
-            point than its mapping gives.
+        ValueError: `q` is no weight of a linear layer or a convolution, `qp` does not fit it, or a
+            symmetric spec has another zero point than its mapping gives.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -79,10 +102,13 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
         tensor([ 6, 15], dtype=torch.int32)
     """
     check_spec(spec)
-    if q.ndim != 2:
-        raise ValueError(f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in)")
+    if not 2 <= q.ndim <= 4:
+        raise ValueError(
+            f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in), "
+            f"that of a convolution (out, in / groups, length) or (out, in / groups, height, width)"
+        )
     shape = check_stats(spec, "the weight's scale", qp.scale.shape, q.shape)
-    codes, shift = _operand(spec, q), _shift(spec)
+    codes, shift = operand(spec, q), _shift(spec)
     scale, zero_point = qp.scale.reshape(shape), qp.zero_point.to(torch.int32).reshape(shape) - shift
     if isinstance(spec.format, Float8):
         return FoldedWeight(codes.contiguous(), scale, None, None)
@@ -93,7 +119,7 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
             f"{spec} has the zero point {fixed}, got {qp.zero_point.flatten()[:4].tolist()} ...; "
             f"use MappingType.ASYMMETRIC for other zero points"
         )
-    total = codes.sum(1, dtype=torch.int32)
+    total = codes.flatten(1).sum(1, dtype=torch.int32)
     return FoldedWeight(codes.contiguous(), scale, None if fixed == shift else zero_point, total)
 
 
@@ -124,12 +150,12 @@ def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
 
 
 def check_product(act: QuantSpec, weight: QuantSpec, shape: Sequence[int]) -> None:
-    """Raise ValueError unless `linear` can multiply the codes of two specs.
+    """Raise ValueError unless `linear` or `conv` can multiply the codes of two specs.
 
     Args:
         act: the activations' quantization.
         weight: the weight's quantization.
-        shape: `(N, K)` of the weight.
+        shape: shape of the weight: `(N, K)`, or `(N, C / groups, *kernel)` for `conv`.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -149,12 +175,18 @@ use PerAxis(0) or PerTensor() for the weight, or the reference path
     for spec in (act, weight):
         if spec.format.storage is torch.int16:
             raise ValueError(f"{spec.dtype} codes have no integer product; use at most 8 bits, or the reference path")
-    if weight.granularity.stat_shape(shape)[1] != 1:
+    if _several(weight.granularity.stat_shape(shape)):
         raise ValueError(
             f"{weight.granularity} gives several scales along the axis that a product sums over; "
             f"use PerAxis(0) or PerTensor() for the weight, or the reference path"
         )
-    if act.granularity.stat_shape((1, shape[1]))[1] != 1:
+    if len(shape) > 2:
+        if not isinstance(act.granularity, PerTensor):
+            raise ValueError(
+                f"{act.granularity} gives the activations of a convolution several scales, and its windows mix them; "
+                f"use PerTensor() for the activations"
+            )
+    elif _several(act.granularity.stat_shape((1, shape[1]))):
         raise ValueError(
             f"{act.granularity} gives several scales along the axis that a product sums over; "
             f"use PerTensor() for the activations, or the reference path"
@@ -180,11 +212,11 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
     Args:
         spec: the activations' quantization.
         qp: scale and zero point of the activations, one for the tensor or for each token.
-        weight: `fold` of an `(N, K)` weight.
+        weight: `fold` of an `(N, K)` weight, or of a convolution's: K is then what one window holds.
         dtype: dtype of `Epilogue.scale`.
 
     Returns:
-        what `linear(..., epilogue=)` takes.
+        what `linear(..., epilogue=)` and `conv(..., epilogue=)` take.
 
     Raises:
         ValueError: a scale is not constant along K.
@@ -198,8 +230,8 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
         Epilogue(scale=tensor([0.2500, 0.2500]), offset=tensor([-170, -130], dtype=torch.int32))
     """
     check_spec(spec)
-    n, k = weight.codes.shape
-    if weight.scale.shape[1] != 1:
+    n, k = weight.codes.shape[0], math.prod(weight.codes.shape[1:])
+    if _several(weight.scale.shape):
         raise ValueError(
             f"the weight has scales of shape {tuple(weight.scale.shape)}; a product of codes needs one a row: "
             f"use PerAxis(0) or PerTensor() for the weight, or linear_reference"
@@ -263,7 +295,7 @@ def linear(
     check_spec(spec)
     lead, k = q.shape[:-1], q.shape[-1]
     n = weight.codes.shape[0]
-    if k != weight.codes.shape[1]:
+    if weight.codes.shape[1:] != (k,):
         raise ValueError(
             f"activations of shape {tuple(q.shape)} meet a weight of shape {tuple(weight.codes.shape)}; "
             f"the last axes must be equal"
@@ -272,24 +304,23 @@ def linear(
         raise TypeError(f"linear to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
     wide = torch.promote_types(dtype, torch.float32)
     scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
-    codes = _operand(spec, q.reshape(-1, k))
+    check_operands(spec, q, weight)
+    # Contiguous: oneDNN takes rows that overlap or repeat for rows apart, and reads past them.
+    codes = operand(spec, q.reshape(-1, k).contiguous())
     if scale.ndim == 2 and scale.shape[0] != codes.shape[0]:
         raise ValueError(
             f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {codes.shape[0]} "
             f"tokens; quantize and multiply with the same qp"
         )
-    if torch.int16 in (codes.dtype, weight.codes.dtype):
-        raise ValueError("16-bit codes have no integer product; use at most 8 bits, or linear_reference")
-    if codes.dtype.is_floating_point != weight.codes.dtype.is_floating_point:
-        raise TypeError(f"activations of {spec.dtype} meet a weight of {weight.codes.dtype}; quantize both alike")
     if offset is None:
-        product = _float8_product(codes, weight.codes, fast_accum)
+        product = float8_product(codes, weight.codes, fast_accum)
     else:
-        product = _integer_product(codes, weight) - offset
-    y = product.to(wide) * scale.to(wide)
-    if bias is not None:
-        y = y + bias.to(wide)
-    return y.to(dtype).reshape(*lead, n)
+        product = integer_product(codes, weight.codes)
+        if weight.zero_point is not None:
+            token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
+            product = product - weight.zero_point.reshape(-1) * token_sum
+        product = product - offset
+    return apply_epilogue(product, scale, bias, dtype).reshape(*lead, n)
 
 
 _epilogue = epilogue  # `linear` has an argument of that name
@@ -325,6 +356,34 @@ def linear_reference(
     return F.linear(dequantize(spec, q, qp, dtype=weight.dtype), weight, bias)
 
 
+def apply_epilogue(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scale an exact product, add the bias, round once to `dtype`; in float32, or wider where it is."""
+    wide = torch.promote_types(dtype, torch.float32)
+    y = product.to(wide) * scale.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(dtype)
+
+
+def check_operands(spec: QuantSpec, q: Tensor, weight: FoldedWeight) -> None:
+    """Raise unless the codes of activations and those of a weight have a common product."""
+    _check_storage(spec, q)
+    if torch.int16 in (q.dtype, weight.codes.dtype):
+        raise ValueError("16-bit codes have no integer product; use at most 8 bits, or linear_reference")
+    if q.dtype.is_floating_point != weight.codes.dtype.is_floating_point:
+        raise TypeError(f"activations of {spec.dtype} meet a weight of {weight.codes.dtype}; quantize both alike")
+
+
+def _check_storage(spec: QuantSpec, q: Tensor) -> None:
+    if q.dtype is not spec.format.storage:
+        raise TypeError(f"got codes of {q.dtype}; those of {spec.dtype} are held as {spec.format.storage}")
+
+
+def _several(stats: Sequence[int]) -> bool:
+    """Whether a weight's scale changes along what a product sums over: any axis but the first."""
+    return any(size != 1 for size in stats[1:])
+
+
 def _shift(spec: QuantSpec) -> int:
     """What is subtracted from the codes to make them int8."""
     return 128 if spec.format.bounds[1] == 255 else 0
@@ -336,10 +395,9 @@ def _fixed_zero_point(spec: QuantSpec) -> int | None:
     return None if spec.mapping is MappingType.ASYMMETRIC else int((qmax + qmin + 1) / 2)
 
 
-def _operand(spec: QuantSpec, q: Tensor) -> Tensor:
+def operand(spec: QuantSpec, q: Tensor) -> Tensor:
     """Return codes as a device multiplies them: less `_shift(spec)`."""
-    if q.dtype is not spec.format.storage:
-        raise TypeError(f"got codes of {q.dtype}; those of {spec.dtype} are held as {spec.format.storage}")
+    _check_storage(spec, q)
     if q.dtype is not torch.uint8:
         return q
     # Flipping the top bit subtracts 128 and reads the byte as two's complement.
@@ -362,19 +420,14 @@ def _accumulator(k: int) -> torch.dtype:
     return torch.int32 if k <= _INT32_TERMS else torch.int64
 
 
-def _integer_product(codes: Tensor, weight: FoldedWeight) -> Tensor:
-    """Return sum_k q_x (q_w - z_w), exactly; `(M, N)` int32 or int64."""
-    k = codes.shape[1]
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b.T` of int8 codes `(M, K)` and `(N, K)`, exactly; int32, above K = 33025 int64."""
+    k = a.shape[1]
     if k <= _INT32_TERMS:
-        product = _int8_matmul(codes, weight.codes)
-    else:
-        cuts = tuple(range(_INT32_PRODUCTS, k, _INT32_PRODUCTS))
-        pieces = (t.tensor_split(cuts, 1) for t in (codes, weight.codes))
-        product = torch.stack([_int8_matmul(a, b).to(torch.int64) for a, b in zip(*pieces, strict=True)]).sum(0)
-    if weight.zero_point is not None:
-        token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
-        product = product - weight.zero_point.reshape(-1) * token_sum
-    return product
+        return _int8_matmul(a, b)
+    cuts = tuple(range(_INT32_PRODUCTS, k, _INT32_PRODUCTS))
+    pieces = (t.tensor_split(cuts, 1) for t in (a, b))
+    return torch.stack([_int8_matmul(a, b).to(torch.int64) for a, b in zip(*pieces, strict=True)]).sum(0)
 
 
 def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -383,6 +436,9 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         # cuBLASLt takes more than 16 rows, and K and N that are multiples of 8.
         rows, inner, columns = max(m, 17), k + -k % 8, n + -n % 8
+    elif _SATURATES:
+        exact = torch.float32 if k * 128**2 <= 2**24 else torch.float64
+        return (a.to(exact) @ b.to(exact).t()).to(torch.int32)
     else:
         # oneDNN reads a pitch off the stride of an axis of size 1, which torch leaves undefined, and
         # then returns memory that nothing was written to (pytorch/pytorch#195066).
@@ -396,7 +452,7 @@ def _zeros_to(x: Tensor, rows: int, columns: int) -> Tensor:
     return x if (m, k) == (rows, columns) else F.pad(x, (0, columns - k, 0, rows - m))
 
 
-def _float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
+def float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
     """Return `a @ b.T` of float8 codes `(M, K)` and `(N, K)`: exact products summed in float32."""
     if not a.is_cuda:
         # A bfloat16 product would round its sums to bfloat16, and torch._scaled_mm takes 1.3 to 4

@@ -154,7 +154,7 @@ def test_what_a_preset_is() -> None:
         (
             lambda: bridge.prepare_(model(), StaticQuantConfig(torch.int8, rules={"*": None})),
             ValueError,
-            "no module of ModuleDict is a linear or convolution layer that the filter takes",
+            "no module of ModuleDict is one of torch.nn.Linear",
         ),
         (lambda: StaticQuantConfig(torch.int8, rules=["lm_head"]), TypeError, "rules has 'lm_head'; give a dict of"),
         (lambda: StaticQuantConfig(torch.int8, rules={3: None}), TypeError, "rules has the key 3; give a name pattern"),

@@ -15,6 +15,9 @@ term when the arithmetic is float64 too: `bound` is `5 u |E| + (3 u + v) |E + b|
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -273,6 +276,26 @@ def test_int8_codes_at_their_lowest_are_exact_where_their_sum_is_2_to_the_31() -
     assert case.linear(torch.float64).item() == 2.0**31 * case.scale(np.dtype(np.float64)).item()
 
 
+def test_a_cpu_without_vnni_does_not_saturate() -> None:
+    """oneDNN adds pairs of products in int16 there: 2 * 255 * 128 would be lost. The limit is read at import."""
+    code = """
+import torch, functional_sq as fsq
+spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+one = fsq.QParams(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
+for k in (64, 1024, 1025):
+    high, low = torch.full((40, k), 127, dtype=torch.int8), torch.full((32, k), -128, dtype=torch.int8)
+    print(*fsq.linear(spec, high, one, fsq.fold(spec, low, one)).unique().tolist())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [float(line) for line in run.stdout.split()] == [k * 127 * -128 for k in (64, 1024, 1025)]
+
+
 def test_every_element_of_a_long_row_is_counted_once() -> None:
     """Random codes over three pieces: a cut in the wrong place or a piece left out changes the sum."""
     act = QuantSpec(torch.uint8, fsq.PerToken(), mapping=MappingType.ASYMMETRIC)
@@ -293,6 +316,15 @@ def test_the_stride_of_an_axis_of_size_one_is_not_read(dtype: torch.dtype) -> No
         expected = (q.to(torch.float32) - zero_point) @ (w.to(torch.float32) - zero_point).T
         q, w = q.as_strided(q.shape, (0, 1)), w.as_strided(w.shape, (0 if n == 1 else k, 1))
         assert torch.equal(fsq.linear(act, q, qp, fsq.fold(weight, w, qp)), expected)
+
+
+def test_rows_that_overlap_or_repeat_in_memory_are_read_as_they_are() -> None:
+    spec = QuantSpec(torch.int8, fsq.PerTensor())
+    w = torch.randint(-128, 128, (5, 64), dtype=torch.int8)
+    long = torch.randint(-128, 128, (100,), dtype=torch.int8)
+    for q in (long.unfold(0, 64, 1), long[:64].expand(7, 64)):
+        y = fsq.linear(spec, q, ones(spec, *q.shape), fsq.fold(spec, w, ones(spec, 5, 64)))
+        assert torch.equal(y, q.float() @ w.float().T)
 
 
 # --- float8 ----------------------------------------------------------------------------------------
@@ -453,12 +485,12 @@ def per(granularity: fsq.Granularity, spec: QuantSpec) -> QuantSpec:
             id="fold(vector)",
         ),
         pytest.param(
-            lambda: fold(WEIGHT, (2, 4, 8)),
+            lambda: fold(WEIGHT, (2, 4, 8, 3, 3)),
             ValueError,
-            r"shape \(2, 4, 8\)",
-            "weight of a linear layer",
-            r"\(out, in\)",
-            id="fold(rank 3)",
+            r"shape \(2, 4, 8, 3, 3\)",
+            "that of a convolution",
+            r"\(out, in / groups, height, width\)",
+            id="fold(rank 5)",
         ),
         pytest.param(
             lambda: fsq.fold(WEIGHT, zeros(WEIGHT, 4, 8), ones(WEIGHT, 5, 8)),
@@ -515,6 +547,14 @@ def per(granularity: fsq.Granularity, spec: QuantSpec) -> QuantSpec:
             "the last axes",
             "must be equal",
             id="linear(K=9, K=8)",
+        ),
+        pytest.param(
+            lambda: fsq.linear(ACT, zeros(ACT, 2, 8), ones(ACT, 2, 8), fold(WEIGHT, (4, 8, 3))),
+            ValueError,
+            r"shape \(2, 8\) .* shape \(4, 8, 3\)",
+            "the last axes",
+            "must be equal",
+            id="linear(weight of a convolution)",
         ),
         pytest.param(
             lambda: linear(ACT, WEIGHT, dtype=torch.int32),

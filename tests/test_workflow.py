@@ -390,19 +390,19 @@ def no_batches() -> Iterator[Tensor]:
         pytest.param(
             lambda: bridge.prepare_(nn.Sequential(nn.ReLU()), INT8),
             ValueError,
-            "no module of Sequential is a linear or convolution layer that the filter takes; nothing was changed",
+            "no module of Sequential is one of torch.nn.Linear, .* that the filter takes; nothing was changed",
             id="prepare_(no linear layer)",
         ),
         pytest.param(
             lambda: bridge.prepare_(two_layers(), INT8, lambda module, name: False),
             ValueError,
-            "no module of Sequential is a linear or convolution layer that the filter takes; nothing was changed",
+            "no module of Sequential is one of torch.nn.Linear, .* that the filter takes; nothing was changed",
             id="prepare_(filter takes none)",
         ),
         pytest.param(
             lambda: bridge.prepare_(nn.Linear(16, 8), INT8),
             ValueError,
-            r"the model is itself a linear or convolution layer and cannot be replaced in place; wrap it: nn.Seq",
+            r"the model is itself one of torch.nn.Linear, .* and cannot be replaced in place; wrap it: nn.Seq",
             id="prepare_(Linear)",
         ),
         pytest.param(
@@ -476,7 +476,7 @@ def no_batches() -> Iterator[Tensor]:
         pytest.param(
             lambda: bridge.quantize_(nn.Linear(16, 8), StaticQuantConfig(torch.int8, step="prepare")),
             ValueError,
-            "the model is itself a linear or convolution layer and cannot be replaced in place; wrap it",
+            "the model is itself one of torch.nn.Linear, .* and cannot be replaced in place; wrap it",
             id="quantize_(Linear)",
         ),
         pytest.param(

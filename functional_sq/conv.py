@@ -1,0 +1,362 @@
+"""Convolution on codes: exact integers, without dequantizing them.
+
+A convolution is a matrix product whose rows are the windows of the input, so `fold`, `epilogue` and
+the exact sums are those of `functional_sq.linear`, with K the elements of one window. Padding is
+real zero: the code of the zero point. The windows are a copy of the codes, a byte an element, written
+with the channels last, which is how `channels_last` codes lie in memory already.
+
+Groups have windows too short for a matrix product. Their sum runs over the differences `q - z` as
+floats, which is as exact: in float32 every partial sum is an integer below 2**24 while
+`K <= 258` (`K * 255**2 < 2**24`), above that float64 is used. Not every float convolution sums what
+is written: Winograd's algorithm and the FFT round on the way. On a CPU neither exists for three
+spatial axes, so one or two are given more of size 1; a CUDA device computes groups in float64 and
+rounds to the integer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import mul
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from functional_sq.formats import REAL_DTYPES, Float8
+from functional_sq.linear import (
+    Epilogue,
+    FoldedWeight,
+    apply_epilogue,
+    check_operands,
+    float8_product,
+    integer_product,
+    operand,
+)
+from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
+from functional_sq.qparams import QParams
+from functional_sq.quantize import dequantize
+from functional_sq.spec import QuantSpec, check_spec
+
+__all__ = ["conv", "conv_reference", "fold_batch_norm"]
+
+_FLOAT32_TERMS = 2**24 // 255**2
+"""The largest K for which a sum of products of differences stays exact in float32: 258."""
+
+
+def conv(
+    spec: QuantSpec,
+    q: Tensor,
+    qp: QParams,
+    weight: FoldedWeight,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    epilogue: Epilogue | None = None,
+) -> Tensor:
+    """Convolve the codes of activations with a folded weight, in one or two dimensions.
+
+    Integers: exact for every code, size and device, converted to float32 once, scaled, the bias
+    added, rounded to `dtype`. Float8: products exact, accumulated in float32, then the same. Fastest
+    for one group on codes that lie `channels_last`.
+
+    Args:
+        spec: the activations' quantization; at most 8 bits, one scale.
+        q: codes `(B, C, length)` or `(B, C, height, width)` from `quantize(spec, x, qp)`, or without B.
+        qp: scale and zero point of `q`; the zero point is a code.
+        weight: `fold` of an `(N, C / groups, *kernel)` weight; its rank says how many dimensions.
+        bias: `(N,)` or None, output units.
+        stride: steps between windows, one for all dimensions or one each.
+        padding: real zeros on both sides, one number for all dimensions or one each; "valid": none,
+            "same": as many as keep the size where the stride is 1, an odd one at the end.
+        dilation: steps between the elements of a window.
+        groups: the channels are cut into so many groups that do not mix.
+        dtype: dtype of the result.
+        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits.
+
+    Returns:
+        `(B, N, *size)` in `dtype`, or without B; `channels_last` in memory where `q` is.
+
+    Raises:
+        TypeError: integer codes meet float8 codes, or `dtype` holds no real values.
+        ValueError: shapes or settings do not fit, or the activations have several scales.
+
+    Source: Jacob et al. 2018 (arXiv:1712.05877), equation 7; settings as `torch.nn.functional.conv2d`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+        >>> weight = fsq.fold(spec, torch.tensor([[[1, 2, 3]]], dtype=torch.int8), one)
+        >>> fsq.conv(spec, torch.tensor([[1, 0, 0, 10]], dtype=torch.int8), one, weight, padding="same")
+        tensor([[ 2.,  1., 30., 20.]])
+    """
+    check_spec(spec)
+    if dtype not in REAL_DTYPES:
+        raise TypeError(f"conv to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    if qp.scale.numel() != 1:
+        raise ValueError(
+            f"the activations have scales of shape {tuple(qp.scale.shape)}, and the windows of a convolution mix them; "
+            f"use PerTensor()"
+        )
+    shape = weight.codes.shape
+    geometry = _geometry(shape[2:], stride, padding, dilation)
+    _check_shapes(q.shape, shape, geometry, groups)
+    check_operands(spec, q, weight)
+    x = q if q.ndim == len(shape) else q[None]
+    if epilogue is None:
+        epilogue = _epilogue(spec, qp, weight, dtype=torch.promote_types(dtype, torch.float32))
+    # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
+    if groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
+        product = _direct(spec, x, qp, weight, geometry, groups)
+    else:
+        product = _gathered(spec, x, qp, weight, geometry, epilogue.offset)
+    along = (-1, *(1 for _ in shape[2:]))
+    y = apply_epilogue(product, epilogue.scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
+    if not _is_channels_last(x):
+        y = y.contiguous()
+    return y if q.ndim == len(shape) else y[0]
+
+
+def conv_reference(
+    spec: QuantSpec,
+    q: Tensor,
+    qp: QParams,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Dequantize the activations and convolve floats: slow, for any format of both.
+
+    Args:
+        spec: the activations' quantization.
+        q: codes `(B, C, length)` or `(B, C, height, width)`, or without B.
+        qp: scale and zero point of `q`.
+        weight: real values `(N, C / groups, *kernel)`: a dequantized weight. Its dtype is the result's.
+        bias: `(N,)` or None.
+        stride, padding, dilation, groups: as `conv`.
+
+    Returns:
+        `(B, N, *size)` in the dtype of `weight`, or without B.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+        >>> weight = torch.tensor([[[1.0, 2.0]]])
+        >>> fsq.conv_reference(spec, torch.tensor([[1, 0, 10]], dtype=torch.int8), one, weight)
+        tensor([[ 1., 20.]])
+    """
+    geometry = _geometry(weight.shape[2:], stride, padding, dilation)
+    _check_shapes(q.shape, weight.shape, geometry, groups)
+    return _convolve(dequantize(spec, q, qp, dtype=weight.dtype), weight, bias, geometry, groups)
+
+
+def fold_batch_norm(
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias of a layer that computes what it and a batch norm after it compute.
+
+    In evaluation a batch norm is affine: `(y - mean) / sqrt(var + eps) * gamma + beta`, one number
+    for each output channel, so the layer can do it. Fold before calibration: the folded weight is the
+    one that is quantized.
+
+    Args:
+        weight: `(N, ...)`, of a linear layer or a convolution (its output channels first).
+        bias: `(N,)` or None.
+        running_mean: `(N,)`, of the batch norm, as the three below.
+        running_var: `(N,)`.
+        gamma: `(N,)` or None, its weight.
+        beta: `(N,)` or None, its bias.
+        eps: added to the variance.
+
+    Returns:
+        weight and bias in the dtype of `weight`, computed in float64 and rounded once.
+
+    Raises:
+        ValueError: a statistic does not have one entry for each output channel.
+
+    Source: Jacob et al. 2018 (arXiv:1712.05877), equation 14.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> mean, var = torch.tensor([1.0]), torch.tensor([3.0])
+        >>> fsq.fold_batch_norm(torch.tensor([[4.0]]), None, mean, var, None, torch.tensor([0.5]), 1.0)
+        (tensor([[2.]]), tensor([0.]))
+    """
+    given = {"bias": bias, "running_mean": running_mean, "running_var": running_var, "gamma": gamma, "beta": beta}
+    n = weight.shape[0]
+    for name, value in given.items():
+        if value is not None and value.shape != (n,):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, and a weight of shape {tuple(weight.shape)} has {n} output "
+                f"channels; give one entry for each"
+            )
+    factor = (running_var.double() + eps).rsqrt()
+    if gamma is not None:
+        factor = factor * gamma.double()
+    shift = (0.0 if bias is None else bias.double()) - running_mean.double()
+    folded = shift * factor + (0.0 if beta is None else beta.double())
+    scaled = weight.double() * factor.reshape(-1, *(1,) * (weight.ndim - 1))
+    return scaled.to(weight.dtype), folded.to(weight.dtype)
+
+
+class _Geometry(NamedTuple):
+    """Where windows lie; one entry for each dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    """Before and after."""
+    dilation: tuple[int, ...]
+
+
+def _geometry(
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+) -> _Geometry:
+    rank = len(kernel)
+    steps, gaps = _each("stride", stride, rank, 1), _each("dilation", dilation, rank, 1)
+    if padding == "same":
+        if any(step != 1 for step in steps):
+            raise ValueError(f"padding='same' with stride={stride}: the size cannot stay; use stride=1, or numbers")
+        missing = [gap * (size - 1) for size, gap in zip(kernel, gaps, strict=True)]
+        return _Geometry(steps, tuple((m // 2, m - m // 2) for m in missing), gaps)
+    sides = _each("padding", 0 if padding == "valid" else padding, rank, 0)
+    return _Geometry(steps, tuple((side, side) for side in sides), gaps)
+
+
+def _each(name: str, value: int | str | Sequence[int], rank: int, least: int) -> tuple[int, ...]:
+    """Return a setting for each dimension, or raise ValueError."""
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
+    if len(values) != rank or not whole:
+        words = " or 'same' or 'valid'" if name == "padding" else ""
+        raise ValueError(
+            f"{name}={value!r}; give an int from {least}{words}, or {rank} of them, one for each dimension"
+        )
+    return values  # type: ignore[return-value]
+
+
+def _check_shapes(q: Sequence[int], weight: Sequence[int], geometry: _Geometry, groups: int) -> None:
+    """Raise ValueError where activations of shape `q` have no windows for the weight."""
+    rank = len(weight) - 2
+    if rank not in (1, 2):
+        raise ValueError(
+            f"conv got a weight of shape {tuple(weight)}; that of a convolution is (out, in / groups, *kernel) "
+            f"with one or two dimensions; use linear for a matrix"
+        )
+    if groups < 1 or weight[0] % groups:
+        raise ValueError(f"groups={groups} and {weight[0]} output channels; use a divisor of {weight[0]}")
+    if len(q) - rank not in (1, 2) or q[-rank - 1] != weight[1] * groups:
+        raise ValueError(
+            f"activations of shape {tuple(q)} meet a weight of shape {tuple(weight)} in groups={groups}; "
+            f"give (batch, {weight[1] * groups}, {'length' if rank == 1 else 'height, width'}), or without the batch"
+        )
+    padded = [n + before + after for n, (before, after) in zip(q[-rank:], geometry.padding, strict=True)]
+    if any(size < 1 for size in _sizes(padded, weight[2:], geometry)):
+        raise ValueError(
+            f"activations of shape {tuple(q)} with padding {geometry.padding} are smaller than a window of "
+            f"{tuple(weight[2:])} elements in steps of {geometry.dilation}; pad more, or use a smaller kernel"
+        )
+
+
+def _sizes(space: Sequence[int], kernel: Sequence[int], geometry: _Geometry) -> tuple[int, ...]:
+    """Return how many windows fit along each axis of what is padded already."""
+    extents = (gap * (size - 1) + 1 for size, gap in zip(kernel, geometry.dilation, strict=True))
+    each = zip(space, extents, geometry.stride, strict=True)
+    return tuple((n - extent) // step + 1 for n, extent, step in each)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether an image lies so in memory. The strides say it under vmap too, where the format cannot be asked."""
+    return x.ndim == 4 and x.stride(1) == 1 and x.stride(3) > 1
+
+
+def _flat(padding: Sequence[tuple[int, int]]) -> list[int]:
+    """Return padding as `F.pad` takes it: the last axis first."""
+    return [side for pair in reversed(padding) for side in pair]
+
+
+def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Geometry) -> Tensor:
+    """Return the windows of codes `(B, C, *space)`, padded with the zero point: `(B, *size, *kernel * C)`."""
+    x = q.movedim(1, -1).view(torch.int8)
+    if any(map(any, geometry.padding)):
+        # The number that pads is a tensor, which F.pad does not take: a code becomes 0 where it is the
+        # zero point, and again what it was. Bytes, so float8 too, whose zero is the byte 0.
+        byte = zero_point.reshape(()).to(torch.int32).to(torch.int8)
+        x = F.pad(x ^ byte, [0, 0, *_flat(geometry.padding)]) ^ byte
+    x = x.contiguous()
+    batch, *space, channels = x.shape
+    along, *step = x.stride()[:-1]
+    size = _sizes(space, kernel, geometry)
+    # Not Tensor.unfold: Inductor would compute the codes under that view once for each window they are in.
+    windows = x.as_strided(
+        (batch, *size, *kernel, channels),
+        (along, *map(mul, step, geometry.stride), *map(mul, step, geometry.dilation), 1),
+    )
+    # Of one channel, windows may be rows that overlap in memory, which no product of int8 takes.
+    return windows.reshape(batch, *size, math.prod(kernel) * channels).contiguous().view(q.dtype)
+
+
+def _gathered(
+    spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry, offset: Tensor | None
+) -> Tensor:
+    """Return the bracket of `functional_sq.linear` over the windows, by a matrix product: `(B, N, *size)`."""
+    windows = _windows(q, qp.zero_point, weight.codes.shape[2:], geometry)
+    rows, codes = operand(spec, windows.flatten(0, -2)), weight.codes.movedim(1, -1).flatten(1)
+    if offset is None:
+        product = float8_product(rows, codes, False)
+    elif weight.zero_point is None:
+        product = integer_product(rows, codes) - offset
+    else:
+        # A row of ones sums each window: cheaper than to read all windows a second time.
+        product = integer_product(rows, torch.cat([codes, torch.ones_like(codes[:1])]))
+        product = product[:, :-1] - weight.zero_point.reshape(-1) * product[:, -1:] - offset
+    return product.reshape(*windows.shape[:-1], len(codes)).movedim(-1, 1)
+
+
+def _direct(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry, groups: int) -> Tensor:
+    """Return `sum_k (q_x - z_x) (q_w - z_w)` over the windows, in floats: `(B, N, *size)`."""
+    integer = not isinstance(spec.format, Float8)
+    narrow = not q.is_cuda and (not integer or math.prod(weight.codes.shape[1:]) <= _FLOAT32_TERMS)
+    real = torch.float32 if narrow else torch.float64
+    x, w = q.to(real), weight.codes.to(real)
+    if integer:
+        x = x - qp.zero_point.to(real).reshape(())
+        w = w if weight.zero_point is None else w - weight.zero_point.to(real)
+    extra = 3 - len(geometry.stride)
+    geometry = _Geometry(
+        (1,) * extra + geometry.stride, ((0, 0),) * extra + geometry.padding, (1,) * extra + geometry.dilation
+    )
+    for _ in range(extra):
+        x, w = x.unsqueeze(2), w.unsqueeze(2)
+    y = _convolve(x, w, None, geometry, groups)
+    for _ in range(extra):
+        y = y.squeeze(2)
+    return y.round() if integer and q.is_cuda else y
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, groups: int) -> Tensor:
+    """Convolve floats in one to three dimensions."""
+    stride, padding, dilation = geometry
+    if any(before != after for before, after in padding):
+        x, padding = F.pad(x, _flat(padding)), ((0, 0),) * len(padding)
+    op = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+    return op(x, weight, bias, stride, tuple(before for before, _ in padding), dilation, groups)
