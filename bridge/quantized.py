@@ -183,6 +183,19 @@ class QuantizedLinear(Buffers):
         super()._load_from_state_dict(*args)
         self._fold()
 
+    def arguments(self) -> dict[str, object]:
+        """Return what else made this layer: the constructor's arguments but the specs, device and dtype.
+
+        `type(layer)(act=layer.act_spec, weight=layer.weight_spec, **layer.arguments())` is an empty twin
+        that takes the layer's `state_dict`. The values have JSON.
+        """
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "reference": self.reference,
+        }
+
     @property
     def act_qparams(self) -> fsq.QParams:
         """The input's scale and zero point."""
