@@ -314,21 +314,26 @@ def test_two_modules_in_the_file_that_are_one_in_the_factorys_model_are_refused(
 
 def test_views_of_one_storage_are_separate_tensors(tmp_path: Path) -> None:
     model = quantized(build())
-    base = torch.arange(8.0)
+    base = torch.arange(4.0)
     model.register_buffer("whole", base)
-    model.register_buffer("part", base[2:4])
-    model.register_buffer("again", base.view(8))
+    model.register_buffer("part", base[:2])
+    model.register_buffer("square", base.view(2, 2))
+    model.register_buffer("turned", base.view(2, 2).T)
+    model.register_buffer("again", base.view(4))
     model.register_buffer("empty", base[:0])
     model.register_buffer("void", base[:0])
     bridge.save(model, tmp_path / "m")
     tensors, metadata = parts(tmp_path / "m")
     assert metadata["aliases"] == {"whole": "again"}
-    assert tensors["part"].tolist() == [2.0, 3.0]
+    assert tensors["part"].tolist() == [0.0, 1.0]
+    assert tensors["turned"].tolist() == [[0.0, 2.0], [1.0, 3.0]]
 
     def factory() -> nn.Module:
         other = build()
-        for name, size in (("whole", 8), ("part", 2), ("again", 8), ("empty", 0), ("void", 0)):
+        for name, size in (("whole", 4), ("part", 2), ("again", 4), ("empty", 0), ("void", 0)):
             other.register_buffer(name, torch.zeros(size))
+        for name in ("square", "turned"):
+            other.register_buffer(name, torch.zeros(2, 2))
         return other
 
     loaded = bridge.load(tmp_path / "m", factory)
