@@ -18,6 +18,7 @@ from bridge.observed import (
     insert_observers_,
 )
 from bridge.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
+from bridge.saving import load, save
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
 from bridge.workflow import calibrate, convert_, prepare_, quantize_, unprepare_
 from functional_sq import CalibrationError, MappingType, PerAxis, PerGroup, PerRow, PerTensor, PerToken
@@ -48,9 +49,11 @@ __all__ = [
     "compute_error",
     "convert_",
     "insert_observers_",
+    "load",
     "prepare_",
     "quantize_",
     "register_quantize_module_handler",
+    "save",
     "to_affine_quantized_floatx_static",
     "to_affine_quantized_intx_static",
     "to_linear_activation_quantized",

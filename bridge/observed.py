@@ -538,6 +538,16 @@ def is_linear(module: nn.Module, name: str) -> bool:
     return observed_type(module) is ObservedLinear
 
 
+def public_name(name: str) -> str:
+    """Return a module's name in the model that the user compiled.
+
+    Example:
+        >>> public_name("_orig_mod.encoder.0")
+        'encoder.0'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def swap_(
     model: nn.Module,
     wanted: Callable[[nn.Module, str], bool],
@@ -569,7 +579,7 @@ def swap_(
     for name, module in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(module)])
-    _choose_paths(model)
+    choose_paths(model)
 
 
 _FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
@@ -577,7 +587,7 @@ _FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.Transfo
 operator; the layers themselves are then not called."""
 
 
-def _choose_paths(model: nn.Module) -> None:
+def choose_paths(model: nn.Module) -> None:
     """Make encoders call the layers that this package put into them, and only those."""
     for module in model.modules():
         flag = next((flag for kind, flag in _FAST_PATHS.items() if isinstance(module, kind)), None)

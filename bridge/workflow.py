@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import functional_sq as fsq
 from bridge.buffers import write
 from bridge.config import StaticQuantConfig, observed_layer, quantized_layer
-from bridge.observed import LAYERS, Observed, ObserverModule, float_reason, observed_type, swap_
+from bridge.observed import LAYERS, Observed, ObserverModule, float_reason, observed_type, public_name, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 from functional_sq import serialize
 from functional_sq.distributed import all_merge
@@ -63,7 +63,7 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
           )
         )
     """
-    names = {_public(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    names = {public_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for pattern, _ in config.rules:
         if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name in names):
             near = get_close_matches(pattern, names, 1)
@@ -74,13 +74,13 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
         return (filter_fn is None or filter_fn(module, name)) and config.of(module, name) is not None
 
     def prepared(layer: nn.Module, name: str) -> nn.Module:
-        own = config.of(layer, _public(name))
+        own = config.of(layer, public_name(name))
         assert own is not None
         return observed_layer(own, layer)
 
     swap_(
         model,
-        lambda module, name: observed_type(module) is not None and chosen(module, _public(name)),
+        lambda module, name: observed_type(module) is not None and chosen(module, public_name(name)),
         prepared,
         f"one of {LAYERS}",
     )
@@ -306,14 +306,14 @@ def unfit(model: nn.Module, wanted: Filter = is_observed, min_rows: int = 1) -> 
     """Return, by name, why observed layers cannot be converted."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, Observed) and wanted(module, _public(name)):
+        if isinstance(module, Observed) and wanted(module, public_name(name)):
             rows = int(module.act_obs.state["count"].sum()) // module.weight.shape[1]
             if fault := module.act_obs.fault():
-                found[_public(name)] = fault
+                found[public_name(name)] = fault
             elif rows < min_rows:
-                found[_public(name)] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
+                found[public_name(name)] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
             elif not bool(module.weight.isfinite().all()):
-                found[_public(name)] = "the weight has NaN or Inf; mend it, or leave the layer in float"
+                found[public_name(name)] = "the weight has NaN or Inf; mend it, or leave the layer in float"
     return found
 
 
@@ -329,26 +329,21 @@ def _convert(
     if on_unfit not in ("refuse", "float"):
         raise ValueError(f"on_unfit={on_unfit!r}; use 'refuse' or 'float'")
     faults = unfit(model, wanted, min_rows)
-    observed = [m for name, m in model.named_modules() if wanted(m, _public(name))]
+    observed = [m for name, m in model.named_modules() if wanted(m, public_name(name))]
     if faults and (on_unfit == "refuse" or len(faults) == len(observed)):
         raise fsq.CalibrationError(
             f"{len(faults)} layers cannot be converted, and the model is as it was:\n{_listed(faults)}"
         )
 
     def converted(layer: Observed, name: str) -> nn.Module:
-        own = None if config is None else config.of(layer, _public(name))
-        if _public(name) in faults or (config is not None and own is None):
+        own = None if config is None else config.of(layer, public_name(name))
+        if public_name(name) in faults or (config is not None and own is None):
             return layer.to_float()
         return quantized_layer(own, layer)
 
-    swap_(model, lambda module, name: wanted(module, _public(name)), converted, "a prepared layer")
+    swap_(model, lambda module, name: wanted(module, public_name(name)), converted, "a prepared layer")
     if faults:
         warnings.warn(f"{len(faults)} layers are left in float:\n{_listed(faults)}", stacklevel=3)
-
-
-def _public(name: str) -> str:
-    """Return a module's name in the model that the user compiled."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
@@ -366,7 +361,7 @@ def _observers(model: nn.Module) -> dict[str, ObserverModule]:
     """Return the observers that data reaches, by name; a weight is observed when it is converted."""
     weights = {id(module.weight_obs) for module in model.modules() if isinstance(module, Observed)}
     return {
-        _public(name): module
+        public_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, ObserverModule) and id(module) not in weights
     }

@@ -1,35 +1,24 @@
 """Calibrations to a file and back: specs as readable JSON, states as safetensors; the same bits.
 
-A file is a valid safetensors file, which any reader of that format opens:
-
-    8 bytes      length of the header, little-endian
-    header       JSON: "layer.key" -> dtype, shape, data_offsets; "__metadata__" -> strings
-    data         the tensors' bytes, little-endian, without gaps
-
-`__metadata__` holds `format`, `version` and `specs`. Nothing is pickled and nothing is imported by
-name: a class that this package does not have is given by the caller.
-
-Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+A file is a valid safetensors file, which any reader of that format opens; its tensors are called
+`layer.key`, and its metadata holds `format`, `version` and `specs`. Nothing is pickled and nothing is
+imported by name: a class that this package does not have is given by the caller.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import inspect
 import json
-import math
 import os
-import secrets
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 import functional_sq
+from functional_sq import safetensors
 from functional_sq.granularity import Granularity
 from functional_sq.observer import Observer, State
 from functional_sq.qparams import MappingType
@@ -39,21 +28,6 @@ __all__ = ["load", "save", "spec_from_json", "spec_to_json"]
 
 _FORMAT: Final = "functional_sq"
 _VERSION: Final = 1
-_DTYPES: Final = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 _DTYPE_FIELDS: Final = ("dtype", "scale_dtype", "zero_point_dtype")
 
 
@@ -172,13 +146,13 @@ def save(path: str | os.PathLike[str], calibration: Mapping[str, tuple[QuantSpec
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"{layer!r}: {key!r} is a {type(value).__name__}; a state holds tensors")
-            if value.dtype not in _NAMES:
-                raise TypeError(f"{layer!r}: {key!r} is {value.dtype}; safetensors holds {', '.join(map(str, _NAMES))}")
+            if fault := safetensors.fault(value):
+                raise TypeError(f"{layer!r}: {key!r} {fault}")
             if "." in key:
                 raise ValueError(f"{layer!r}: the state key {key!r} contains a dot; use a bare noun")
             tensors[f"{layer}.{key}"] = value
     metadata = {"format": _FORMAT, "version": str(_VERSION), "specs": json.dumps(specs, sort_keys=True)}
-    _write(Path(path), tensors, metadata)
+    safetensors.write(path, tensors, metadata)
 
 
 def load(path: str | os.PathLike[str], *, classes: Iterable[type] = ()) -> dict[str, tuple[QuantSpec, State]]:
@@ -201,10 +175,8 @@ def load(path: str | os.PathLike[str], *, classes: Iterable[type] = ()) -> dict[
     Example: see `save`.
     """
     known = _known(classes)
-    path = Path(path)
-    raw = path.read_bytes()
     try:
-        return _calibration(*_parse(raw), known)
+        return _calibration(*safetensors.read(path), known)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
 
@@ -220,7 +192,7 @@ def _calibration(
         specs = json.loads(metadata["specs"])
         items = list(specs.items())
     except (KeyError, ValueError, AttributeError, RecursionError) as e:
-        raise ValueError(f"its specs cannot be read; {_DAMAGED}") from e
+        raise ValueError(f"its specs cannot be read; {safetensors.DAMAGED}") from e
     calibration: dict[str, tuple[QuantSpec, State]] = {}
     for layer, plain in items:
         try:
@@ -230,7 +202,7 @@ def _calibration(
     for name, tensor in tensors.items():
         layer, _, key = name.rpartition(".")
         if layer not in calibration:
-            raise ValueError(f"tensor {name!r} belongs to no layer; {_DAMAGED}")
+            raise ValueError(f"tensor {name!r} belongs to no layer; {safetensors.DAMAGED}")
         calibration[layer][1][key] = tensor
     for layer, (spec, state) in calibration.items():
         try:
@@ -321,105 +293,3 @@ def _known(classes: Iterable[type]) -> dict[str, type]:
 
 def _is_value_class(cls: object) -> bool:
     return isinstance(cls, type) and issubclass(cls, (Granularity, Observer)) and not inspect.isabstract(cls)
-
-
-# The safetensors format.
-
-_DAMAGED: Final = "the file is damaged: copy it again, or record and save again"
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    header: dict[str, object] = {"__metadata__": metadata}
-    # Wide elements first, so that each tensor lies at a multiple of its element size.
-    placed = sorted(tensors, key=lambda name: -tensors[name].itemsize)
-    offsets: dict[str, tuple[int, int]] = {}
-    end = 0
-    for name in placed:
-        offsets[name] = (end, end + tensors[name].nbytes)
-        end = offsets[name][1]
-    for name, t in tensors.items():
-        header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": offsets[name]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    path = Path(os.path.realpath(path))  # a rename would replace a link, not the file it points to
-    # Not tempfile: it makes files that only their owner can read, and the rename would keep that.
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(beside, "xb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for name in placed:
-                f.write(_to_bytes(tensors[name]))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def _parse(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file; ValueError if it is not one."""
-    if raw[8:9] not in (b"{", b""):
-        raise ValueError("not a safetensors file; give a file written by save()")
-    start = 8 + int.from_bytes(raw[:8], "little")
-    if len(raw) < max(start, 9):
-        raise ValueError(f"cut short: {len(raw)} bytes, and the header alone needs {max(start, 9)}; {_DAMAGED}")
-    try:
-        header = json.loads(raw[8:start])
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"the header is not JSON ({e}); {_DAMAGED}") from e
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError(f"__metadata__ is not a map of strings; {_DAMAGED}")
-
-    spans = {name: _span(name, entry) for name, entry in header.items()}
-    end = 0
-    for name, (_, _, (first, last)) in sorted(spans.items(), key=lambda item: item[1][2]):
-        if first != end:
-            raise ValueError(f"tensor {name!r} starts at byte {first} of the data, expected {end}; {_DAMAGED}")
-        end = last
-    if len(raw) - start != end:
-        kind = "cut short" if len(raw) - start < end else "too long"
-        raise ValueError(f"{kind}: {len(raw) - start} bytes of data, and the header describes {end}; {_DAMAGED}")
-    data = memoryview(raw)[start:]
-    return {name: _from_bytes(data[slice(*at)], dtype, shape) for name, (dtype, shape, at) in spans.items()}, metadata
-
-
-def _span(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:
-    """Check one entry of the header; return dtype, shape and first and last byte."""
-    try:
-        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sizes = [*shape, first, last]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"tensor {name!r} is described as {entry!r}; {_DAMAGED}") from None
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"tensor {name!r} has dtype {dtype!r}, known: {', '.join(_DTYPES)}; update functional_sq")
-    # 2**63: what torch takes as a size.
-    if not all(type(n) is int and 0 <= n < 2**63 for n in sizes) or math.prod(n or 1 for n in shape) >= 2**63:
-        raise ValueError(f"tensor {name!r} has shape {shape} at bytes {first} to {last}; {_DAMAGED}")
-    needed = math.prod(shape) * _DTYPES[dtype].itemsize
-    if last - first != needed:
-        raise ValueError(f"tensor {name!r} has {last - first} bytes, and its shape {shape} needs {needed}; {_DAMAGED}")
-    return _DTYPES[dtype], list(shape), (first, last)
-
-
-def _to_bytes(t: Tensor) -> bytes:
-    if t.numel() == 0:
-        return b""
-    raw = _little_endian(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8), t.itemsize)
-    return ctypes.string_at(raw.data_ptr(), raw.numel())  # Tensor.numpy() needs numpy, which torch does not
-
-
-def _from_bytes(raw: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    if not raw:
-        return torch.empty(shape, dtype=dtype)
-    # A bytearray for each tensor: writable, aligned, and shared with no other.
-    return (
-        _little_endian(torch.frombuffer(bytearray(raw), dtype=torch.uint8), dtype.itemsize).view(dtype).reshape(shape)
-    )
-
-
-def _little_endian(raw: Tensor, itemsize: int) -> Tensor:
-    """Exchange the machine's byte order and the file's, either way."""
-    return raw if sys.byteorder == "little" else raw.reshape(-1, itemsize).flip(1).reshape(-1)

@@ -93,6 +93,13 @@ EVERY_DTYPE = {
     "bf16": torch.tensor([-0.0, float("nan"), 1e-40], dtype=torch.bfloat16),
     "e4m3": torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn),
     "e5m2": torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2),
+    "e4m3fnuz": torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fnuz),
+    "e5m2fnuz": torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2fnuz),
+    "e8m0": torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+    "c64": torch.tensor([complex(-0.0, float("nan")), complex(float("inf"), 1e-45)], dtype=torch.complex64),
+    "u64": torch.tensor([0, 2**64 - 1], dtype=torch.uint64),
+    "u32": torch.tensor([0, 2**32 - 1], dtype=torch.uint32),
+    "u16": torch.tensor([0, 2**16 - 1], dtype=torch.uint16),
     "i64": torch.tensor([-(2**63), 2**63 - 1]),
     "i32": torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32),
     "i16": torch.tensor([-(2**15), 2**15 - 1], dtype=torch.int16),
@@ -252,10 +259,20 @@ SAVES = {
     "save(path, {x: (spec, {})})": ({"x": (INT8, {})}, ValueError, "this state is []; make a state with init"),
     "save(path, {x: (raw, {a: 1})})": ({"x": (RAW, {"a": 1})}, TypeError, "'a' is a int; a state holds tensors"),
     "save(path, {x: (raw, {a.b: t})})": ({"x": (RAW, {"a.b": torch.ones(1)})}, ValueError, "'a.b' contains a dot"),
-    "save(path, {x: (raw, {a: complex})})": (
-        {"x": (RAW, {"a": torch.ones(1, dtype=torch.complex64)})},
+    "save(path, {x: (raw, {a: complex128})})": (
+        {"x": (RAW, {"a": torch.ones(1, dtype=torch.complex128)})},
         TypeError,
-        "'a' is torch.complex64; safetensors holds",
+        "'a' is torch.complex128; safetensors holds torch.float64, ",
+    ),
+    "save(path, {x: (raw, {a: sparse})})": (
+        {"x": (RAW, {"a": torch.eye(2).to_sparse()})},
+        TypeError,
+        "'a' has the layout torch.sparse_coo; give value.to_dense()",
+    ),
+    "save(path, {x: (raw, {a: meta})})": (
+        {"x": (RAW, {"a": torch.ones(1, device="meta")})},
+        TypeError,
+        "'a' is on the meta device and has no values; load them first",
     ),
 }
 
