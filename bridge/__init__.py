@@ -11,6 +11,7 @@ from bridge.aqt import (
 from bridge.config import StaticQuantConfig
 from bridge.observed import AffineQuantizedMinMaxObserver, ObservedLinear, ObserverModule, insert_observers_
 from bridge.quantized import QuantizedLinear
+from bridge.report import LayerReport, Report, report
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
 from bridge.workflow import calibrate, convert_, prepare_, quantize_
 from functional_sq import CalibrationError, MappingType, PerAxis, PerGroup, PerRow, PerTensor, PerToken
@@ -22,6 +23,7 @@ __all__ = [
     "CalibrationError",
     "Float8Layout",
     "Float8MMConfig",
+    "LayerReport",
     "MappingType",
     "ObservedLinear",
     "ObserverModule",
@@ -31,6 +33,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "QuantizedLinear",
+    "Report",
     "StaticQuantConfig",
     "calibrate",
     "compute_error",
@@ -39,6 +42,7 @@ __all__ = [
     "prepare_",
     "quantize_",
     "register_quantize_module_handler",
+    "report",
     "to_affine_quantized_floatx_static",
     "to_affine_quantized_intx_static",
     "to_linear_activation_quantized",

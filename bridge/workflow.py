@@ -97,18 +97,20 @@ def calibrate(
     with torch.inference_mode():
         for batch in batches:
             with _masked(observers, _mask_of(batch) if mask is None else mask(batch)):
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, (tuple, list)):
-                    model(*batch)
-                else:
-                    model(batch)
+                call(model, batch)
             done += 1
             if done == max_batches:
                 break
     if done == 0:
         raise ValueError("there were no batches to calibrate with; give at least one (an iterator is used up once)")
     return done
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call `model` with a batch: a tensor, positional arguments in a tuple or list, or keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def convert_(model: nn.Module, *, config: StaticQuantConfig | None = None, min_count: int = 1) -> nn.Module:

@@ -119,7 +119,7 @@ def expected_error(spec: QuantSpec, state: State, qp: QParams) -> SquaredError:
 
     Example:
         >>> import torch, functional_sq as fsq
-        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Histogram())
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), quant_min=-127, observer=fsq.Histogram())
         >>> x = torch.linspace(-2, 2, 1001)
         >>> state = fsq.observe(spec, fsq.init(spec, x.shape), x)
         >>> qp = fsq.QParams(torch.tensor([1 / 127]), torch.tensor([0], dtype=torch.int32))
