@@ -122,7 +122,7 @@ def layers(report: Report) -> Figure:
     error.set_xlabel("share, %", fontsize=8)
     # The legend stands in the title's second line: inside, it would hide bars.
     error.set_title("input's squared error\n", fontsize=9)
-    error.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 0.99), frameon=False)
+    error.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1, frameon=False)
 
     axes[0].set_yticks(rows, [short(name) for name in names], fontsize=7)
     axes[0].set_ylim(len(names) - 0.4, -0.6)  # worst at the top
@@ -171,7 +171,7 @@ def histogram(layer: LayerReport, found: Recorded) -> Figure:
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.set_title(f"{short(layer.name, 80)}\n", fontsize=10)
-    axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 0.99), frameon=False)
+    axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1, frameon=False)
     axis.set_xlabel(f"input (linear near 0, logarithmic from about ±{width:.2g})", fontsize=8)
     axis.set_ylabel("density, 1 / input unit", fontsize=8)
     axis.tick_params(labelsize=8)

@@ -25,6 +25,7 @@ from bridge import picture
 from bridge.config import StaticQuantConfig, is_observed, quantized_layer
 from bridge.observed import ObserverModule
 from bridge.workflow import _check_coverage, _mask_of, _public, call
+from functional_sq.formats import REAL_DTYPES
 from functional_sq.observers.histogram import histogram_of
 
 if TYPE_CHECKING:
@@ -301,6 +302,8 @@ class _Layer:
     def __init__(self, name: str, observed: Any, config: StaticQuantConfig | None) -> None:
         self.name = name
         self.observed = observed
+        # Bound before `forward` stands in for it.
+        self.exact: Callable[..., Any] = observed.forward
         self.spec: fsq.QuantSpec = observed.act_obs.spec
         self.qp: fsq.QParams = observed.act_obs.calculate_qparams()
         try:
@@ -322,7 +325,7 @@ class _Layer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.form == "quantized":
-            device = _device(args)
+            device = _device((*args, *kwargs.values()))
             _wait(device)
             start = time.perf_counter()
             y = self.twin(*args, **kwargs)
@@ -330,13 +333,14 @@ class _Layer:
             self.spent += time.perf_counter() - start
             return y
         # The observers are silent, so this records nothing.
-        y = type(self.observed).forward(self.observed, *args, **kwargs)
+        y = self.exact(*args, **kwargs)
         if self.form == "measure":
+            x = next(iter((*args, *kwargs.values())))
             self.calls += 1
             self.ran = True
-            if args[0].numel():
+            if x.numel():
                 self.output.add(y, self.twin(*args, **kwargs), self.keep)
-                self._measure(args[0])
+                self._measure(x)
         return y
 
     def _measure(self, x: Tensor) -> None:
@@ -419,6 +423,7 @@ class _Whole:
 
         for layer in self.layers:
             layer.spent = 0.0
+        _wait(exact.device)
         start = time.perf_counter()
         found = self.run(batch, dict.fromkeys(self.layers, "quantized"))
         _wait(found.device)
@@ -442,7 +447,7 @@ class _Whole:
             layer.form = form
         with torch.random.fork_rng(self.devices):
             y = self.output(call(self.model, batch))
-        if not isinstance(y, Tensor) or y.dtype not in fsq.formats.REAL_DTYPES:
+        if not isinstance(y, Tensor) or y.dtype not in REAL_DTYPES:
             got = f"a tensor of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise TypeError(f"the output to compare is {got}; give output=, from what the model returns to real values")
         # A model may return a buffer that its next forward pass writes to.
@@ -540,7 +545,6 @@ def _first_tensor(result: Any) -> Any:
 # The table.
 
 _WIDTH = 100
-_ALONE = {"quantize": "alone", "float": "without", None: "-"}
 _LEGEND = {
     "quantize": "alone: of the model's output with this layer alone quantized, worst first;",
     "float": "without: of the model's output with all layers but this quantized, most gained first;",
@@ -549,24 +553,26 @@ _LEGEND = {
 
 
 def _table(found: Report) -> str:
-    heads = {_ALONE[found.rank]: 9, "output": 8, "weight": 8, "input": 7, "pred.": 7, "clip": 7, "sat.": 7, "time": 7}
+    ranking = {"quantize": [("alone", 9)], "float": [("without", 9)], None: []}[found.rank]
+    heads = [*ranking, ("output", 8), ("weight", 8), ("input", 7), ("pred.", 7), ("clip", 7), ("sat.", 7), ("time", 7)]
     longest = max(len(layer.name) for layer in found.layers)
-    width = max(len("layer"), min(_WIDTH - sum(heads.values()), longest))
+    width = max(len("layer"), min(_WIDTH - sum(columns for _, columns in heads), longest))
+    batches = "batch" if found.batches == 1 else "batches"
     lines = [
-        f"model's output {_number(found.model_sqnr)} dB; {len(found.layers)} layers, "
-        f"{found.batches} {'batch' if found.batches == 1 else 'batches'}, {found.milliseconds:.1f} ms a forward pass",
+        f"model's output {_number(found.model_sqnr)} dB; {len(found.layers)} layers, {found.batches} {batches}, "
+        f"{found.milliseconds:.1f} ms a forward pass",
         "",
-        f"{'layer':{width}}" + "".join(f"{head:>{columns}}" for head, columns in heads.items()),
+        f"{'layer':{width}}" + "".join(f"{head:>{columns}}" for head, columns in heads),
     ]
     for layer in found.layers:
         name = f"{picture.short(layer.name, width):{width}}"
         if layer.calls == 0:
             lines.append(f"{name}  never ran in these batches")
             continue
-        numbers = (layer.model_sqnr, layer.output_sqnr, layer.weight_sqnr, layer.input_sqnr, layer.predicted_input_sqnr)
-        shares = (layer.clipping, layer.saturated, layer.time_share)
-        cells = (*map(_number, numbers), *map(_share, shares))
-        lines.append(name + "".join(f"{cell:>{columns}}" for cell, columns in zip(cells, heads.values(), strict=True)))
+        numbers = [layer.model_sqnr] if ranking else []
+        numbers += [layer.output_sqnr, layer.weight_sqnr, layer.input_sqnr, layer.predicted_input_sqnr]
+        cells = (*map(_number, numbers), *map(_share, (layer.clipping, layer.saturated, layer.time_share)))
+        lines.append(name + "".join(f"{cell:>{columns}}" for cell, (_, columns) in zip(cells, heads, strict=True)))
     lines += [
         "",
         f"SQNR in dB. {_LEGEND[found.rank]}",
