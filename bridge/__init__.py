@@ -18,6 +18,7 @@ from bridge.observed import (
     insert_observers_,
 )
 from bridge.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
+from bridge.report import LayerReport, Report, report
 from bridge.saving import load, save
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
 from bridge.workflow import calibrate, convert_, prepare_, quantize_, unprepare_
@@ -31,6 +32,7 @@ __all__ = [
     "CalibrationError",
     "Float8Layout",
     "Float8MMConfig",
+    "LayerReport",
     "MappingType",
     "ObservedConv1d",
     "ObservedConv2d",
@@ -44,6 +46,7 @@ __all__ = [
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedLinear",
+    "Report",
     "StaticQuantConfig",
     "calibrate",
     "compute_error",
@@ -53,6 +56,7 @@ __all__ = [
     "prepare_",
     "quantize_",
     "register_quantize_module_handler",
+    "report",
     "save",
     "to_affine_quantized_floatx_static",
     "to_affine_quantized_intx_static",

@@ -79,10 +79,7 @@ class ObserverModule(Buffers):
     def forward(self, x: Tensor) -> Tensor:
         if not self._buffers:
             self.reset(tuple(x.shape), x.device)
-        mask = self.mask
-        if mask is not None and mask.shape != x.shape[: mask.ndim]:
-            mask = mask.reshape(-1) if x.shape[:1] == (mask.numel(),) else None
-        write(self, fsq.observe(self.spec, self.state, x, mask=mask))
+        write(self, fsq.observe(self.spec, self.state, x, mask=fit_mask(self.mask, x)))
         return x
 
     def fault(self, min_count: int = 1) -> str | None:
@@ -124,6 +121,13 @@ class ObserverModule(Buffers):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def fit_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return the mask as it fits the leading axes of `x`, flattened or not; None where it is of other positions."""
+    if mask is None or mask.shape == x.shape[: mask.ndim]:
+        return mask
+    return mask.reshape(-1) if x.shape[:1] == (mask.numel(),) else None
 
 
 class AffineQuantizedMinMaxObserver(ObserverModule):

@@ -184,7 +184,7 @@ def calibrate(
     try:
         with torch.inference_mode():
             for batch in _progress(itertools.islice(batches, done, max_batches), done, max_batches):
-                with _masked(observers.values(), _mask_of(batch) if mask is None else mask(batch)):
+                with _masked(observers.values(), mask_of(batch) if mask is None else mask(batch)):
                     call(model, batch)
                 record = record[0] + 1, _record(observers)
                 if path is not None and record[0] % save_every == 0:
@@ -317,6 +317,13 @@ def unfit(model: nn.Module, wanted: Filter = is_observed, min_rows: int = 1) -> 
     return found
 
 
+def unfit_error(faults: Mapping[str, str]) -> fsq.CalibrationError:
+    """Return the error that names every unfit layer."""
+    return fsq.CalibrationError(
+        f"{len(faults)} layers cannot be converted, and the model is as it was:\n{_listed(faults)}"
+    )
+
+
 def _convert(
     model: nn.Module,
     config: StaticQuantConfig | None,
@@ -331,9 +338,7 @@ def _convert(
     faults = unfit(model, wanted, min_rows)
     observed = [m for name, m in model.named_modules() if wanted(m, public_name(name))]
     if faults and (on_unfit == "refuse" or len(faults) == len(observed)):
-        raise fsq.CalibrationError(
-            f"{len(faults)} layers cannot be converted, and the model is as it was:\n{_listed(faults)}"
-        )
+        raise unfit_error(faults)
 
     def converted(layer: Observed, name: str) -> nn.Module:
         own = None if config is None else config.of(layer, public_name(name))
@@ -494,7 +499,7 @@ def _progress(batches: Iterator[Any], done: int, total: int | None) -> Iterable[
     return bar
 
 
-def _mask_of(batch: Any) -> Tensor | None:
+def mask_of(batch: Any) -> Tensor | None:
     found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     # Hugging Face's mask is 1 for a token and 0 for padding; a mask of other rank is no padding mask.
     return None if found is None or found.ndim != 2 else found != 0

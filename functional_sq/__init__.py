@@ -11,11 +11,11 @@ from functional_sq.observers.fixed import Fixed
 from functional_sq.observers.histogram import Histogram
 from functional_sq.observers.min_max import MinMax
 from functional_sq.observers.moving_average import MeanRange, MovingAverage
-from functional_sq.observers.mse import Mse
+from functional_sq.observers.mse import Mse, SquaredError, expected_error
 from functional_sq.observers.percentile import Percentile
 from functional_sq.observers.skip_nonfinite import SkipNonfinite
 from functional_sq.qparams import MappingType, QParams, from_range
-from functional_sq.quantize import dequantize, fake_quantize, quantize
+from functional_sq.quantize import dequantize, fake_quantize, quantize, saturates
 from functional_sq.spec import QuantSpec
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "QuantSpec",
     "Reduction",
     "SkipNonfinite",
+    "SquaredError",
     "State",
     "calc_qparams",
     "check",
@@ -56,6 +57,7 @@ __all__ = [
     "conv_reference",
     "dequantize",
     "epilogue",
+    "expected_error",
     "fake_quantize",
     "fold",
     "fold_batch_norm",
@@ -66,5 +68,6 @@ __all__ = [
     "merge",
     "observe",
     "quantize",
+    "saturates",
     "unfold",
 ]

@@ -13,7 +13,7 @@ from functional_sq.granularity import check_stats
 from functional_sq.qparams import QParams
 from functional_sq.spec import QuantSpec, check_spec
 
-__all__ = ["dequantize", "fake_quantize", "quantize"]
+__all__ = ["dequantize", "fake_quantize", "quantize", "saturates"]
 
 
 def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
@@ -123,6 +123,41 @@ def fake_quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
     return result
 
 
+def saturates(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
+    """Say which values have no code of their own and become the smallest or the largest one.
+
+    An integer is rounded first: what rounds to the last code has a code. A float8 saturates as soon as
+    it is beyond the largest finite value.
+
+    Args:
+        spec: the quantization.
+        x: real values.
+        qp: scale and zero point, of the statistics' shape for `x`.
+
+    Returns:
+        bool, shape of `x`; True for a NaN, which has no code. The gradient of `fake_quantize` is 0 there.
+
+    Raises:
+        TypeError, ValueError: as `quantize`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> qp = fsq.QParams(torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32))
+        >>> fsq.saturates(spec, torch.tensor([63.5, 63.7, 63.8, -65.0]), qp)
+        tensor([False, False,  True,  True])
+    """
+    check_spec(spec)
+    check_real(x, "saturates")
+    format, (low, high) = spec.format, spec.bounds
+
+    def beyond(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        steps = format.steps(x, QParams(s, z))
+        return ~((steps >= low) & (steps <= high))
+
+    return blockwise(beyond, x.detach(), *_fitted(spec, x, qp))
+
+
 class _StraightThrough(torch.autograd.Function):
     """Quantize and dequantize forward; backward, the identity where nothing saturated."""
 
@@ -140,15 +175,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        spec: QuantSpec = ctx.spec
-        format, (low, high) = spec.format, spec.bounds
         x, scale, zero_point = ctx.saved_tensors
-
-        def straight(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
-            steps = format.steps(x, QParams(s, z))
-            return (steps >= low) & (steps <= high)
-
-        return None, grad * blockwise(straight, x, scale, zero_point), None, None
+        return None, grad * ~saturates(ctx.spec, x, QParams(scale, zero_point)), None, None
 
 
 def _fitted(spec: QuantSpec, x: Tensor, qp: QParams) -> QParams:

@@ -67,6 +67,23 @@ def test_one_file_of_the_bridge_imports_torchao(path: Path) -> None:
     assert not tops(path) & {"numpy", "hypothesis", "ml_dtypes", "safetensors"}
 
 
+@pytest.mark.parametrize("path", BRIDGE, ids=name_of)
+def test_only_pictures_import_matplotlib_and_only_when_they_are_drawn(path: Path) -> None:
+    """Type annotations, which are never evaluated, may name its Figure."""
+    tree = ast.parse(path.read_text())
+    never = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    drawn = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and "matplotlib" in ast.unparse(node):
+            assert "pyplot" not in ast.unparse(node)
+            inside = drawn if path == ROOT / "bridge" / "picture.py" else []
+            assert any(node in ast.walk(outer) for outer in (*never, *inside)), f"{path}:{node.lineno}"
+
+
+def test_importing_the_bridge_does_not_load_matplotlib() -> None:
+    assert python("import sys, bridge; print('matplotlib' in sys.modules)").endswith("False")
+
+
 def test_the_files_are_there() -> None:
     assert len(CORE) > 10
     assert ROOT / "functional_sq" / "observers" / "min_max.py" in CORE

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_sq.observer import MAX, MIN, SUM, Accumulator, State, extremes
+from functional_sq.observer import MAX, MIN, SUM, Accumulator, Observer, State, extremes
 
 if TYPE_CHECKING:
     from functional_sq.spec import QuantSpec
 
-__all__ = ["Histogram"]
+__all__ = ["Histogram", "histogram_of"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,6 +180,21 @@ class Histogram(Accumulator):
 
     def range(self, spec: QuantSpec, state: State) -> tuple[Tensor, Tensor]:
         return state["min"], state["max"]
+
+
+def histogram_of(observer: Observer) -> Histogram | None:
+    """Return the Histogram that `observer` is or wraps, or None if it records no bins.
+
+    Example:
+        >>> import functional_sq as fsq
+        >>> from functional_sq.observers.histogram import histogram_of
+        >>> histogram_of(fsq.SkipNonfinite(fsq.Mse())), histogram_of(fsq.MinMax())
+        (Mse(), None)
+    """
+    inner: object = observer
+    while inner is not None and not isinstance(inner, Histogram):
+        inner = getattr(inner, "observer", None)
+    return inner
 
 
 def _encoding(x: Tensor) -> tuple[Tensor, int, int]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from functional_sq.formats import Float8
 from functional_sq.observer import State
-from functional_sq.observers.histogram import Histogram
-from functional_sq.qparams import MappingType, from_range
+from functional_sq.observers.histogram import Histogram, histogram_of
+from functional_sq.qparams import MappingType, QParams, from_range
+from functional_sq.spec import QuantSpec, check_spec
 
-if TYPE_CHECKING:
-    from functional_sq.spec import QuantSpec
-
-__all__ = ["Mse"]
+__all__ = ["Mse", "SquaredError", "expected_error"]
 
 _OCTAVES = 12
 """How far below the extreme a threshold is looked for. A value of magnitude m seen once in N, if
@@ -84,6 +82,78 @@ class Mse(Histogram):
         return torch.where(fit, chosen_lo, lo), torch.where(fit, chosen_hi, hi)
 
 
+class SquaredError(NamedTuple):
+    """Sums over the values that a state has counted; float64, one for each scale, input units squared.
+
+    Attributes:
+        signal: of the squares of the values themselves.
+        total: of the squared differences that quantize and dequantize make.
+        clipping: the part of `total` that comes from values which saturate; the rest is rounding.
+    """
+
+    signal: Tensor
+    total: Tensor
+    clipping: Tensor
+
+
+def expected_error(spec: QuantSpec, state: State, qp: QParams) -> SquaredError:
+    """Compute from a histogram what squared error quantization with `qp` makes of the data it counted.
+
+    The closed form that `Mse` searches with: within a bin values are taken as uniform. It is so an
+    estimate, close where bins are wider than steps or the data is smooth; 10 log10(signal / total) is
+    the signal-to-noise ratio in dB.
+
+    Args:
+        spec: the quantization; its observer is a Histogram, or wraps one, with the bins of `state`.
+        state: what was recorded.
+        qp: scale and zero point, of the shape of the statistics; need not come from `state`.
+
+    Returns:
+        three tensors of the statistics' shape. 0 where nothing was seen, NaN where NaN or Inf was.
+
+    Raises:
+        ValueError: `state` has no histogram that the spec's observer reads, or `qp` another shape.
+
+    Source: Banner et al. 2019 (arXiv:1810.05723), equations 3 to 5, with the histogram in place of a
+    fitted density.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), quant_min=-127, observer=fsq.Histogram())
+        >>> x = torch.linspace(-2, 2, 1001)
+        >>> state = fsq.observe(spec, fsq.init(spec, x.shape), x)
+        >>> qp = fsq.QParams(torch.tensor([1 / 127]), torch.tensor([0], dtype=torch.int32))
+        >>> signal, total, clipping = fsq.expected_error(spec, state, qp)
+        >>> bool(abs(total / (x - x.clamp(-1, 1)).square().sum() - 1) < 0.01), bool(0.999 < clipping / total < 1)
+        (True, True)
+    """
+    check_spec(spec)
+    bins = histogram_of(spec.observer)
+    if bins is None:
+        raise ValueError(f"{spec.observer} records no histogram; record with Histogram() and put it into the spec")
+    spec.observer.stat_shape(state, exact=False)
+    count, lo, hi = state["count"], state["min"], state["max"]
+    if qp.scale.shape != count.shape or qp.zero_point.shape != count.shape:
+        raise ValueError(
+            f"qp has a scale of shape {tuple(qp.scale.shape)} and a zero point of shape {tuple(qp.zero_point.shape)}, "
+            f"the state has statistics of shape {tuple(count.shape)}; all three must be equal"
+        )
+    edges = bins.edges(device=lo.device)
+    rows = (state["histogram"].reshape(-1, bins.bins), *(t.reshape(-1) for t in (lo, hi, *qp)))
+    found = []
+    for *recorded, scale, zero_point in _split(rows, max(1, _CHUNK // (bins.bins + 2))):
+        model = _Model(spec, edges, _WINDOW << bins.mantissa_bits, *recorded)
+        found.append(model.squared_error(QParams(scale[:, None], zero_point[:, None])))
+    seen, fit = count > 0, lo.isfinite() & hi.isfinite()
+    return SquaredError(
+        *(
+            # Sums of large terms that cancel: an error of 0 comes out as a small number of either sign.
+            torch.cat(part).reshape(count.shape).clamp(min=0).masked_fill(~fit, float("nan")).masked_fill(~seen, 0.0)
+            for part in zip(*found, strict=True)
+        )
+    )
+
+
 def _split(rows: tuple[Tensor, ...], chunk: int) -> list[tuple[Tensor, ...]]:
     return list(zip(*(torch.split(row, chunk) for row in rows), strict=True))
 
@@ -135,7 +205,10 @@ class _Model:
 
     def error(self, lo: Tensor, hi: Tensor) -> Tensor:
         """Return the sum of squared errors of each candidate range; (blocks, candidates)."""
-        qp = from_range(self.spec, lo, hi)
+        return self.total(from_range(self.spec, lo, hi))
+
+    def total(self, qp: QParams) -> Tensor:
+        """Return the sum of squared errors of each scale and zero point; (blocks, candidates)."""
         scale = qp.scale.double()
         t = self.edges[:, None, :] * (1 / scale)[..., None]
         if isinstance(self.spec.format, Float8):
@@ -152,6 +225,30 @@ class _Model:
         # The sum runs over n (t - k)**2 with t in steps and the density per input unit: * scale**3.
         total = (integral @ self.weights)[..., 0] * scale**3
         return total + (self.points[0] * r[..., 0] ** 2 + self.points[1] * r[..., -1] ** 2) * scale**2
+
+    def squared_error(self, qp: QParams) -> SquaredError:
+        """Return the sums of one scale and zero point for each block; qp and each sum (blocks, 1)."""
+        ends = self.edges[:, [0, -1]]
+        signal = self._integrate(self.edges**3 / 3) + self._at_ends(ends**2)
+        # The code values at both ends, and how far beyond them a value still rounds to one: quantize
+        # rounds an integer before it limits it, and limits a float8 before it rounds it.
+        beyond = 0.0 if isinstance(self.spec.format, Float8) else 0.5
+        scale, zero_point = qp.scale.double(), qp.zero_point.double()
+        low, high = ((end - zero_point) * scale for end in self.spec.bounds)
+        least, most = low - beyond * scale, high + beyond * scale
+        # An integral of the squared distance to the last code, over what saturates alone.
+        cut = (torch.maximum(self.edges, most) - high) ** 3 + (torch.minimum(self.edges, least) - low) ** 3
+        clipped = torch.where(ends > most, (ends - high) ** 2, torch.where(ends < least, (ends - low) ** 2, 0.0))
+        clipping = self._integrate(cut / 3) + self._at_ends(clipped)
+        return SquaredError(signal, self.total(qp), clipping)
+
+    def _integrate(self, integral: Tensor) -> Tensor:
+        """Sum density * (integral at b - integral at a) over the bins; (blocks, edges) -> (blocks, 1)."""
+        return (integral[:, None] @ self.weights)[..., 0]
+
+    def _at_ends(self, value: Tensor) -> Tensor:
+        """Sum a function of the extremes over the values that lie at them; (blocks, 2) -> (blocks, 1)."""
+        return self.points[0] * value[:, :1] + self.points[1] * value[:, 1:]
 
     def best(self, below: Tensor, above: Tensor) -> _Best:
         """Return the best of the ranges [-below, above], limited to what was seen."""
