@@ -239,6 +239,7 @@ class Observed(nn.Module):
             )
         _check_plain(module)
         weight = module.weight
+        check_static(act_obs.spec, weight.shape)
         if act_obs.state:
             act_obs.to(weight.device)
         else:

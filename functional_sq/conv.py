@@ -2,15 +2,21 @@
 
 A convolution is a matrix product whose rows are the windows of the input, so `fold`, `epilogue` and
 the exact sums are those of `functional_sq.linear`, with K the elements of one window. Padding is
-real zero: the code of the zero point. The windows are a copy of the codes, a byte an element, written
-with the channels last, which is how `channels_last` codes lie in memory already.
+real zero: the code of the zero point. The windows are a copy of the codes, a byte an element and the
+kernel's size times as many, written with the channels last, which is how `channels_last` codes lie in
+memory already.
 
 Groups have windows too short for a matrix product. Their sum runs over the differences `q - z` as
 floats, which is as exact: in float32 every partial sum is an integer below 2**24 while
 `K <= 258` (`K * 255**2 < 2**24`), above that float64 is used. Not every float convolution sums what
 is written: Winograd's algorithm and the FFT round on the way. On a CPU neither exists for three
 spatial axes, so one or two are given more of size 1; a CUDA device computes groups in float64 and
-rounds to the integer.
+rounds to the integer. So groups are exact, and no faster than floats.
+
+oneDNN's own int8 convolution is not used: its weight has to be packed at each call (11 ms for 512 x 512
+x 3 x 3, where the whole float convolution of an image of 7 x 7 took 3), cannot be packed under
+`torch.compile`, and it returns float32, which holds no sum above 2**24 exactly, as an asymmetric weight
+needs.
 """
 
 from __future__ import annotations

@@ -223,3 +223,36 @@ def edge(mapping: str, qmin: int, qmax: int) -> float:
 def error(x: Array, decoded: Array, scale: Array) -> NDArray[np.float64]:
     """Return `|x - decoded|` in steps, in float64."""
     return np.abs(x.astype(F64) - decoded.astype(F64)) / spread(scale.astype(F64), x.shape)
+
+
+# Convolution.
+
+
+def convolve(
+    x: Array,
+    w: Array,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Array:
+    """Return the sum of products over each window, in the dtype of `x`; padding is 0.
+
+    `x` is (B, C, *space), `w` (N, C / groups, *kernel), the result (B, N, *size): one output position
+    at a time, its window cut out by slices.
+    """
+    (n, per_group, *kernel), outputs = w.shape, w.shape[0] // groups
+    terms = per_group * int(np.prod(kernel))
+    x = np.pad(x, ((0, 0), (0, 0), *padding))
+    extents = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    sizes = [(a - e) // s + 1 for a, e, s in zip(x.shape[2:], extents, stride, strict=True)]
+    y = np.zeros((len(x), n, *sizes), x.dtype)
+    for index in itertools.product(*map(range, sizes)):
+        axes = zip(index, stride, extents, dilation, strict=True)
+        window = x[(..., *(slice(i * s, i * s + e, d) for i, s, e, d in axes))]
+        for g in range(groups):
+            rows = slice(g * outputs, (g + 1) * outputs)
+            group = window[:, g * per_group : (g + 1) * per_group].reshape(len(x), terms)
+            y[(slice(None), rows, *index)] = group @ w[rows].reshape(outputs, terms).T
+    return y

@@ -1,0 +1,978 @@
+"""Convolution on codes: integers exact against int64 numpy, and the layers that hold them.
+
+The roundings behind an exact sum, and so `bound`, are those of tests/test_linear.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from test_linear import ARRAYS, FLOAT8S, array, assert_within, bound, codes, epilogue, float8_codes, qparams
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map
+
+import functional_sq as fsq
+from functional_sq import FoldedWeight, MappingType, QParams, QuantSpec
+from functional_sq.formats import REAL_DTYPES
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
+    import bridge
+    from bridge import (
+        ObservedConv1d,
+        ObservedConv2d,
+        ObservedLinear,
+        ObserverModule,
+        QuantizedConv1d,
+        QuantizedConv2d,
+        QuantizedLinear,
+        StaticQuantConfig,
+    )
+    from bridge.observed import observed_type
+    from bridge.quantized import Quantized
+
+ASYMMETRIC, SYMMETRIC = MappingType.ASYMMETRIC, MappingType.SYMMETRIC
+
+
+# --- the cases -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shapes of a convolution and how its windows lie; `pads` is `padding` spelled out."""
+
+    shape: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: int | tuple[int, ...] = 1
+    padding: int | str | tuple[int, ...] = 0
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+    pads: tuple[tuple[int, int], ...] = ()
+
+    def settings(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+
+    def each(self, value: object) -> tuple[int, ...]:
+        return (value,) * (len(self.weight) - 2) if isinstance(value, int) else tuple(value)
+
+    def convolve(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Convolve real zeros around `x`, by the oracle."""
+        y = oracle.convolve(
+            x if x.ndim == w.ndim else x[None],
+            w,
+            stride=self.each(self.stride),
+            padding=self.pads or tuple((p, p) for p in self.each(self.padding)),
+            dilation=self.each(self.dilation),
+            groups=self.groups,
+        )
+        return y if x.ndim == w.ndim else y[0]
+
+
+GEOMETRIES = {
+    "1d": Geometry((2, 5, 11), (4, 5, 3)),
+    "1d-padded": Geometry((2, 5, 11), (4, 5, 3), padding=2),
+    "1d-strided": Geometry((2, 5, 12), (4, 5, 4), stride=3, padding=1),
+    "1d-same-even": Geometry((2, 5, 11), (4, 5, 4), padding="same", pads=((1, 2),)),
+    "1d-one-channel": Geometry((2, 1, 11), (1, 1, 3), padding=(1,)),
+    "1d-groups": Geometry((2, 6, 11), (4, 3, 3), groups=2, padding=1, dilation=2),
+    "1d-unbatched": Geometry((5, 11), (4, 5, 3), padding=1),
+    "2d": Geometry((2, 5, 7, 6), (4, 5, 3, 3)),
+    "2d-pointwise": Geometry((2, 5, 7, 6), (4, 5, 1, 1)),
+    "2d-pointwise-strided": Geometry((2, 5, 7, 6), (4, 5, 1, 1), stride=2),
+    "2d-padded": Geometry((2, 5, 7, 6), (4, 5, 3, 3), padding=1),
+    "2d-valid": Geometry((2, 5, 7, 6), (4, 5, 3, 2), padding="valid", pads=((0, 0), (0, 0))),
+    "2d-uneven": Geometry((2, 5, 7, 9), (4, 5, 3, 2), stride=(2, 1), padding=(0, 3), dilation=(1, 3)),
+    "2d-same": Geometry((2, 5, 7, 6), (4, 5, 3, 3), padding="same", dilation=2, pads=((2, 2), (2, 2))),
+    "2d-same-even": Geometry((2, 5, 7, 6), (4, 5, 2, 4), padding="same", pads=((0, 1), (1, 2))),
+    "2d-one-channel": Geometry((2, 1, 7, 6), (3, 1, 3, 3), padding=1),
+    "2d-to-one-position": Geometry((2, 5, 3, 3), (4, 5, 3, 3)),
+    "2d-groups": Geometry((2, 6, 7, 6), (4, 3, 3, 3), groups=2, padding=1, stride=2),
+    "2d-depthwise": Geometry((2, 6, 7, 6), (6, 1, 3, 3), groups=6, padding=1),
+    "2d-depthwise-twice": Geometry((2, 3, 7, 6), (6, 1, 3, 3), groups=3, padding="same", pads=((1, 1), (1, 1))),
+    "2d-depthwise-same-even": Geometry((2, 3, 7, 6), (3, 1, 2, 2), groups=3, padding="same", pads=((0, 1), (0, 1))),
+    "2d-unbatched": Geometry((5, 7, 6), (4, 5, 3, 3), padding=1),
+    "2d-no-images": Geometry((0, 5, 7, 6), (4, 5, 3, 3), padding=1),
+}
+
+PER_TENSOR, PER_CHANNEL = fsq.PerTensor(), fsq.PerAxis(0)
+FORMATS = {
+    "uint8-uint8": (
+        QuantSpec(torch.uint8, PER_TENSOR, mapping=ASYMMETRIC),
+        QuantSpec(torch.uint8, PER_CHANNEL, mapping=ASYMMETRIC),
+    ),
+    "uint8-int8": (QuantSpec(torch.uint8, PER_TENSOR, mapping=ASYMMETRIC), QuantSpec(torch.int8, PER_CHANNEL)),
+    "int8-int8": (QuantSpec(torch.int8, PER_TENSOR, mapping=ASYMMETRIC), QuantSpec(torch.int8, PER_CHANNEL)),
+    "int8-tensor": (QuantSpec(torch.int8, PER_TENSOR), QuantSpec(torch.int8, PER_TENSOR)),
+    "int8-asymmetric": (QuantSpec(torch.int8, PER_TENSOR), QuantSpec(torch.int8, PER_CHANNEL, mapping=ASYMMETRIC)),
+    "uint4-int4": (QuantSpec(torch.uint4, PER_TENSOR, mapping=ASYMMETRIC), QuantSpec(torch.int4, PER_CHANNEL)),
+    "uint8-uint3": (QuantSpec(torch.uint8, PER_TENSOR), QuantSpec(torch.uint3, PER_CHANNEL)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Codes and qparams on both sides, a bias, and a geometry."""
+
+    geometry: Geometry
+    act: QuantSpec
+    q: Tensor
+    qp: QParams
+    weight: QuantSpec
+    w: Tensor
+    w_qp: QParams
+    bias: Tensor | None
+
+    def folded(self) -> FoldedWeight:
+        return fsq.fold(self.weight, self.w, self.w_qp)
+
+    def conv(self, dtype: torch.dtype = torch.float32, q: Tensor | None = None) -> Tensor:
+        q = self.q if q is None else q
+        return fsq.conv(self.act, q, self.qp, self.folded(), self.bias, **self.geometry.settings(), dtype=dtype)
+
+    def to(self, device: str) -> Case:
+        moved = {"q": self.q.to(device), "w": self.w.to(device), "bias": self.bias.to(device)}
+        pairs = {name: QParams(*(t.to(device) for t in getattr(self, name))) for name in ("qp", "w_qp")}
+        return dataclasses.replace(self, **moved, **pairs)
+
+    def total(self) -> np.ndarray:
+        """Return the exact sum: int64 in numpy."""
+        x, z_x, w, z_w = (array(t).astype(np.int64) for t in (self.q, self.qp.zero_point, self.w, self.w_qp.zero_point))
+        return self.geometry.convolve(x - z_x.reshape(()), w - z_w)
+
+    def along(self, values: np.ndarray) -> np.ndarray:
+        """Give one number for each output channel the shape that it has beside the result."""
+        return values.reshape(-1, *(1,) * (len(self.geometry.weight) - 2))
+
+    def scale(self, wide: np.dtype) -> np.ndarray:
+        return array(self.qp.scale).reshape(()).astype(wide) * self.along(array(self.w_qp.scale)).astype(wide)
+
+    def bias_array(self) -> np.ndarray | None:
+        return None if self.bias is None else self.along(array(self.bias))
+
+
+def draw(
+    geometry: Geometry,
+    act: QuantSpec,
+    weight: QuantSpec,
+    *,
+    seed: int = 0,
+    bias: bool = True,
+    fill: tuple[str, str] = ("all", "all"),
+) -> Case:
+    rng = np.random.default_rng(seed)
+
+    def operand(spec: QuantSpec, shape: tuple[int, ...], fill: str) -> tuple[Tensor, QParams]:
+        if spec.dtype in FLOAT8S:
+            qp = qparams(rng, spec, shape, "all")
+            return float8_codes(rng, spec.dtype, shape), QParams(qp.scale, torch.zeros_like(qp.zero_point))
+        return codes(rng, spec, shape, fill), qparams(rng, spec, shape, fill)
+
+    q, qp = operand(act, geometry.shape, fill[0])
+    w, w_qp = operand(weight, geometry.weight, fill[1])
+    b = torch.from_numpy(rng.standard_normal(geometry.weight[0]).astype(np.float32)) if bias else None
+    return Case(geometry, act, q, qp, weight, w, w_qp, b)
+
+
+# --- the core --------------------------------------------------------------------------------------
+
+
+def assert_exact(y: Tensor, case: Case) -> None:
+    """Assert the bits of int64 numpy with the float operations in their order, and the bound of the truth."""
+    kind = ARRAYS[y.dtype]
+    wide = np.dtype(np.float64 if y.dtype is torch.float64 else np.float32)
+    total, bias = case.total(), case.bias_array()
+    np.testing.assert_array_equal(array(y), epilogue(total, case.scale(wide), bias, kind))
+    exact = total * case.scale(np.dtype(np.float64))
+    assert_within(array(y), exact, bias, bound(exact, bias, kind))
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_sum_is_exact_and_then_rounded_as_numpy_rounds(name: str, formats: str) -> None:
+    for bias, dtype in ((True, torch.float32), (False, torch.float32), *((True, d) for d in REAL_DTYPES[1:])):
+        case = draw(GEOMETRIES[name], *FORMATS[formats], bias=bias)
+        y = case.conv(dtype)
+        assert y.dtype is dtype
+        assert y.is_contiguous()
+        assert_exact(y, case)
+
+
+@pytest.mark.parametrize("name", ["2d-padded", "2d-uneven", "2d-same-even", "2d-groups", "2d-depthwise"])
+def test_an_image_with_its_channels_last_gives_the_same_bits_in_that_order(name: str) -> None:
+    for formats in FORMATS.values():
+        case = draw(GEOMETRIES[name], *formats)
+        y = case.conv(q=case.q.contiguous(memory_format=torch.channels_last))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_exact(y, case)
+        # A view that is neither, of a larger tensor.
+        assert torch.equal(case.conv(q=torch.cat([case.q, case.q], 3)[..., : case.q.shape[3]]), y)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "kernel"),
+    [(57, 1, 3), (64, 1, 3), (12, 4, 9), (58, 2, 3), (7282, 2, 3), (3670, 1, 3), (14564, 1, 3)],
+    ids=lambda v: str(v),
+)
+@pytest.mark.parametrize("fill", [("high", "high"), ("low", "high"), ("low", "low")], ids=str)
+def test_codes_at_the_ends_are_exact_for_any_length_of_a_window(
+    channels: int, groups: int, kernel: int, fill: tuple[str, str]
+) -> None:
+    """On both sides of 258 * 255**2 (float32), 33025 * 255**2 (int32) and 131071 * 128**2 (bare int8 codes)."""
+    geometry = Geometry(
+        (1, channels, kernel, kernel), (groups, channels // groups, kernel, kernel), groups=groups, padding=kernel // 2
+    )
+    for formats in ("uint8-uint8", "int8-int8"):
+        act, weight = FORMATS[formats]
+        case = draw(geometry, act, weight, fill=fill, bias=False)
+        assert_exact(case.conv(torch.float64), case)
+
+
+def test_a_wrong_padding_a_wrong_zero_point_and_a_shifted_window_are_seen() -> None:
+    """The oracle tells apart what a convolution on codes gets wrong first."""
+    case = draw(GEOMETRIES["2d-padded"], *FORMATS["uint8-uint8"])
+    assert_exact(case.conv(), case)
+    # Zeros for codes, where the zero point is not 0: what F.pad alone would give.
+    padded = dataclasses.replace(case, q=F.pad(case.q, (1, 1, 1, 1)), geometry=GEOMETRIES["2d"])
+    one_off = dataclasses.replace(case, qp=QParams(case.qp.scale, case.qp.zero_point + 1))
+    shifted = dataclasses.replace(case, q=case.q.roll(1, -1))
+    for wrong in (padded, one_off, shifted):
+        with pytest.raises(AssertionError):
+            assert_exact(wrong.conv(), case)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8S, ids=str)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_float8_is_within_the_bound_of_a_float32_sum(name: str, dtype: torch.dtype) -> None:
+    case = draw(GEOMETRIES[name], QuantSpec(dtype, PER_TENSOR), QuantSpec(dtype, PER_CHANNEL))
+    assert_float8(case.conv(), case, 2.0**-24)
+
+
+def assert_float8(y: Tensor, case: Case, unit: float) -> None:
+    """Assert the bound of a sum of K exact products in any order: `K u` of the magnitudes (Higham 2002, 4.4)."""
+    q, w = (array(t).astype(np.float64) for t in (case.q, case.w))
+    scale, bias = case.scale(np.dtype(np.float64)), case.bias_array()
+    exact = case.geometry.convolve(q, w) * scale
+    magnitude = case.geometry.convolve(np.abs(q), np.abs(w)) * scale
+    k = math.prod(case.geometry.weight[1:])
+    assert_within(array(y), exact, bias, 1.01 * k * unit * magnitude + bound(exact, bias, ARRAYS[y.dtype]))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_unfold_gives_back_what_fold_took_and_a_known_epilogue_changes_no_bit(name: str) -> None:
+    for formats in FORMATS.values():
+        case = draw(GEOMETRIES[name], *formats)
+        folded = case.folded()
+        q, qp = fsq.unfold(case.weight, folded)
+        for a, b in ((q, case.w), *zip(qp, case.w_qp, strict=True)):
+            assert a.dtype is b.dtype
+            assert torch.equal(a, b)
+        known = fsq.epilogue(case.act, case.qp, folded)
+        y = fsq.conv(case.act, case.q, case.qp, folded, case.bias, **case.geometry.settings(), epilogue=known)
+        assert torch.equal(y, case.conv())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch._int_mm has no batching rule
+@pytest.mark.parametrize("name", ["1d-padded", "2d-same-even", "2d-groups"])
+@pytest.mark.parametrize("formats", ["uint8-uint8", "int8-int8"])
+def test_vmap_is_the_loop(name: str, formats: str) -> None:
+    """Over experts: each has codes, qparams and weights of its own."""
+    cases = [draw(GEOMETRIES[name], *FORMATS[formats], seed=seed) for seed in range(3)]
+    act, settings = cases[0].act, cases[0].geometry.settings()
+
+    def one(q: Tensor, qp: QParams, weight: FoldedWeight, bias: Tensor) -> Tensor:
+        return fsq.conv(act, q, qp, weight, bias, **settings)
+
+    def stack(values: list[tuple]) -> list[Tensor | None]:
+        return [None if v[0] is None else torch.stack(v) for v in zip(*values, strict=True)]
+
+    arguments = (
+        torch.stack([case.q for case in cases]),
+        QParams(*stack([case.qp for case in cases])),
+        FoldedWeight(*stack([case.folded() for case in cases])),
+        torch.stack([case.bias for case in cases]),
+    )
+    in_dims = tree_map(lambda value: None if value is None else 0, arguments)
+    assert torch.equal(torch.vmap(one, in_dims)(*arguments), torch.stack([case.conv() for case in cases]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_reference_has_the_bits_of_torch_on_dequantized_operands(name: str, dtype: torch.dtype) -> None:
+    geometry = GEOMETRIES[name]
+    case = draw(geometry, *FORMATS["uint8-uint8"])
+    x = fsq.dequantize(case.act, case.q, case.qp, dtype=dtype)
+    w = fsq.dequantize(case.weight, case.w, case.w_qp, dtype=dtype)
+    bias = case.bias.to(dtype)
+    ours = fsq.conv_reference(case.act, case.q, case.qp, w, bias, **geometry.settings())
+    sides = [side for pair in reversed(geometry.pads) for side in pair]
+    settings = geometry.settings() | ({"padding": 0} if sides else {})
+    theirs = (F.conv1d if w.ndim == 3 else F.conv2d)(F.pad(x, sides) if any(sides) else x, w, bias, **settings)
+    assert ours.dtype is dtype
+    assert torch.equal(ours, theirs)
+
+
+# --- batch norm ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_folded_batch_norm_is_the_batch_norm_within_its_roundings(rank: int, bias: bool, affine: bool) -> None:
+    """Both sides in float64, so the weight and bias, rounded once to float32, are all that is rounded.
+
+    Each folded weight is within `u = 2**-24` of itself, so the result is within `u` of the sum of
+    magnitudes, the bias counted; float64 adds less than a thousandth.
+    """
+    layer = (nn.Linear, nn.Conv1d, nn.Conv2d)[rank](6, 4, *([3] if rank else []), bias=bias)
+    norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)[rank](4, eps=1e-3, affine=affine)
+    with torch.no_grad():
+        for value in (norm.running_mean, *norm.parameters()):
+            value.copy_(torch.randn(4))
+        norm.running_var.copy_(torch.rand(4) * 9)
+    folded = copy.deepcopy(layer).double()
+    weight, b = fsq.fold_batch_norm(
+        layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    )
+    assert weight.dtype is b.dtype is torch.float32
+    folded.weight, folded.bias = nn.Parameter(weight.double()), nn.Parameter(b.double())
+    x = torch.randn(5, 6, *(7,) * rank, dtype=torch.float64)
+    with torch.no_grad():
+        error = (folded(x) - norm.double().eval()(layer.double()(x))).abs()
+        folded.weight.abs_(), folded.bias.abs_()
+        magnitude = folded(x.abs())
+        assert (error <= 1.001 * 2**-24 * magnitude).all()
+        assert (error > 2**-32 * magnitude).any()
+
+
+# --- refusals of the core --------------------------------------------------------------------------
+
+ACT, WEIGHT = FORMATS["int8-int8"]
+FLOAT8 = QuantSpec(torch.float8_e4m3fn, PER_TENSOR)
+INT16 = QuantSpec(torch.int16, PER_TENSOR)
+ONE = QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+
+
+def call(
+    q: tuple[int, ...] = (2, 4, 9, 9),
+    w: tuple[int, ...] = (6, 4, 3, 3),
+    act: QuantSpec = ACT,
+    weight: QuantSpec = WEIGHT,
+    **settings: object,
+) -> Tensor:
+    def qp(spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
+        stats = spec.granularity.stat_shape(shape)
+        return QParams(torch.ones(stats), torch.zeros(stats, dtype=torch.int32))
+
+    folded = fsq.fold(weight, torch.zeros(w, dtype=weight.format.storage), qp(weight, w))
+    return fsq.conv(act, torch.zeros(q, dtype=act.format.storage), qp(act, q), folded, **settings)
+
+
+REFUSALS = [
+    ("channels", lambda: call(q=(2, 5, 9, 9)), ValueError,
+     r"shape \(2, 5, 9, 9\) meet .* \(6, 4, 3, 3\) in groups=1; give \(batch, 4, height, width\)"),
+    ("rank", lambda: call(q=(9, 9)), ValueError, r"shape \(9, 9\) meet .*; give \(batch, 4, height, width\)"),
+    ("matrix", lambda: call(q=(2, 4), w=(6, 4)), ValueError, r"weight of shape \(6, 4\); .*use linear for a matrix"),
+    ("groups", lambda: call(groups=4), ValueError, "groups=4 and 6 output channels; use a divisor of 6"),
+    ("no-groups", lambda: call(groups=0), ValueError, "groups=0 and 6 output channels; use a divisor of 6"),
+    ("small", lambda: call(q=(2, 4, 2, 9)), ValueError, r"\(2, 4, 2, 9\) .* are smaller than a window of \(3, 3\)"),
+    ("dilated", lambda: call(dilation=5), ValueError, r"in steps of \(5, 5\); pad more, or use a smaller kernel"),
+    ("stride", lambda: call(stride=0), ValueError, "stride=0; give an int from 1, or 2 of them"),
+    ("strides", lambda: call(stride=(1, 1, 1)), ValueError, r"stride=\(1, 1, 1\); give an int from 1, or 2 of them"),
+    ("padding", lambda: call(padding=-1), ValueError, "padding=-1; give an int from 0 or 'same' or 'valid', or 2"),
+    ("word", lambda: call(padding="full"), ValueError, "padding='full'; give an int from 0 or 'same' or 'valid'"),
+    ("same", lambda: call(padding="same", stride=2), ValueError, "padding='same' with stride=2.*use stride=1"),
+    ("dtype", lambda: call(dtype=torch.int32), TypeError, "conv to torch.int32; use one of torch.float32"),
+    ("several", lambda: call(act=QuantSpec(torch.int8, fsq.PerAxis(1))), ValueError,
+     r"scales of shape \(1, 4, 1, 1\), and the windows of a convolution mix them; use PerTensor\(\)"),
+    ("kernel", lambda: call(weight=QuantSpec(torch.int8, fsq.PerGroup(3))), ValueError,
+     r"shape \(6, 4, 3, 1\); a product of codes needs one a row: use PerAxis\(0\)"),
+    ("mixed", lambda: call(weight=FLOAT8), TypeError, "torch.int8 meet a weight of torch.float8_e4m3fn; quantize both"),
+    ("int16", lambda: call(act=INT16), ValueError, "16-bit codes have no integer product; use at most 8 bits"),
+    ("int16-groups", lambda: call(act=INT16, w=(6, 2, 3, 3), groups=2), ValueError, "16-bit codes have no integer"),
+    ("reference", lambda: fsq.conv_reference(ACT, torch.zeros(1, 3, 9, dtype=torch.int8), ONE, torch.zeros(2, 4, 3)),
+     ValueError, r"give \(batch, 4, length\)"),
+    ("fold", lambda: call(w=(6, 4, 3, 3, 3)), ValueError, r"that of a convolution \(out, in / groups, length\)"),
+    ("check-kernel", lambda: fsq.check_product(ACT, QuantSpec(torch.int8, fsq.PerRow()), (6, 4, 3)), ValueError,
+     r"PerRow\(dim=-1\) gives several scales along .* use PerAxis\(0\) or PerTensor\(\) for the weight"),
+    ("check-channels", lambda: fsq.check_product(QuantSpec(torch.int8, fsq.PerAxis(1)), WEIGHT, (6, 4, 3)), ValueError,
+     r"PerAxis\(axis=1\) gives the activations of a convolution several scales.*use PerTensor\(\)"),
+    ("batch-norm", lambda: fsq.fold_batch_norm(torch.ones(4, 3), None, torch.ones(3), torch.ones(4), None, None, 0.1),
+     ValueError, r"running_mean has shape \(3,\), and a weight of shape \(4, 3\) has 4 output channels; give one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [pytest.param(*row[1:], id=row[0]) for row in REFUSALS])
+def test_a_refusal_says_value_rule_and_remedy(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- the layers ------------------------------------------------------------------------------------
+
+SCHEMES = {
+    "uint8": StaticQuantConfig(torch.uint8),
+    "int8": StaticQuantConfig(torch.int8),
+    "float8_e4m3fn": StaticQuantConfig(torch.float8_e4m3fn),
+}
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "1d": partial(nn.Conv1d, 6, 8, 3, padding=1),
+    "1d-groups": partial(nn.Conv1d, 6, 8, 3, groups=2, stride=2),
+    "2d": partial(nn.Conv2d, 6, 8, 3, padding=1),
+    "2d-valid": partial(nn.Conv2d, 6, 8, (3, 1), padding="valid", stride=(2, 1)),
+    "2d-same": partial(nn.Conv2d, 6, 8, (3, 3), padding="same", dilation=2),
+    "2d-no-bias": partial(nn.Conv2d, 6, 8, 1, bias=False),
+    "2d-depthwise": partial(nn.Conv2d, 6, 6, 3, groups=6, padding=1),
+    "2d-reflect": partial(nn.Conv2d, 6, 8, 3, padding=(1, 2), padding_mode="reflect"),
+    "2d-circular": partial(nn.Conv2d, 6, 8, 3, padding="same", padding_mode="circular"),
+    "1d-replicate": partial(nn.Conv1d, 6, 8, 3, padding=2, padding_mode="replicate"),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def images(layer: nn.Module, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    rank = 1 if isinstance(layer, (nn.Conv1d, QuantizedConv1d)) else 2
+    return torch.randn(batch, 6, *(9, 8)[:rank], dtype=dtype)
+
+
+def observed(config: StaticQuantConfig, layer: nn.Module) -> nn.Module:
+    made = observed_type(layer).from_float(layer, ObserverModule(config.activation), ObserverModule(config.weight))
+    made(images(layer, 16, layer.weight.dtype))
+    return made
+
+
+def quantized(config: StaticQuantConfig, layer: nn.Module, *, reference: bool = False) -> Quantized:
+    kind = QuantizedConv1d if isinstance(layer, nn.Conv1d) else QuantizedConv2d
+    return kind.from_observed(observed(config, layer), reference=reference)
+
+
+@every_layer
+def test_an_observed_layer_has_the_bits_and_the_parameters_of_the_float_layer(name: str) -> None:
+    layer = LAYERS[name]()
+    made = observed(SCHEMES["int8"], layer)
+    assert type(made) is (ObservedConv1d if isinstance(layer, nn.Conv1d) else ObservedConv2d)
+    assert {n: id(p) for n, p in made.named_parameters()} == {n: id(p) for n, p in layer.named_parameters()}
+    x = images(layer)
+    assert torch.equal(made(x), layer(x))
+    assert repr(layer).partition("(")[2].rstrip(")") in repr(made)
+
+
+@pytest.mark.parametrize("make", [partial(nn.Linear, 6, 8), LAYERS["1d"], LAYERS["2d-reflect"]])
+def test_to_float_gives_the_very_module_back_with_the_parameters_as_they_are_now(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    kind = observed_type(layer)
+    made = kind.from_float(layer, *(ObserverModule(QuantSpec(torch.int8, PER_TENSOR)) for _ in range(2)))
+    names = [n for n, _ in made.named_modules()]
+    assert names == ["", "act_obs", "weight_obs"]
+    made.weight = nn.Parameter(torch.ones_like(made.weight))
+    assert made.eval().to_float() is layer
+    assert layer.weight is made.weight
+    assert not layer.training
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(made), torch.load(file, weights_only=False)):
+        other = copied.to_float()
+        assert other is not layer
+        assert type(other) is type(layer)
+        assert other.weight is copied.weight
+        assert torch.equal(other.weight, layer.weight)
+    # A layer that was constructed has no float module to give back, and makes one.
+    fresh = kind(
+        **{name: getattr(made, name) for name in kind.settings},
+        act_obs=ObserverModule(QuantSpec(torch.int8, PER_TENSOR)),
+        weight_obs=ObserverModule(QuantSpec(torch.int8, PER_TENSOR)),
+    )
+    assert repr(fresh.to_float()) == repr(layer)
+    assert fresh.to_float().weight is fresh.weight
+
+
+class Plain(nn.Conv2d):
+    """A subclass that computes what its base does."""
+
+
+class Standardized(nn.Conv2d):
+    """A subclass whose weight is another one in its forward."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (partial(nn.Linear, 6, 8), ObservedLinear),
+        (partial(nn.Conv1d, 6, 8, 3), ObservedConv1d),
+        (partial(nn.Conv2d, 6, 8, 3), ObservedConv2d),
+        (partial(Plain, 6, 8, 3), ObservedConv2d),
+        (partial(Standardized, 6, 8, 3), None),
+        (partial(Doubled, 6, 8), None),
+        (partial(nn.LazyConv2d, 8, 3), None),
+        (partial(nn.LazyLinear, 8), None),
+        (partial(nn.ConvTranspose2d, 6, 8, 3), None),
+        (partial(nn.Conv3d, 6, 8, 3), None),
+        (lambda: nn.MultiheadAttention(4, 2).out_proj, None),
+        (lambda: observed(SCHEMES["int8"], nn.Conv2d(6, 8, 3)), None),
+        (nn.ReLU, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_the_observed_type_takes_what_computes_as_its_torch_type(
+    make: Callable[[], nn.Module], expected: type | None
+) -> None:
+    assert observed_type(make()) is expected
+
+
+def layer_bound(layer: Quantized, x: Tensor) -> Tensor:
+    """Return how far the product of codes and the reference path may lie apart: tests/test_bridge.py derives it."""
+    u, info = 2.0**-24, torch.finfo(x.dtype)
+    v = 0.0 if x.dtype is torch.float32 else info.eps / 2
+    magnitude = magnitudes(layer, x)
+    k = math.prod(layer.weight_codes.shape[1:])
+    return 1.02 * ((2 * k + 11) * u + 4 * v) * magnitude + info.smallest_normal * info.eps
+
+
+def magnitudes(layer: Quantized, x: Tensor) -> Tensor:
+    """Return the sum of magnitudes over each window of the dequantized operands, and the bias's, in float64."""
+    qp = layer.act_qparams
+    q = fsq.quantize(layer.act_spec, layer._padded(x), qp)
+    x_hat = fsq.dequantize(layer.act_spec, q, qp, dtype=torch.float64)
+    w_hat = fsq.dequantize(layer.weight_spec, *fsq.unfold(layer.weight_spec, layer.folded), dtype=torch.float64)
+    op = F.conv1d if isinstance(layer, QuantizedConv1d) else F.conv2d
+    return op(x_hat.abs(), w_hat.abs(), None if layer.bias is None else layer.bias.double().abs(), **layer._geometry)
+
+
+@every_layer
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_product_of_codes_is_the_reference_path_within_its_roundings(scheme: str, name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer = quantized(SCHEMES[scheme], LAYERS[name](dtype=dtype))
+        x = images(layer, dtype=dtype)
+        fast = layer(x)
+        layer.reference = True
+        slow = layer(x)
+        assert fast.dtype is slow.dtype is dtype
+        assert fast.shape == slow.shape
+        assert ((fast.double() - slow.double()).abs() <= layer_bound(layer, x)).all()
+
+
+@every_layer
+def test_one_image_without_a_batch_is_that_image_in_a_batch(name: str) -> None:
+    layer = quantized(SCHEMES["int8"], LAYERS[name]())
+    x = images(layer)
+    assert torch.equal(layer(x[1]), layer(x)[1])
+
+
+WEIGHTS = {
+    "int4-groups": QuantSpec(torch.int4, fsq.PerGroup(3)),
+    "int8-rows": QuantSpec(torch.int8, fsq.PerRow()),
+    "int16": QuantSpec(torch.int16, PER_CHANNEL),
+    "float8-blocks": QuantSpec(torch.float8_e4m3fn, fsq.PerBlock((4, 3, 1, 3))),
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_path_takes_any_weight_and_has_the_bits_of_a_convolution_of_fake_quantized_operands(
+    weight: str, dtype: torch.dtype
+) -> None:
+    config = dataclasses.replace(SCHEMES["uint8"], weight=WEIGHTS[weight], reference=True)
+    conv = nn.Conv2d(6, 8, 3, padding=1, dtype=dtype)
+    layer = quantized(config, conv, reference=True)
+    spec, w = config.weight, conv.weight.detach()
+    w_qp = fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, w.shape), w))
+    x = images(conv, dtype=dtype)
+    x_hat = fsq.fake_quantize(config.activation, x, layer.act_qparams)
+    with torch.no_grad():
+        assert torch.equal(layer(x), F.conv2d(x_hat, fsq.fake_quantize(spec, w, w_qp), conv.bias, padding=1))
+    assert torch.equal(twin(layer, dtype)(x), layer(x))
+
+
+def twin(layer: Quantized, dtype: torch.dtype | None = None) -> Quantized:
+    """Return an empty layer built from what `arguments` says, through JSON, with the state of `layer`."""
+    arguments = json.loads(json.dumps(layer.arguments()))
+    made = type(layer)(act=layer.act_spec, weight=layer.weight_spec, dtype=dtype, **arguments)
+    assert repr(made) == repr(layer)
+    made.load_state_dict(layer.state_dict(), strict=True)
+    return made
+
+
+@every_layer
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_twin_a_copy_and_a_pickled_layer_have_the_same_bits(scheme: str, name: str) -> None:
+    layer = quantized(SCHEMES[scheme], LAYERS[name]())
+    x = images(layer)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (twin(layer), copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), layer(x))
+
+
+def test_a_linear_layer_has_a_twin_too() -> None:
+    linear = nn.Linear(6, 8, bias=False)
+    spec = QuantSpec(torch.int8, PER_TENSOR)
+    layer = ObservedLinear.from_float(linear, ObserverModule(spec), ObserverModule(spec))
+    x = torch.randn(5, 6)
+    layer(x)
+    layer = QuantizedLinear.from_observed(layer)
+    assert torch.equal(twin(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_codes_and_scales_keep_dtype_and_bits_when_the_model_changes_its_dtype(dtype: torch.dtype) -> None:
+    layer = quantized(SCHEMES["uint8"], LAYERS["2d"]())
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    layer.to(dtype)
+    for name, value in layer.named_buffers():
+        assert value.dtype is before[name].dtype
+        assert torch.equal(value, before[name])
+    assert layer.bias.dtype is layer(images(layer, dtype=dtype)).dtype is dtype
+
+
+def test_a_model_with_its_channels_last_keeps_the_order_and_the_bits() -> None:
+    layer = quantized(SCHEMES["uint8"], LAYERS["2d"]())
+    x = images(layer)
+    y = layer(x)
+    assert y.is_contiguous()
+    moved = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    z = moved(x.contiguous(memory_format=torch.channels_last))
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(z, y)
+    made = quantized(SCHEMES["uint8"], LAYERS["2d"]().to(memory_format=torch.channels_last))
+    assert made.weight_codes.is_contiguous()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_float_copy_of_the_weight_remains(scheme: str) -> None:
+    """One byte an element, and 20 a channel at most for scale, zero point, sum and epilogue; 8 for the input's pair."""
+    conv = nn.Conv2d(6, 64, 3)
+    layer = quantized(SCHEMES[scheme], conv)
+    held = sum(b.untyped_storage().nbytes() for b in layer.buffers())
+    assert conv.weight.nbytes / 4 < held <= conv.weight.nbytes / 4 + 20 * 64 + 8
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+
+
+def test_the_weight_as_a_tensor_stands_for_what_the_reference_path_multiplies() -> None:
+    layer = quantized(SCHEMES["uint8"], LAYERS["2d"]())
+    w = fsq.dequantize(layer.weight_spec, *fsq.unfold(layer.weight_spec, layer.folded))
+    assert torch.equal(layer.qweight.dequantize(), w)
+
+
+def test_the_repr_says_settings_formats_and_product() -> None:
+    shown = repr(quantized(SCHEMES["uint8"], LAYERS["2d-same"]()))
+    for part in (
+        "in_channels=6, out_channels=8, kernel_size=(3, 3)",
+        "padding='same', dilation=(2, 2)",
+        "bias=True",
+        "activation=uint8 asymmetric PerTensor()",
+        "weight=uint8 asymmetric PerAxis",
+        "int8 product",
+    ):
+        assert part in shown
+
+
+# --- compiled --------------------------------------------------------------------------------------
+
+
+class Every(nn.Module):
+    """Layers of each kind, so that what is slow (compiling, exporting) happens once."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+def windows(rank: int) -> Every:
+    names = ("1d", "1d-replicate") if rank == 1 else ("2d", "2d-valid", "2d-reflect")
+    return Every([quantized(SCHEMES[scheme], LAYERS[name]()) for scheme in ("int8", "uint8") for name in names])
+
+
+def directs() -> Every:
+    cases = (("int8", "2d-depthwise"), ("uint8", "2d-depthwise"), ("float8_e4m3fn", "2d"))
+    return Every([quantized(SCHEMES[scheme], LAYERS[name]()) for scheme, name in cases])
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype is b.dtype
+        assert a.stride() == b.stride()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("make", "rank", "last", "compilations"),
+    [
+        pytest.param(partial(windows, 1), 1, False, 1, id="1d"),
+        pytest.param(partial(windows, 2), 2, False, 1, id="2d"),
+        pytest.param(partial(windows, 2), 2, True, 1, id="2d-channels-last"),
+        # torch chooses another convolution of floats from a batch of 16 on, for a float layer too.
+        pytest.param(directs, 2, False, 2, id="directs"),
+        pytest.param(directs, 2, True, 2, id="directs-channels-last"),
+    ],
+)
+def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_batch(
+    make: Callable[[], Every], rank: int, last: bool, compilations: int
+) -> None:
+    torch._dynamo.reset()  # all models here share one forward, and its compilations are counted
+    model, counter = make(), CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch in (5, 2, 17, 16, 3):
+        x = torch.randn(batch, 6, *(9, 8)[:rank])
+        x = x.to(memory_format=torch.channels_last) if last else x
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.no_grad():
+            assert_same(compiled(x), model(x))
+    assert counter.frame_count == compilations
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_image(last: bool) -> None:
+    """Inductor of torch 2.13 fails where a strided convolution of such images ends in a view; `conv` ends in none."""
+    layers = [
+        quantized(SCHEMES[scheme], nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=groups))
+        for scheme, groups in (("int8", 1), ("uint8", 6))
+    ]
+    torch._dynamo.reset()
+    model, counter = Every(layers), CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch, height, width in ((2, 9, 8), (3, 12, 17), (4, 20, 20)):
+        x = torch.randn(batch, 6, height, width)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        for axis in (0, 2, 3):
+            torch._dynamo.mark_dynamic(x, axis)
+        with torch.no_grad():
+            assert_same(compiled(x), model(x))
+    assert counter.frame_count == 1
+
+
+def test_exported_has_the_bits_of_eager_for_any_batch() -> None:
+    model, x = Every([windows(2), directs()]), torch.randn(4, 6, 9, 8)
+    shapes = {"x": {0: torch.export.Dim("batch", min=2, max=15)}}
+    exported = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
+    for batch in (x, x[:3]):
+        for ours, theirs in zip(exported(batch), model(batch), strict=True):
+            assert_same(ours, theirs)
+
+
+# --- a model ---------------------------------------------------------------------------------------
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, stride=2, padding=1, groups=4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 10),
+    ).eval()
+
+
+def signal_to_noise(y: Tensor, expected: Tensor) -> float:
+    return 10 * math.log10(expected.square().mean() / (y - expected).square().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_a_small_net_reaches_the_signal_to_noise_that_its_scales_allow(dtype: torch.dtype) -> None:
+    """A rounding error is uniform over a step: its power is `step**2 / 12`, that of an operand relative to
+    its own power. The two operands of a layer, and layer after layer, add theirs: errors are independent,
+    and ReLU halves signal and noise alike. A tenth (0.4 dB) is left for chance.
+    """
+    model, config = net(), StaticQuantConfig(dtype)
+    x = torch.randn(16, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+    prepared = bridge.prepare_(copy.deepcopy(model), config)
+    assert [type(m) for m in prepared if hasattr(m, "act_obs")] == [ObservedConv2d] * 3 + [ObservedLinear]
+    prepared.load_state_dict(model.state_dict(), strict=False)
+    bridge.calibrate(prepared, [x])
+    converted = bridge.convert_(prepared)
+    assert [type(m) for m in converted if isinstance(m, Quantized)] == [QuantizedConv2d] * 3 + [QuantizedLinear]
+
+    noise, z = 0.0, x
+    for layer, quantized_layer in zip(model, converted, strict=True):
+        if isinstance(quantized_layer, Quantized):
+            for scale, operand in ((quantized_layer.act_scale, z), (quantized_layer.weight_scale, layer.weight)):
+                noise += float(scale.square().mean() / 12 / operand.detach().square().mean())
+        with torch.no_grad():
+            z = layer(z)
+    assert signal_to_noise(converted(x), expected) >= -10 * math.log10(1.1 * noise)
+    # The bound is no formality: one scale of 32 that is a fifth off does not reach it.
+    converted[2].product_scale[0] *= 1.2
+    assert signal_to_noise(converted(x), expected) < -10 * math.log10(1.1 * noise)
+
+
+def test_a_prepared_net_gives_its_float_layers_back() -> None:
+    model = net()
+    layers = list(model)
+    prepared = bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    given = [m.to_float() if hasattr(m, "act_obs") else m for m in prepared]
+    assert all(a is b for a, b in zip(given, layers, strict=True))
+
+
+def test_quantize_takes_convolutions_in_both_steps() -> None:
+    one, two = net(), net()
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(4, 3, 16, 16)
+    bridge.quantize_(one, StaticQuantConfig(torch.int8, step="prepare"))
+    bridge.prepare_(two, StaticQuantConfig(torch.int8))
+    for model in (one, two):
+        bridge.calibrate(model, [x])
+    bridge.quantize_(one, StaticQuantConfig(torch.int8))
+    bridge.convert_(two)
+    assert torch.equal(one(x), two(x))
+
+
+PER_CHANNEL_ACT = QuantSpec(torch.int8, fsq.PerAxis(1))
+KERNEL_ROWS = QuantSpec(torch.int8, fsq.PerRow())
+
+
+def conv_net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(6, 8, 3))
+
+
+def converted(config: StaticQuantConfig) -> nn.Module:
+    model = bridge.prepare_(conv_net(), StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, torch.randn(2, 2, 6, 9, 9))
+    return bridge.convert_(model, config=config)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        pytest.param(
+            lambda: converted(StaticQuantConfig(torch.int8, form="tensor")),
+            ValueError,
+            "^0: form='tensor' is for linear layers, and this is a ObservedConv2d; use form='module', or leave",
+            id="convert_(form=tensor)",
+        ),
+        pytest.param(
+            lambda: bridge.prepare_(conv_net(), StaticQuantConfig(torch.int8, weight=KERNEL_ROWS)),
+            ValueError,
+            r"^0: PerRow\(dim=-1\) gives several scales along .*; use PerAxis\(0\) .*, or the reference path",
+            id="prepare_(weight per row)",
+        ),
+        pytest.param(
+            lambda: bridge.prepare_(conv_net(), StaticQuantConfig(torch.int8, activation=PER_CHANNEL_ACT)),
+            ValueError,
+            r"^0: PerAxis\(axis=1\) gives the activations of a convolution several scales.*use PerTensor\(\)",
+            id="prepare_(activations per channel)",
+        ),
+        pytest.param(
+            lambda: bridge.prepare_(
+                conv_net(), StaticQuantConfig(torch.int8, activation=PER_CHANNEL_ACT, reference=True)
+            ),
+            ValueError,
+            r"^0: PerAxis\(axis=1\) gives the input of a convolution several scales.*any batch and image; use",
+            id="prepare_(activations per channel, reference)",
+        ),
+        pytest.param(
+            lambda: ObservedConv2d.from_float(nn.Conv1d(6, 8, 3), *map(ObserverModule, (ACT, WEIGHT))),
+            TypeError,
+            r"ObservedConv2d.from_float got a Conv1d; give a torch.nn.Conv2d",
+            id="ObservedConv2d.from_float(Conv1d)",
+        ),
+        pytest.param(
+            lambda: QuantizedConv2d.from_observed(nn.Conv2d(6, 8, 3)),
+            TypeError,
+            "from_observed got a Conv2d; give a bridge.ObservedConv2d",
+            id="from_observed(Conv2d)",
+        ),
+        pytest.param(
+            lambda: QuantizedConv2d(6, 8, 3, act=ACT, weight=KERNEL_ROWS),
+            ValueError,
+            r"PerRow\(dim=-1\) gives several scales",
+            id="QuantizedConv2d(weight per row)",
+        ),
+        pytest.param(
+            lambda: bridge.prepare_(nn.Sequential(nn.ReLU()), StaticQuantConfig(torch.int8)),
+            ValueError,
+            "no module of Sequential is one of torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d that the filter takes",
+            id="prepare_(no layer)",
+        ),
+        pytest.param(
+            lambda: bridge.prepare_(nn.Conv2d(6, 8, 3), StaticQuantConfig(torch.int8)),
+            ValueError,
+            "the model is itself a torch.nn.Conv2d and cannot be replaced in place; wrap it",
+            id="prepare_(Conv2d)",
+        ),
+    ],
+)
+def test_a_layer_is_refused_with_value_rule_and_remedy(
+    call: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- CUDA ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_cuda_has_the_integers_and_roundings_of_numpy(name: str, formats: str) -> None:
+    """Eager: each float operation is a kernel of its own, so nothing is fused and the bits are numpy's."""
+    case = draw(GEOMETRIES[name], *FORMATS[formats])
+    y = case.to("cuda").conv().cpu()
+    np.testing.assert_array_equal(
+        array(y), epilogue(case.total(), case.scale(np.dtype(np.float32)), case.bias_array(), ARRAYS[torch.float32])
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["2d-padded", "2d-groups"])
+def test_cuda_groups_and_windows_of_a_real_size_are_exact(name: str) -> None:
+    """Where cuDNN has Winograd and the FFT to choose from."""
+    groups = GEOMETRIES[name].groups
+    geometry = Geometry((4, 64, 20, 20), (64, 64 // groups, 3, 3), padding=1, groups=groups)
+    case = draw(geometry, *FORMATS["uint8-uint8"])
+    assert_exact(case.to("cuda").conv().cpu(), case)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", FLOAT8S, ids=str)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_cuda_float8_is_within_the_bound_of_the_tensor_core_sum(name: str, dtype: torch.dtype) -> None:
+    """An addition errs by less than 2**-13 of the largest magnitude in its sum: tests/test_linear.py says why."""
+    case = draw(GEOMETRIES[name], QuantSpec(dtype, PER_TENSOR), QuantSpec(dtype, PER_CHANNEL))
+    assert_float8(case.to("cuda").conv().cpu(), case, 2.0**-13)
+
+
+@pytest.mark.cuda
+def test_cuda_compiled_is_the_cpu_product_within_the_roundings() -> None:
+    """Both sums of integers are exact and each epilogue is within `5 u |E| + 3 u |y|`, fused or not.
+
+    The data lie on the grid of the codes, where Triton's division (2 ulp) changes no code.
+    """
+    for name in ("2d", "2d-depthwise"):
+        layer = quantized(SCHEMES["uint8"], LAYERS[name]())
+        x = fsq.fake_quantize(layer.act_spec, images(layer), layer.act_qparams)
+        on_cuda = torch.compile(copy.deepcopy(layer).cuda(), fullgraph=True)
+        with torch.no_grad():
+            error = (on_cuda(x.cuda()).cpu().double() - layer(x).double()).abs()
+        assert (error <= 16 * 2.0**-24 * magnitudes(layer, x)).all()
