@@ -349,7 +349,6 @@ class _QuantizedConv(Quantized):
     """What the convolutions share; `kernel_size` and the like are tuples, as in `torch.nn.Conv2d`."""
 
     settings = CONV_SETTINGS
-    rank: ClassVar[int]
 
     def __init__(
         self,
