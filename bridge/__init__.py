@@ -21,7 +21,7 @@ from bridge.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
 from bridge.report import LayerReport, Report, report
 from bridge.saving import load, save
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
-from bridge.workflow import calibrate, convert_, prepare_, quantize_, unprepare_
+from bridge.workflow import calibrate, convert_, prepare_, quantize_, reread_, unprepare_
 from functional_sq import CalibrationError, MappingType, PerAxis, PerGroup, PerRow, PerTensor, PerToken
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "quantize_",
     "register_quantize_module_handler",
     "report",
+    "reread_",
     "save",
     "to_affine_quantized_floatx_static",
     "to_affine_quantized_intx_static",

@@ -251,6 +251,27 @@ def observed_layer(config: StaticQuantConfig, layer: nn.Module) -> Observed:
     return observed
 
 
+def check_reread(config: StaticQuantConfig, observed: Observed) -> None:
+    """Raise ValueError unless what `observed` recorded can be read as `config` says."""
+    spec, observer = config.activation, observed.act_obs
+    if spec.granularity != observer.spec.granularity:
+        raise ValueError(
+            f"recorded for {observer.spec.granularity}, which cannot be read as {spec.granularity}; calibrate again"
+        )
+    if not config.reference:
+        fsq.check_product(spec, config.weight, observed.weight.shape)
+    spec.observer.stat_shape(observer.state, exact=False)
+    config.weight.granularity.stat_shape(observed.weight.shape)
+
+
+def reread_layer(config: StaticQuantConfig, observed: Observed) -> None:
+    """Make `observed` read what it recorded as `config` says; `check_reread` has allowed it."""
+    observed.act_obs.spec = config.activation
+    observed.weight_obs = ObserverModule(config.weight)
+    observed.observe_weight()
+    observed.config = config
+
+
 def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.Module:
     """Return the quantized layer that `observed` becomes; None: as it was prepared.
 
@@ -260,14 +281,21 @@ def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.
     kind = QUANTIZED[type(observed)]
     if config is None:
         return kind.from_observed(observed)
-    for what, spec, observer in (
-        ("activations", config.activation, observed.act_obs),
-        ("weight", config.weight, observed.weight_obs),
+    defaults = _default_specs(config.dtype)
+    for what, spec, default, observer in (
+        ("activations", config.activation, defaults["activation"], observed.act_obs),
+        ("weight", config.weight, defaults["weight"], observed.weight_obs),
     ):
         if spec.dtype is not observer.spec.dtype:
             raise ValueError(
                 f"the config quantizes the {what} to {spec.dtype}, but they were observed for {observer.spec.dtype}; "
-                f"use the dtype that the observers were made with"
+                f"use the dtype that the observers were made with, or call reread_(model, config) before"
+            )
+        # A default says nothing: the tutorial's config knows the dtype alone.
+        if spec not in (observer.spec, default):
+            raise ValueError(
+                f"the config quantizes the {what} as {spec}, but they were observed for {observer.spec}; "
+                f"call reread_(model, config) before, which reads the record so"
             )
     quantized = kind.from_observed(observed, reference=config.reference)
     if config.form == "module":

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import functional_sq as fsq
 from bridge.buffers import write
-from bridge.config import StaticQuantConfig, observed_layer, quantized_layer
+from bridge.config import StaticQuantConfig, check_reread, observed_layer, quantized_layer, reread_layer
 from bridge.observed import LAYERS, Observed, ObserverModule, float_reason, observed_type, public_name, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 from functional_sq import serialize
 from functional_sq.distributed import all_merge
 
-__all__ = ["calibrate", "convert_", "prepare_", "quantize_", "unprepare_"]
+__all__ = ["calibrate", "convert_", "prepare_", "quantize_", "reread_", "unprepare_"]
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -208,6 +208,52 @@ def calibrate(
     return record[0]
 
 
+def reread_(model: nn.Module, config: StaticQuantConfig) -> nn.Module:
+    """Read what a calibrated model recorded as another config says: no second pass over the data.
+
+    The range rule, the dtype, the mapping and the quantization of weights may all be other ones, as
+    far as the record has what the rule reads: a histogram is read by every rule, a min and max by
+    `MinMax` alone. `report` and `convert_` then follow the new config.
+
+    Args:
+        model: a calibrated model.
+        config: how its layers are to be quantized; by its `rules`, layer by layer. A layer for which
+            it says float keeps its record and what it was prepared for.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the model has no observed layer, or records do not have what the config reads; names
+            each such layer. Nothing was changed.
+
+    Example:
+        >>> import dataclasses, torch, bridge, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Histogram())
+        >>> config = bridge.StaticQuantConfig(torch.int8, activation=spec)
+        >>> model = bridge.prepare_(torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(), config)
+        >>> _ = bridge.calibrate(model, torch.randn(3, 16, 8))
+        >>> mse = dataclasses.replace(config, activation=dataclasses.replace(spec, observer=fsq.Mse()))
+        >>> bridge.reread_(model, mse)[0].act_obs.spec.observer
+        Mse()
+    """
+    observed = {public_name(name): module for name, module in model.named_modules() if isinstance(module, Observed)}
+    if not observed:
+        raise ValueError(f"{type(model).__name__} has no observed layer; call prepare_ and calibrate first")
+    chosen = {name: own for name, layer in observed.items() if (own := config.of(layer, name)) is not None}
+    faults: dict[str, str] = {}
+    for name, own in chosen.items():
+        try:
+            check_reread(own, observed[name])
+        except ValueError as error:
+            faults[name] = str(error)
+    if faults:
+        raise ValueError(f"{len(faults)} layers cannot be read so, and nothing was changed:\n{_listed(faults)}")
+    for name, own in chosen.items():
+        reread_layer(own, observed[name])
+    return model
+
+
 def convert_(
     model: nn.Module,
     *,
@@ -220,7 +266,7 @@ def convert_(
     Args:
         model: a calibrated model.
         config: what form the layers take; None: as they were prepared. The quantization itself was
-            given to `prepare_`.
+            given to `prepare_`, or to `reread_`.
         min_rows: rows (vectors along the input's features: tokens, pixels) that each layer must
             have seen.
         on_unfit: what becomes of layers that never ran, ran on too little, or saw NaN, Inf or

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable
 
@@ -185,4 +186,72 @@ def test_what_a_preset_is() -> None:
 )
 def test_a_refusal_says_value_rule_and_remedy(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
+        call()
+
+
+# --- one record, read by another config ------------------------------------------------------------
+
+
+def recorded(config: StaticQuantConfig) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    x = torch.randn(4, 64, 16)
+    x[0, 0, 0] = 30.0  # what MinMax takes and Mse clips
+    bridge.calibrate(bridge.prepare_(net, config), x)
+    return net
+
+
+def with_rule(rule: fsq.Observer, dtype: torch.dtype = torch.int8) -> StaticQuantConfig:
+    activation = dataclasses.replace(StaticQuantConfig(dtype).activation, observer=rule)
+    return StaticQuantConfig(dtype, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("rule", [fsq.Mse(), fsq.Percentile(99.0), fsq.MinMax(), fsq.Histogram()], ids=repr)
+def test_a_record_read_by_another_config_gives_the_model_that_was_prepared_with_it(
+    rule: fsq.Observer, dtype: torch.dtype
+) -> None:
+    other = with_rule(rule, dtype)
+    net, fresh = recorded(with_rule(fsq.Histogram())), recorded(other)
+    bridge.convert_(bridge.reread_(net, other))
+    bridge.convert_(fresh)
+    assert [layer.act_spec for layer in net[::2]] == [other.activation, other.activation]
+    x = torch.randn(5, 16)
+    assert torch.equal(net(x), fresh(x))
+
+
+def test_rereading_layer_by_layer_leaves_floats_and_reference_to_conversion() -> None:
+    net = recorded(with_rule(fsq.Histogram()))
+    before = net[0].act_obs.spec
+    config = StaticQuantConfig(
+        torch.int8, rules={"0": None, "2": dataclasses.replace(with_rule(fsq.Mse()), reference=True)}
+    )
+    bridge.reread_(net, config)
+    assert net[0].act_obs.spec == before
+    assert bridge.convert_(net)[2].reference
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: bridge.reread_(recorded(PRESETS["int8"]), with_rule(fsq.Mse())),
+            r"2 layers cannot be read so, and nothing was changed:\n  0: .*Mse\(\) reads .*histogram.*\n  2: ",
+        ),
+        (
+            lambda: bridge.reread_(
+                recorded(PRESETS["int8"]),
+                StaticQuantConfig(torch.int8, activation=fsq.QuantSpec(torch.int8, fsq.PerAxis(-1)), reference=True),
+            ),
+            r"\n  0: recorded for PerTensor\(\), which cannot be read as PerAxis\(axis=-1\); calibrate again",
+        ),
+        (lambda: bridge.reread_(model(), PRESETS["int8"]), "ModuleDict has no observed layer; call prepare_ and"),
+        (
+            lambda: bridge.convert_(recorded(with_rule(fsq.Histogram())), config=with_rule(fsq.Mse())),
+            r"observer=Mse\(\)\), but they were observed for .*Histogram\(\)\); call reread_\(model, config\) before",
+        ),
+    ],
+)
+def test_a_record_that_does_not_have_what_is_asked_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         call()
