@@ -163,6 +163,127 @@ def test_mse_computes_the_error_of_the_very_grid(name: str, mapping: fsq.Mapping
     assert found == pytest.approx(total, rel=1e-3)
 
 
+# The error of a given scale and zero point, from the histogram alone.
+
+
+def steps(name: str, mapping: str, x: Array, lo: float, hi: float) -> Array:
+    """Values in steps of the format, zero point added, as they are before they are limited to its codes."""
+    scale, zero_point = grid(name, mapping, lo, hi)
+    return x / scale if oracle.FORMATS[name].is_float else np.round(x / scale) + zero_point
+
+
+def saturated(name: str, mapping: str, x: Array, lo: float, hi: float) -> Array:
+    f, t = oracle.FORMATS[name], steps(name, mapping, x, lo, hi)
+    return (t < f.qmin) | (t > f.qmax)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.1])
+@pytest.mark.parametrize("kind", ["uniform", "student", "relu"])
+@pytest.mark.parametrize(("name", "mapping"), CASES, ids=str)
+def test_the_expected_error_is_that_of_the_raw_data_but_for_chance(
+    name: str, mapping: fsq.MappingType, kind: str, share: float
+) -> None:
+    """Total, clipping and signal, of data that is uniform within each bin, as the closed form takes it to be.
+
+    Each sum is then one of independent terms with the expected value that is computed, and the standard
+    error of a sum of terms e is at most sqrt(sum of e**2). Five of them are allowed; and the error of
+    one value, for the last bin of the data, which ends where the data does, and for float32 data.
+    """
+    g = np.random.default_rng(1)
+    edges = Histogram().edges().numpy()
+    x = draw(kind)
+    at = np.searchsorted(edges, x, side="right") - 1
+    x = np.where(x == 0, 0, g.uniform(edges[at], edges[at + 1])).clip(x.min(), x.max())
+    x = x.astype(np.float32).astype(np.float64)
+    spec = fsq.QuantSpec(getattr(torch, name), fsq.PerTensor(), mapping=mapping, observer=Histogram())
+    lo, hi = x.min() * share, x.max() * share
+    qp = fsq.from_range(spec, torch.tensor([lo], dtype=torch.float32), torch.tensor([hi], dtype=torch.float32))
+    found = fsq.expected_error(spec, state_of(spec, x), qp)
+    assert all(value.dtype == torch.float64 and value.shape == (1,) for value in found)
+    e = errors(name, mapping.name, x, lo, hi)
+    cut = np.where(saturated(name, mapping.name, x, lo, hi), e, 0)
+    for value, terms in ((found.signal, x**2), (found.total, e), (found.clipping, cut)):
+        assert abs(value.item() - terms.sum()) <= 5 * np.sqrt((terms**2).sum()) + terms.max()
+    assert 0 <= found.clipping.item() <= found.total.item() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("name", "mapping"), CASES, ids=str)
+def test_the_expected_error_is_an_integral_over_the_bins(name: str, mapping: fsq.MappingType) -> None:
+    """By the midpoint rule, as for Mse above; and that of Mse, where the range is the one it would take.
+
+    Whether a value saturates jumps within one cell of two bins: 1e-3 of what is clipped there.
+    """
+    x = draw("laplace", 2000)
+    spec = fsq.QuantSpec(getattr(torch, name), fsq.PerTensor(), mapping=mapping, observer=Mse())
+    state = state_of(spec, x)
+    lo, hi = state["min"] * 0.5, state["max"] * 0.75
+    found = fsq.expected_error(spec, state, fsq.from_range(spec, lo, hi))
+    ends = (lo.item(), hi.item())
+    e, h = np.clip(Histogram().edges().numpy(), x.min(), x.max()), state["histogram"][0].numpy().astype(float)
+    h[np.flatnonzero(h)[[0, -1]]] -= 1
+    points = [np.array([x.min(), x.max()])]
+    weights = [np.ones(2)]
+    for a, b, count in zip(e[:-1], e[1:], h, strict=True):
+        if count:
+            points.append(a + (b - a) * (np.arange(2000) + 0.5) / 2000)
+            weights.append(np.full(2000, count / 2000))
+    u, w = np.concatenate(points), np.concatenate(weights)
+    error, cut = errors(name, mapping.name, u, *ends), saturated(name, mapping.name, u, *ends)
+    for value, terms in ((found.signal, u**2), (found.total, error), (found.clipping, np.where(cut, error, 0))):
+        assert value.item() == pytest.approx((w * terms).sum(), rel=1e-3, abs=1e-12)
+
+
+def test_the_expected_error_of_each_block_is_its_own_and_says_what_it_has_not_seen() -> None:
+    spec = fsq.QuantSpec(torch.int4, fsq.PerAxis(0), observer=fsq.SkipNonfinite(Percentile(99.0)))
+    x = torch.from_numpy(np.stack([draw("laplace", 300), 8 * draw("gaussian", 300)])).float()
+    state = fsq.observe(spec, fsq.init(spec, x.shape), x)
+    found = fsq.expected_error(spec, state, qp := fsq.calc_qparams(spec, state))
+    for i in range(2):
+        one = fsq.observe(spec, fsq.init(spec, (1, 300)), x[i : i + 1])
+        alone = fsq.expected_error(spec, one, fsq.QParams(qp.scale[i : i + 1], qp.zero_point[i : i + 1]))
+        for whole, part in zip(found, alone, strict=True):
+            torch.testing.assert_close(whole[i : i + 1], part, rtol=1e-9, atol=0)
+    nothing = fsq.expected_error(spec, fsq.init(spec, x.shape), qp)
+    assert all(torch.equal(value, torch.zeros(2, 1, dtype=torch.float64)) for value in nothing)
+    plain = dataclasses.replace(spec, observer=Histogram())
+    x[0, 0] = math.inf
+    bad = fsq.expected_error(plain, fsq.observe(plain, fsq.init(plain, x.shape), x), qp)
+    assert all(value.isnan().tolist() == [[True], [False]] for value in bad)
+
+
+def test_the_expected_error_refuses_what_it_cannot_read() -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Histogram())
+    state = state_of(spec, draw("gaussian", 10))
+    qp = fsq.calc_qparams(spec, state)
+    plain = dataclasses.replace(spec, observer=fsq.MinMax())
+    with pytest.raises(ValueError, match=r"MinMax\(\) records no histogram; record with Histogram\(\)"):
+        fsq.expected_error(plain, fsq.init(plain, (1,)), qp)
+    with pytest.raises(ValueError, match=r"Histogram\(\) reads \['count', 'histogram', 'max', 'min'\], this state is"):
+        fsq.expected_error(spec, fsq.init(plain, (1,)), qp)
+    with pytest.raises(ValueError, match=r"shape \(2,\).* statistics of shape \(1,\); all three must be equal"):
+        fsq.expected_error(spec, state, fsq.QParams(torch.ones(2), torch.zeros(2, dtype=torch.int32)))
+
+
+@pytest.mark.parametrize(("name", "mapping"), CASES, ids=str)
+def test_what_saturates_is_what_has_no_code(name: str, mapping: fsq.MappingType) -> None:
+    """Values away from the middle of two codes, where float32 and float64 may round to either."""
+    x = draw("laplace", 3000)
+    spec = fsq.QuantSpec(getattr(torch, name), fsq.PerTensor(), mapping=mapping)
+    lo, hi = -0.5, 0.75
+    scale, zero_point = grid(name, mapping.name, lo, hi)
+    x = x[np.abs((x / scale) % 1 - 0.5) > 1e-2]
+    qp = fsq.QParams(torch.tensor([scale], dtype=torch.float32), torch.tensor([int(zero_point)], dtype=torch.int32))
+    found = fsq.saturates(spec, torch.from_numpy(x.astype(np.float32)), qp)
+    expected = saturated(name, mapping.name, x, lo, hi)
+    assert 0 < expected.sum() < x.size
+    assert (found.numpy() == expected).all()
+    t = torch.from_numpy(x.astype(np.float32)).requires_grad_()
+    fsq.fake_quantize(spec, t, qp).sum().backward()
+    assert t.grad is not None
+    assert torch.equal(t.grad == 0, found)
+    assert fsq.saturates(spec, torch.tensor([math.nan, math.inf, -math.inf, 0.0]), qp).tolist() == [True] * 3 + [False]
+
+
 # Entropy: the definition of its docstring, a loop over candidates and levels.
 
 
