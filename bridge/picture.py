@@ -220,7 +220,7 @@ def short(name: str, width: int = 44) -> str:
     Example:
         >>> from bridge.picture import short
         >>> short("model.decoder.layers.11.attention.out_proj", 32)
-        'model.decoder.….11.….out_proj'
+        'model.….11.attention.out_proj'
     """
     parts = name.split(".")
     while len(".".join(parts)) > width:
