@@ -161,7 +161,7 @@ def histogram(layer: LayerReport, found: Recorded) -> Figure:
     least, most = min(edges[0], found.low), max(edges[-1], found.high)
     margin = 0.04 * (math.asinh(most / width) - math.asinh(least / width))
     left, right = (width * math.sinh(math.asinh(end / width) + m) for end, m in ((least, -margin), (most, margin)))
-    axis.axvspan(left, found.low, color=_CLIPPING, alpha=0.15, linewidth=0, label="saturates")
+    axis.axvspan(left, found.low, color=_CLIPPING, alpha=0.15, linewidth=0, label="beyond the range")
     axis.axvspan(found.high, right, color=_CLIPPING, alpha=0.15, linewidth=0)
     which = "range" if found.scales == 1 else f"widest range of {found.scales} scales"
     for end, label in ((found.low, f"{which}: {found.low:.4g} to {found.high:.4g}"), (found.high, None)):
