@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from bridge import picture
 from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.observed import ObserverModule, fit_mask, public_name
 from bridge.workflow import call, mask_of, unfit, unfit_error
+from functional_sq.files import replacing
 from functional_sq.formats import REAL_DTYPES
 from functional_sq.observers.histogram import histogram_of
 
@@ -135,12 +135,11 @@ class Report:
             ImportError: a picture, and matplotlib is not installed.
         """
         suffix = _suffix(path, _SUFFIXES)
-        if suffix == ".json":
-            _write(path, self.to_json().encode())
-        elif suffix == ".csv":
-            _write(path, self.to_csv().encode())
-        else:
+        if suffix in _PICTURES:
             self.plot(path)
+            return
+        with replacing(path) as file:
+            file.write((self.to_json() if suffix == ".json" else self.to_csv()).encode())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw a bar for each layer: signal-to-noise ratios, and the shares of the input's error.
@@ -622,22 +621,6 @@ def _drawn(path: str | os.PathLike[str] | None, draw: Callable[[], Figure]) -> F
     suffix = None if path is None else _suffix(path, _PICTURES)
     figure = draw()
     if path is not None and suffix is not None:
-        raw = io.BytesIO()
-        figure.savefig(raw, format=suffix[1:], dpi=150)
-        _write(path, raw.getvalue())
+        with replacing(path) as file:
+            figure.savefig(file, format=suffix[1:], dpi=150)
     return figure
-
-
-def _write(path: str | os.PathLike[str], raw: bytes) -> None:
-    """Write a file beside `path` and rename it, as `functional_sq.serialize` does."""
-    path = Path(os.path.realpath(path))  # a rename would replace a link, not the file it points to
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(beside, "xb") as f:
-            f.write(raw)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -15,15 +15,14 @@ import ctypes
 import json
 import math
 import os
-import secrets
 import sys
 from collections.abc import Mapping
-from io import BufferedIOBase
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor
+
+from functional_sq.files import replacing
 
 __all__ = ["DAMAGED", "fault", "read", "write"]
 
@@ -84,9 +83,6 @@ def fault(value: object) -> str | None:
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all; the same arguments give the same bytes.
 
-    The file is written beside `path`, flushed to the disk and renamed, so a reader sees the old
-    file or the new one, also after a crash.
-
     Args:
         path: the file; one that exists is replaced.
         tensors: name to tensor, from any device; only their values count, not strides or shared memory.
@@ -114,20 +110,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
-    path = Path(os.path.realpath(path))  # a rename would replace a link, not the file it points to
-    # Not tempfile: it makes files that only their owner can read, and the rename would keep that.
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(beside, "xb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for name in placed:
-                _write_values(f, tensors[name])
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in placed:
+            _write_values(file, tensors[name])
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -207,7 +193,7 @@ def _span(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int, int
     return _DTYPES[dtype], list(shape), (first, last)
 
 
-def _write_values(f: BufferedIOBase, t: Tensor) -> None:
+def _write_values(f: BinaryIO, t: Tensor) -> None:
     if t.numel() == 0:
         return
     values = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
@@ -215,7 +201,7 @@ def _write_values(f: BufferedIOBase, t: Tensor) -> None:
     f.write(_memory(raw))
 
 
-def _read_values(f: BufferedIOBase, first: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+def _read_values(f: BinaryIO, first: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
     # Torch's own memory, not a view of the file: aligned, so that a product takes the same kernel as
     # before, and independent of what happens to the file.
     t = torch.empty(shape, dtype=dtype, device="cpu")
