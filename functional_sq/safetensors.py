@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from io import BufferedReader
 from typing import Any, BinaryIO, Final
 
 import torch
@@ -201,7 +202,7 @@ def _write_values(f: BinaryIO, t: Tensor) -> None:
     f.write(_memory(raw))
 
 
-def _read_values(f: BinaryIO, first: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+def _read_values(f: BufferedReader, first: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
     # Torch's own memory, not a view of the file: aligned, so that a product takes the same kernel as
     # before, and independent of what happens to the file.
     t = torch.empty(shape, dtype=dtype, device="cpu")
