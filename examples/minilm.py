@@ -145,7 +145,7 @@ def main() -> None:
         models[str(dtype).removeprefix("torch.")] = quantized(model, dtype, tokenizer, texts, args.device)
     layers = sum(isinstance(m, bridge.QuantizedLinear) for m in models["int8"].modules())
     print(f"{layers} encoder layers; calibrated on {len(texts)} passages, evaluated on {len(held_out)}")
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {_cpu()}"
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {cpu()}"
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians in ms, {TOKENS} tokens\n")
 
     found = {name: embed(m, tokenizer, held_out, args.device) for name, m in models.items()}
@@ -170,7 +170,7 @@ def main() -> None:
     print(f"{'int8 products alone':37}{row}  (of the same products in float32)")
 
 
-def _cpu() -> str:
+def cpu() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

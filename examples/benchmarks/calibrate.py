@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from minilm import _cpu, batches, load, passages
+from minilm import batches, cpu, load, medians, passages
 
 import bridge
 import functional_sq as fsq
@@ -30,18 +28,9 @@ import functional_sq as fsq
 OBSERVERS = {"min/max": fsq.MinMax(), "histogram": fsq.Histogram()}
 
 
-def rounds(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Time the calls in turn; return medians in ms."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call(), call()
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or min(map(len, times.values())) < 3:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+def observed_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that get observers."""
+    return [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("encoder.")]
 
 
 def main() -> None:
@@ -57,7 +46,7 @@ def main() -> None:
         with torch.inference_mode():
             model(**batch)
 
-    print(f"{_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}; batch {size} of 128 tokens, ms\n")
+    print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}; batch {size} of 128 tokens, ms\n")
     print(f"{'':34}{'no mask':>18}{'padding mask':>18}")
     read: list[torch.Tensor] = []
     for kind, wrap in (("eager", lambda m: m), ("compiled", torch.compile)):
@@ -70,26 +59,23 @@ def main() -> None:
             )
             models[name] = wrap(prepared)
         if not read:
-            hooks = [m.register_forward_pre_hook(lambda m, a: read.append(a[0])) for m in model.modules() if _linear(m)]
+            hooks = [m.register_forward_pre_hook(lambda m, a: read.append(a[0])) for m in observed_layers(model)]
             forward(model, whole)
-            [hook.remove() for hook in hooks]
+            for hook in hooks:
+                hook.remove()
         calls: dict[str, Callable[[], object]] = {}
         for column, data in (("no mask", whole), ("padding mask", batch)):
             for name, m in models.items():
                 call = partial(forward, m, data) if name == "float" else partial(bridge.calibrate, m, [data])
                 calls[f"{name}, {column}"] = call
         calls["floor"] = lambda: [x.sum() for x in read]
-        found = rounds(calls, seconds)
+        found = medians(calls, "cpu", seconds)
         for name in models:
             cells = [found[f"{name}, {c}"] for c in ("no mask", "padding mask")]
             ratios = [found[f"{name}, {c}"] / found[f"float, {c}"] for c in ("no mask", "padding mask")]
             label = f"{kind}, {name if name == 'float' else f'calibrate, {name}'}"
             print(f"{label:34}" + "".join(f"{c:10.1f} ({r:4.2f}x)" for c, r in zip(cells, ratios, strict=True)))
         print(f"{kind + ', one read pass of the inputs':34}{found['floor']:10.1f}")
-
-
-def _linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear) and module.in_features in (384, 1536)
 
 
 if __name__ == "__main__":
