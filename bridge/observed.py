@@ -279,7 +279,17 @@ class Observed(nn.Module):
         return module.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:  # the float layer's name for it: it may be given by name
-        return super().forward(self.act_obs(input))
+        self.act_obs(input if self.act_obs.mask is None else self.positions(input))
+        return super().forward(input)
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Return an input or output of the layer with the axes that a mask is for in front."""
+        return x
+
+    @property
+    def rows(self) -> int:
+        """How many vectors along the input's features were seen: tokens, pixels."""
+        return int(self.act_obs.state["count"].sum()) // int(getattr(self, self.settings[0]))
 
     def observe_weight(self) -> None:
         """Record the weight as it is now, and nothing that it was before."""
@@ -343,7 +353,21 @@ CONV_SETTINGS = (
 """What the constructor of a convolution takes, other than bias, device and dtype."""
 
 
-class ObservedConv1d(Observed, nn.Conv1d):
+class _ObservedConv(Observed):
+    """What the convolutions share."""
+
+    settings = CONV_SETTINGS
+
+    def __init__(self, *settings: Any, act_obs: ObserverModule, weight_obs: ObserverModule, **kwargs: Any) -> None:
+        super().__init__(*settings, **kwargs)
+        self.attach(act_obs, weight_obs)
+
+    def positions(self, x: Tensor) -> Tensor:
+        # A mask (batch, tokens) fits the leading axes once the channels are last.
+        return x.movedim(1 - self.weight.ndim, -1)
+
+
+class ObservedConv1d(_ObservedConv, nn.Conv1d):
     """A float convolution over one dimension that records its input.
 
     Args:
@@ -366,14 +390,9 @@ class ObservedConv1d(Observed, nn.Conv1d):
     """
 
     float_type = nn.Conv1d
-    settings = CONV_SETTINGS
-
-    def __init__(self, *settings: Any, act_obs: ObserverModule, weight_obs: ObserverModule, **kwargs: Any) -> None:
-        super().__init__(*settings, **kwargs)
-        self.attach(act_obs, weight_obs)
 
 
-class ObservedConv2d(Observed, nn.Conv2d):
+class ObservedConv2d(_ObservedConv, nn.Conv2d):
     """A float convolution over two dimensions that records its input.
 
     Args:
@@ -396,11 +415,6 @@ class ObservedConv2d(Observed, nn.Conv2d):
     """
 
     float_type = nn.Conv2d
-    settings = CONV_SETTINGS
-
-    def __init__(self, *settings: Any, act_obs: ObserverModule, weight_obs: ObserverModule, **kwargs: Any) -> None:
-        super().__init__(*settings, **kwargs)
-        self.attach(act_obs, weight_obs)
 
 
 OBSERVED: dict[type[nn.Module], type[Observed]] = {

@@ -339,12 +339,13 @@ class _Layer:
             self.calls += 1
             self.ran = True
             if x.numel():
-                self.output.add(y, self.twin(*args, **kwargs), self.keep)
+                positions = self.observed.positions
+                self.output.add(positions(y), positions(self.twin(*args, **kwargs)), self.keep)
                 self._measure(x)
         return y
 
     def _measure(self, x: Tensor) -> None:
-        x = x.detach()
+        x = self.observed.positions(x.detach())
         error = _kept((x.double() - fsq.fake_quantize(self.spec, x, self.qp).double()).square_(), self.keep)
         beyond = _kept(fsq.saturates(self.spec, x, self.qp), self.keep)
         self.values += error.numel()

@@ -353,10 +353,9 @@ def unfit(model: nn.Module, wanted: Filter = is_observed, min_rows: int = 1) -> 
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, Observed) and wanted(module, public_name(name)):
-            rows = int(module.act_obs.state["count"].sum()) // module.weight.shape[1]
             if fault := module.act_obs.fault():
                 found[public_name(name)] = fault
-            elif rows < min_rows:
+            elif (rows := module.rows) < min_rows:
                 found[public_name(name)] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
             elif not bool(module.weight.isfinite().all()):
                 found[public_name(name)] = "the weight has NaN or Inf; mend it, or leave the layer in float"

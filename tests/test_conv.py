@@ -976,3 +976,32 @@ def test_cuda_compiled_is_the_cpu_product_within_the_roundings() -> None:
         with torch.no_grad():
             error = (on_cuda(x.cuda()).cpu().double() - layer(x).double()).abs()
         assert (error <= 16 * 2.0**-24 * magnitudes(layer, x)).all()
+
+
+# --- calibration of convolutions --------------------------------------------------------------------
+
+
+class Speech(nn.Module):
+    """Convolves tokens along time, as speech encoders do: (batch, tokens, channels) in, the mask beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 3, padding=1, groups=3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2))
+
+
+def test_padding_is_left_out_of_the_tokens_of_a_convolution() -> None:
+    keep = torch.zeros(2, 6)  # as many tokens as channels: the axes cannot be told apart by their sizes
+    keep[0, :4] = keep[1, :1] = 1
+    x = torch.where(keep[..., None] == 1, 1.0, 99.0).expand(2, 6, 6).contiguous()
+    model = bridge.prepare_(Speech().eval(), StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [{"x": x, "attention_mask": keep}])
+    assert float(model.conv.act_obs.state["max"]) == 1.0
+    assert int(model.conv.act_obs.state["count"]) == 5 * 6
+    assert model.conv.rows == 5
+    found = bridge.report(model, [{"x": x, "attention_mask": keep}], rank=None).layers[0]
+    assert (found.values, found.saturated) == (5 * 6, 0.0)
+    with pytest.raises(bridge.CalibrationError, match="conv: ran on 5 rows, at least 6 needed"):
+        bridge.convert_(model, min_rows=6)
