@@ -32,3 +32,4 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("this machine has no CUDA device")
     torch.manual_seed(0)
+    torch.compiler.reset()  # what other tests compiled of the same code counts against its limit of compilations

@@ -722,8 +722,7 @@ def test_cuda() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
+def _no_counts() -> None:
     torch._dynamo.utils.counters.clear()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import multiprocessing
 import os
 import signal
@@ -96,6 +97,25 @@ def test_no_bar_is_shown_where_there_is_no_terminal(capsys: pytest.CaptureFixtur
     bridge.calibrate(net(), data())
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_is_shown_on_a_terminal_and_counts_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bridge.calibrate(net(), data(5), max_batches=3)
+    shown = terminal.getvalue()
+    assert "calibrate" in shown
+    assert "3/3" in shown
+
+
+def test_without_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert bridge.calibrate(net(), data(2)) == 2
 
 
 # --- failures and checkpoints ----------------------------------------------------------------------

@@ -6,7 +6,7 @@ where compilations are counted, a backend that only counts runs the graph as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,6 @@ from torch._dynamo.testing import CompileCounter
 import functional_sq as fsq
 
 ASYMMETRIC = fsq.MappingType.ASYMMETRIC
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def bits(value: Any) -> object:

@@ -735,7 +735,6 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_batch(
     make: Callable[[], Every], rank: int, last: bool, compilations: int
 ) -> None:
-    torch._dynamo.reset()  # all models here share one forward, and its compilations are counted
     model, counter = make(), CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for batch in (5, 2, 17, 16, 3):
@@ -754,7 +753,6 @@ def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_image(last: b
         quantized(SCHEMES[scheme], nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=groups))
         for scheme, groups in (("int8", 1), ("uint8", 6))
     ]
-    torch._dynamo.reset()
     model, counter = Every(layers), CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for batch, height, width in ((2, 9, 8), (3, 12, 17), (4, 20, 20)):

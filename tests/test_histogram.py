@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import ml_dtypes
@@ -87,13 +87,6 @@ def recorded(observer: fsq.Observer, x: torch.Tensor, **keywords: torch.Tensor) 
 
 def same(a: fsq.State, b: fsq.State) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # Bins.
@@ -223,7 +216,6 @@ def test_vmap_over_experts_is_the_loop(granularity: fsq.Granularity) -> None:
     assert same(other_axis, stacked)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("observer", [Histogram(), Percentile(99.0)], ids=repr)
 def test_one_full_graph_for_all_batches(observer: fsq.Observer) -> None:
     counter = CompileCounter()
@@ -245,7 +237,6 @@ def test_one_full_graph_for_all_batches(observer: fsq.Observer) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
 def test_generated_code_counts_the_same() -> None:
     x = torch.randn(64, 48)
     x[0, :6] = torch.from_numpy(SPECIAL)

@@ -216,7 +216,6 @@ def test_128_experts_in_one_call(observer: fsq.Observer) -> None:
 @pytest.mark.parametrize("observer", [MovingAverage(0.1), MeanRange()], ids=repr)
 def test_generated_code_has_the_bits_of_eager(observer: fsq.Observer, dtype: torch.dtype) -> None:
     """Also with a 16-bit state, whose intermediate values a compiler does not round."""
-    torch.compiler.reset()
     spec = fsq.QuantSpec(torch.int8, fsq.PerAxis(-1), observer=observer)
     compiled = torch.compile(partial(fsq.observe, spec), fullgraph=True)
     state = fsq.init(spec, (8, 32), dtype=dtype)
@@ -224,12 +223,10 @@ def test_generated_code_has_the_bits_of_eager(observer: fsq.Observer, dtype: tor
         expected = fsq.observe(spec, state, x)
         state = compiled(state, x)
         assert_same_bits("compiled", "eager", state, expected)
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("observer", [MovingAverage(0.1), MeanRange()], ids=repr)
 def test_one_compilation_for_any_batch_size(observer: fsq.Observer) -> None:
-    torch.compiler.reset()
     counter = CompileCounter()
     spec = per_tensor(observer)
     step = torch.compile(partial(fsq.observe, spec), backend=counter, fullgraph=True, dynamic=True)
@@ -239,4 +236,3 @@ def test_one_compilation_for_any_batch_size(observer: fsq.Observer) -> None:
         state, expected = step(state, x), fsq.observe(spec, expected, x)
     assert counter.frame_count == 1
     assert_same_bits("compiled", "eager", state, expected)
-    torch.compiler.reset()

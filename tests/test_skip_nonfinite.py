@@ -209,7 +209,6 @@ def test_128_experts_in_one_call(inner: fsq.Observer) -> None:
 
 @pytest.mark.parametrize("inner", INNER, ids=repr)
 def test_one_graph_compiled_once(inner: fsq.Observer) -> None:
-    torch.compiler.reset()
     counter = CompileCounter()
     spec = spec_of(inner, granularity=fsq.PerAxis(-1))
     step = torch.compile(partial(fsq.observe, spec), backend=counter, fullgraph=True, dynamic=True)
@@ -219,11 +218,9 @@ def test_one_graph_compiled_once(inner: fsq.Observer) -> None:
         state, expected = step(state, x), fsq.observe(spec, expected, x)
     assert counter.frame_count == 1
     assert_same_bits("compiled", "eager", state, expected)
-    torch.compiler.reset()
 
 
 def test_generated_code_has_the_bits_of_eager() -> None:
-    torch.compiler.reset()
     spec = spec_of(fsq.MinMax(), granularity=fsq.PerGroup(8))
     compiled = torch.compile(partial(fsq.observe, spec), fullgraph=True)
     state = fsq.init(spec, (8, 32))
@@ -232,4 +229,3 @@ def test_generated_code_has_the_bits_of_eager() -> None:
         expected = fsq.observe(spec, state, x)
         state = compiled(state, x)
         assert_same_bits("compiled", "eager", state, expected)
-    torch.compiler.reset()
