@@ -28,6 +28,7 @@ from bridge.observed import (
     check_static,
     settings_of,
 )
+from functional_sq import onednn
 from functional_sq.formats import Float8
 
 __all__ = ["Quantized", "QuantizedConv1d", "QuantizedConv2d", "QuantizedLinear"]
@@ -247,7 +248,8 @@ class Quantized(Buffers):
         """Multiply the floats that codes stand for."""
 
     def extra_repr(self) -> str:
-        path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
+        by = " by oneDNN" if onednn.supports(self.weight_codes, self.weight_zero_point) else ""
+        path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product{by}"
         shown = {name: value for name, value in self.arguments().items() if name != "reference"}
         return (
             f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "

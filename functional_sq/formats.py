@@ -61,7 +61,7 @@ class Format(abc.ABC):
         # In place on the fresh tensor of steps(): an eager quantize is bound by memory traffic.
         # The clamp comes before the cast for float8 too: casts of values that overflow differ
         # between torch (NaN) and ml_dtypes (inf or NaN by format).
-        return self.steps(x, qp).clamp(*bounds).to(self.storage)
+        return self.steps(x, qp).clamp_(*bounds).to(self.storage)
 
 
 @dataclass(frozen=True)
