@@ -21,7 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["product", "supports"]
 
 AVAILABLE = (
-    torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
+    hasattr(torch.ops.onednn, "qlinear_prepack")
+    and torch.cpu._is_vnni_supported()
+    and "ONEDNN_MAX_CPU_ISA" not in os.environ
 )
 """Whether this CPU adds products of 8 bits in 32; without VNNI oneDNN adds pairs in 16, which saturates."""
 
@@ -93,7 +95,6 @@ _NAME = "functional_sq::onednn_product"
 torch.library.define(_NAME, "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias) -> Tensor")
 
 
-@torch.library.impl(_NAME, "cpu")
 def _product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     packed, one, zero = _pack(codes)
     y: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
@@ -102,7 +103,6 @@ def _product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: 
     return y
 
 
-@torch.library.register_fake(_NAME)
 def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.float32)
 
@@ -115,6 +115,8 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[T
     return torch.stack([product(*at(i)) for i in range(info.batch_size)]), 0
 
 
+torch.library.impl(_NAME, "cpu", _product)
+torch.library.register_fake(_NAME, _fake)
 torch.library.register_vmap(_NAME, _vmap)
 
 
@@ -125,11 +127,12 @@ def _pack(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     known = _PACKED.get(codes)
     if version is not None and known is not None and known[0] == version:
         return known[1]  # type: ignore[no-any-return]
-    made = (
-        torch.ops.onednn.qlinear_prepack(_plain(codes), None),
-        torch.ones(1, dtype=torch.float32),
-        torch.zeros(1, dtype=torch.int32),
-    )
+    with torch.inference_mode(False):  # what is kept serves calls outside of it too
+        made = (
+            torch.ops.onednn.qlinear_prepack(_plain(codes), None),
+            torch.ones(1, dtype=torch.float32),
+            torch.zeros(1, dtype=torch.int32),
+        )
     if version is not None:
         _PACKED[codes] = version, made
     return made
