@@ -248,8 +248,9 @@ class Quantized(Buffers):
         """Multiply the floats that codes stand for."""
 
     def extra_repr(self) -> str:
-        by = " by oneDNN" if onednn.supports(self.weight_codes, self.weight_zero_point) else ""
-        path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product{by}"
+        path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
+        if not self.reference and onednn.supports(self.weight_codes, self.weight_zero_point):
+            path += f", by oneDNN from {onednn.least_rows(self.weight_codes)} rows on"
         shown = {name: value for name, value in self.arguments().items() if name != "reference"}
         return (
             f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "

@@ -273,8 +273,8 @@ def linear(
         bias: `(N,)` or None, output units.
         dtype: dtype of the result.
         epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits. The weight counts
-            as one that is kept, and what `functional_sq.onednn` supports is packed at the first call: one
-            byte an element more, for as long as `weight.codes` live.
+            as one that is kept: where `functional_sq.onednn` is the faster one, it is packed at the first
+            call, one byte an element more for as long as `weight.codes` live.
         fast_accum: let a CUDA device add float8 products with fewer bits than float32 has; faster on
             Hopper, less exact. Other products stay as they are.
 
@@ -315,7 +315,7 @@ def linear(
             f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {flat.shape[0]} "
             f"tokens; quantize and multiply with the same qp"
         )
-    if epilogue is not None and scale.ndim == 1 and _on_onednn(weight, scale, bias, wide):
+    if epilogue is not None and scale.ndim == 1 and _on_onednn(flat, weight, scale, bias, wide):
         known = None if bias is None else bias.to(wide)
         y = onednn.product(*_unsigned(flat, qp.zero_point), weight.codes, scale, known)
         return y.to(dtype).reshape(*lead, n)
@@ -418,7 +418,7 @@ def _unsigned(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
     return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
 
 
-def _on_onednn(weight: FoldedWeight, scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
+def _on_onednn(q: Tensor, weight: FoldedWeight, scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
     """Whether oneDNN multiplies a weight that is kept; an exported program has torch's own operators alone."""
     learned = scale.requires_grad or (bias is not None and bias.requires_grad)
     return (
@@ -426,6 +426,7 @@ def _on_onednn(weight: FoldedWeight, scale: Tensor, bias: Tensor | None, wide: t
         and scale.dtype is wide is torch.float32
         and not learned
         and not torch.compiler.is_exporting()
+        and onednn.is_worth(q.shape[0], weight.codes)
     )
 
 

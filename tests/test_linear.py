@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -119,7 +120,8 @@ class Product:
         """Multiply as a layer does that keeps its weight: with the epilogue computed before."""
         folded = self.folded()
         known = fsq.epilogue(self.act, self.qp, folded, dtype=torch.promote_types(dtype, torch.float32))
-        return fsq.linear(self.act, self.q, self.qp, folded, self.bias, dtype=dtype, epilogue=known)
+        with mock.patch.object(onednn, "WORTH", 0):  # by oneDNN, however small it is
+            return fsq.linear(self.act, self.q, self.qp, folded, self.bias, dtype=dtype, epilogue=known)
 
     def corrected(self) -> np.ndarray:
         return corrected(*map(array, (self.q, self.qp.zero_point, self.w, self.w_qp.zero_point)))
@@ -349,7 +351,8 @@ def symmetric(rows: int, k: int, n: int, dtype: torch.dtype = torch.int8, **kwar
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The results that oneDNN gave."""
+    """The results that oneDNN gave, which is asked for small products too."""
+    monkeypatch.setattr(onednn, "WORTH", 0)
     found: list[Tensor] = []
     multiply = onednn.product
 
@@ -376,7 +379,7 @@ def test_onednn_has_the_integers_and_roundings_of_numpy(
     for out in (torch.float32, torch.bfloat16, torch.float16):
         expected = epilogue(case.corrected(), case.scale(np.dtype(np.float32)), case.bias_array(), ARRAYS[out])
         np.testing.assert_array_equal(array(case.kept(out)), expected)
-    assert len(calls) == 3
+    assert len(calls) == (3 if rows else 0)
 
 
 @needs_onednn
@@ -426,6 +429,27 @@ def test_what_onednn_does_not_take_is_multiplied_as_before(
     assert not calls
 
 
+@needs_onednn
+def test_few_rows_of_a_small_weight_are_multiplied_as_before_unless_the_graph_is_for_any_number() -> None:
+    case = symmetric(4, 384, 384)
+    folded = case.folded()
+    known = fsq.epilogue(case.act, case.qp, folded)
+    least = onednn.least_rows(folded.codes)
+    assert 384 * (384 + 10 * least) >= onednn.WORTH > 384 * (384 + 10 * (least - 1))
+
+    def forward(q: Tensor) -> Tensor:
+        return fsq.linear(case.act, q, case.qp, folded, case.bias, epilogue=known)
+
+    for rows, dynamic, by_onednn in ((least - 1, False, False), (least, False, True), (4, True, True)):
+        torch.compiler.reset()
+        q = codes(np.random.default_rng(rows), case.act, (rows, 384), "all")
+        y, (source,) = run_and_get_code(torch.compile(forward, fullgraph=True, dynamic=dynamic), q)
+        assert ("onednn_product" in source) == by_onednn
+        assert torch.equal(y, forward(q))
+        assert (folded.codes in onednn._PACKED) == (rows >= least or dynamic)
+        onednn._PACKED.pop(folded.codes, None)
+
+
 def test_without_onednn_or_vnni_the_bits_are_the_same(calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     case = symmetric(5, 64, 7)
     y, taken = case.kept(), len(calls)
@@ -436,6 +460,7 @@ def test_without_onednn_or_vnni_the_bits_are_the_same(calls: list[Tensor], monke
 
 
 @needs_onednn
+@pytest.mark.usefixtures("calls")
 def test_a_weight_is_packed_once_again_when_it_changes_and_forgotten_with_its_codes() -> None:
     case = symmetric(4, 16, 8, bias=False)
     folded = case.folded()
@@ -455,6 +480,7 @@ def test_a_weight_is_packed_once_again_when_it_changes_and_forgotten_with_its_co
 
 
 @needs_onednn
+@pytest.mark.usefixtures("calls")
 def test_a_weight_packed_in_inference_mode_serves_outside_of_it_and_one_made_in_it_too() -> None:
     case = symmetric(4, 16, 8)
     folded = case.folded()
@@ -466,6 +492,7 @@ def test_a_weight_packed_in_inference_mode_serves_outside_of_it_and_one_made_in_
 
 
 @needs_onednn
+@pytest.mark.usefixtures("calls")
 def test_vmap_over_kept_weights_equals_the_loop() -> None:
     cases = [symmetric(3, k, 5) for k in (16, 16)]
     folded = [case.folded() for case in cases]
@@ -492,7 +519,10 @@ def test_a_bias_that_is_learned_has_its_gradient() -> None:
 
 
 @needs_onednn
-def test_compiled_multiplies_a_kept_weight_by_onednn_in_one_compilation_and_exported_by_torch_alone() -> None:
+def test_compiled_multiplies_a_kept_weight_by_onednn_in_one_compilation_and_exported_by_torch_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onednn, "WORTH", 0)
     case = symmetric(2, 20, 12)
     folded = case.folded()
     known = fsq.epilogue(case.act, case.qp, folded)
