@@ -531,7 +531,7 @@ def test_no_float_copy_of_the_weight_remains(scheme: str) -> None:
             [
                 "activation=int8 asymmetric PerTensor()",
                 "weight=int8 symmetric PerAxis",
-                "int8 product, by oneDNN from 12498 rows on" if onednn.AVAILABLE else "int8 product",
+                "int8 product, by oneDNN from " if onednn.AVAILABLE else "int8 product",
             ],
         ),
         ("float8_e4m3fn", False, ["activation=float8_e4m3fn symmetric", "float8_e4m3fn product"]),

@@ -2,10 +2,10 @@
 
     python examples/benchmarks/linear.py
 
-Each row is one shape, tokens x K x N. The floor is what no quantized layer of separate steps goes below: a
-compiled pass that makes codes of the input, and `torch._int_mm` of codes that are there already. All columns
-of a row are timed in turn; a cell is the median and its ratio to the floor. Below the table oneDNN names
-the kernels of one call. `OMP_NUM_THREADS=1` is the way to a quiet measurement on a machine that is shared.
+Each row is one shape, tokens x K x N. The floor is a compiled pass that makes codes of the input, and
+`torch._int_mm` of codes that are there already; a packed weight goes below it. All columns of a row are timed
+in turn; a cell is the median and its ratio to the floor. Below the table oneDNN names the kernels of one call.
+`OMP_NUM_THREADS=1` makes it quieter on a machine that is shared.
 `--quick` takes small shapes and little time.
 """
 
@@ -44,6 +44,7 @@ def medians(calls: Calls, seconds: float) -> dict[str, float]:
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or min(map(len, times.values())) < 5:
         for name, call in calls.items():
+            call()  # Not timed: the first one after another column's finds that one's data in the caches.
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
