@@ -3,8 +3,8 @@
 `torch._int_mm` writes an int32 matrix that the epilogue reads again, and takes the weight as it lies. Here
 oneDNN takes the weight packed, subtracts the zero point in int32, converts once, multiplies, adds the bias:
 the operations of `functional_sq.linear` in its order, so the same bits. On one core with AMX, a compiled layer
-of 1000 rows or more takes 0.5 to 0.95 times as long as a pass that quantizes and a bare `torch._int_mm`
-(examples/benchmarks/results), where with `torch._int_mm` and the epilogue it took 1.05 to 2.5.
+of 1000 rows or more takes 0.35 to 1.0 times as long as a pass that quantizes and a bare `torch._int_mm`
+(examples/benchmarks/results); with `torch._int_mm` and an epilogue it takes 1.2 to 4 times as long as so.
 
 A backend of its kind is one file: `supports`, from shapes, dtypes, device and the machine, never from
 values; and a product that `linear` calls where it is supported.
