@@ -126,7 +126,7 @@ def product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: T
 
 
 # An operator of its own: a compiled graph takes no packed weight, so its code must not see one. Not
-# torch.library.custom_op, which takes 45 us a call where this takes 7: a product of one token takes 25.
+# torch.library.custom_op, whose call takes 8 us where this takes 2: the whole product of one token takes 26.
 _NAME = "functional_sq::onednn_product"
 torch.library.define(_NAME, "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias) -> Tensor")
 
