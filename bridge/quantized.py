@@ -28,6 +28,7 @@ from bridge.observed import (
     check_static,
     settings_of,
 )
+from functional_sq import onednn
 from functional_sq.formats import Float8
 
 __all__ = ["Quantized", "QuantizedConv1d", "QuantizedConv2d", "QuantizedLinear"]
@@ -248,6 +249,8 @@ class Quantized(Buffers):
 
     def extra_repr(self) -> str:
         path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
+        if not self.reference and onednn.supports(self.weight_codes, self.weight_zero_point):
+            path += f", by oneDNN from {onednn.least_rows(self.weight_codes)} rows on"
         shown = {name: value for name, value in self.arguments().items() if name != "reference"}
         return (
             f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "

@@ -286,10 +286,10 @@ def convert_(
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval()
         >>> _ = bridge.prepare_(model, bridge.StaticQuantConfig(torch.int8))
         >>> _ = bridge.calibrate(model, torch.randn(3, 16, 8))
-        >>> bridge.convert_(model)
+        >>> bridge.convert_(model)  # doctest: +ELLIPSIS
         Sequential(
           (0): QuantizedLinear(in_features=8, out_features=4, bias=True, activation=int8 asymmetric PerTensor(), \
-weight=int8 symmetric PerAxis(axis=0), int8 product)
+weight=int8 symmetric PerAxis(axis=0), int8 product...)
         )
     """
     _convert(model, config, is_observed, min_rows, on_unfit)

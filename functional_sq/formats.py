@@ -61,7 +61,9 @@ class Format(abc.ABC):
         # In place on the fresh tensor of steps(): an eager quantize is bound by memory traffic.
         # The clamp comes before the cast for float8 too: casts of values that overflow differ
         # between torch (NaN) and ml_dtypes (inf or NaN by format).
-        return self.steps(x, qp).clamp(*bounds).to(self.storage)
+        # clamp_ has no batching rule, and a second tensor of floats takes 4 times as long as these two passes.
+        low, high = bounds
+        return self.steps(x, qp).clamp_min_(low).clamp_max_(high).to(self.storage)
 
 
 @dataclass(frozen=True)

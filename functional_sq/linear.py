@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sq import onednn
 from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.qparams import MappingType, QParams
@@ -271,7 +272,9 @@ def linear(
         weight: `fold` of an `(N, K)` weight.
         bias: `(N,)` or None, output units.
         dtype: dtype of the result.
-        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits.
+        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits. The weight counts
+            as one that is kept: where `functional_sq.onednn` is the faster one, it is packed at the first
+            call, one byte an element more for as long as `weight.codes` live.
         fast_accum: let a CUDA device add float8 products with fewer bits than float32 has; faster on
             Hopper, less exact. Other products stay as they are.
 
@@ -306,12 +309,17 @@ def linear(
     scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     check_operands(spec, q, weight)
     # Contiguous: oneDNN takes rows that overlap or repeat for rows apart, and reads past them.
-    codes = operand(spec, q.reshape(-1, k).contiguous())
-    if scale.ndim == 2 and scale.shape[0] != codes.shape[0]:
+    flat = q.reshape(-1, k).contiguous()
+    if scale.ndim == 2 and scale.shape[0] != flat.shape[0]:
         raise ValueError(
-            f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {codes.shape[0]} "
+            f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {flat.shape[0]} "
             f"tokens; quantize and multiply with the same qp"
         )
+    if epilogue is not None and scale.ndim == 1 and _on_onednn(flat, weight, scale, bias, wide):
+        known = None if bias is None else bias.to(wide)
+        y = onednn.product(*_unsigned(flat, qp.zero_point), weight.codes, scale, known)
+        return y.to(dtype).reshape(*lead, n)
+    codes = operand(spec, flat)
     if offset is None:
         product = float8_product(codes, weight.codes, fast_accum)
     else:
@@ -402,6 +410,24 @@ def operand(spec: QuantSpec, q: Tensor) -> Tensor:
         return q
     # Flipping the top bit subtracts 128 and reads the byte as two's complement.
     return (q ^ 128 if _shift(spec) else q).view(torch.int8)
+
+
+def _unsigned(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes of at most 8 bits as uint8, and the int32 zero point of one element that belongs to them."""
+    zero_point = zero_point.reshape(1).to(torch.int32)
+    return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
+
+
+def _on_onednn(q: Tensor, weight: FoldedWeight, scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
+    """Whether oneDNN multiplies a weight that is kept; an exported program has torch's own operators alone."""
+    learned = scale.requires_grad or (bias is not None and bias.requires_grad)
+    return (
+        onednn.supports(weight.codes, weight.zero_point)
+        and scale.dtype is wide is torch.float32
+        and not learned
+        and not torch.compiler.is_exporting()
+        and onednn.is_worth(q.shape[0], weight.codes)
+    )
 
 
 def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:

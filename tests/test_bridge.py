@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import functional_sq as fsq
-from functional_sq import MappingType, QParams, QuantSpec
+from functional_sq import MappingType, QParams, QuantSpec, onednn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
@@ -325,6 +325,7 @@ def product_bound(layer: QuantizedLinear, x: Tensor) -> Tensor:
     return 1.02 * ((2 * k + 11) * u + 4 * v) * magnitude + info.smallest_normal * info.eps
 
 
+@pytest.mark.usefixtures("worth")
 @every_scheme
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", REALS, ids=str)
@@ -416,6 +417,12 @@ def every(request: pytest.FixtureRequest) -> Every:
     return Every(request.param)
 
 
+@pytest.fixture(params=[onednn.WORTH, 0], ids=["small", "as if large"])
+def worth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products as they are, and on the path that large ones take."""
+    monkeypatch.setattr(onednn, "WORTH", request.param)
+
+
 def sample(model: Every, rows: int = 3) -> Tensor:
     return torch.randn(2, rows, 20, dtype=model.layers[0].bias.dtype)
 
@@ -467,6 +474,43 @@ def test_a_module_moves_to_another_device_with_its_dtypes() -> None:
     assert {name: value.dtype for name, value in model.state_dict().items()} == dtypes
 
 
+@pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
+def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    layer, x = quantized(SCHEMES["int8"], nn.Linear(20, 12)), torch.randn(3, 20)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    y = layer(x)
+    assert layer.weight_codes in onednn._PACKED
+    assert_same_state(layer.state_dict(), before)
+    assert not [name for name, value in vars(layer).items() if isinstance(value, Tensor)]
+
+    other = quantized(SCHEMES["int8"], nn.Linear(20, 12))
+    twin = copy.deepcopy(layer)
+    assert twin.weight_codes not in onednn._PACKED
+    file = io.BytesIO()
+    torch.save(layer, file)
+    for assign in (False, True):
+        twin.load_state_dict(layer.state_dict())
+        assert torch.equal(twin(x), y)
+        twin.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+        assert torch.equal(twin(x), other(x))
+        assert torch.equal(layer(x), y)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), y)
+    layer.to("meta")
+    assert layer(x.to("meta")).shape == (3, 12)
+
+
+def test_compiled_after_new_weights_were_loaded_has_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    layer, other = (quantized(SCHEMES["int8"], nn.Linear(20, 12)) for _ in range(2))
+    compiled, x = torch.compile(layer, fullgraph=True), torch.randn(3, 20)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(compiled(x), other(x))
+
+
 @every_scheme
 def test_no_float_copy_of_the_weight_remains(scheme: str) -> None:
     """One byte an element, and 12 a row at most: scale, zero point, sum; 8 for the input's pair."""
@@ -481,7 +525,15 @@ def test_no_float_copy_of_the_weight_remains(scheme: str) -> None:
     ("scheme", "reference", "parts"),
     [
         ("uint8", False, ["activation=uint8 asymmetric PerTensor()", "weight=uint8 asymmetric", "int8 product"]),
-        ("int8", False, ["activation=int8 asymmetric PerTensor()", "weight=int8 symmetric PerAxis", "int8 product"]),
+        (
+            "int8",
+            False,
+            [
+                "activation=int8 asymmetric PerTensor()",
+                "weight=int8 symmetric PerAxis",
+                "int8 product, by oneDNN from " if onednn.AVAILABLE else "int8 product",
+            ],
+        ),
         ("float8_e4m3fn", False, ["activation=float8_e4m3fn symmetric", "float8_e4m3fn product"]),
         ("uint8", True, ["bias=True", "dequantized product"]),
     ],
@@ -508,6 +560,7 @@ def test_exported_has_the_bits_of_eager(dynamic: bool) -> None:
         assert_same(exported(x[:3]), model(x[:3]))
 
 
+@pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("mode", [None, "max-autotune"])
 def test_compiled_has_the_bits_of_eager(mode: str | None) -> None:
     model, x = Every(), torch.randn(2, 3, 20)
@@ -516,6 +569,7 @@ def test_compiled_has_the_bits_of_eager(mode: str | None) -> None:
         assert_same(compiled(x), model(x))
 
 
+@pytest.mark.usefixtures("worth")
 def test_a_compiled_chain_has_the_bits_of_eager_for_one_token() -> None:
     """A second layer's codes are then a view whose stride Inductor chooses: see tests/test_linear.py."""
     config = SCHEMES["int8"]

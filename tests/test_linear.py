@@ -14,6 +14,7 @@ term when the arithmetic is float64 too: `bound` is `5 u |E| + (3 u + v) |E + b|
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -22,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -35,7 +37,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 import functional_sq as fsq
-from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec
+from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, onednn
 from functional_sq.formats import REAL_DTYPES, Float8, Integer
 
 with warnings.catch_warnings():
@@ -113,6 +115,13 @@ class Product:
         qp = QParams(*(t.to(device) for t in self.qp))
         bias = None if self.bias is None else self.bias.to(device)
         return fsq.linear(self.act, self.q.to(device), qp, self.folded(device), bias, dtype=dtype)
+
+    def kept(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Multiply as a layer does that keeps its weight: with the epilogue computed before."""
+        folded = self.folded()
+        known = fsq.epilogue(self.act, self.qp, folded, dtype=torch.promote_types(dtype, torch.float32))
+        with mock.patch.object(onednn, "WORTH", 0):  # by oneDNN, however small it is
+            return fsq.linear(self.act, self.q, self.qp, folded, self.bias, dtype=dtype, epilogue=known)
 
     def corrected(self) -> np.ndarray:
         return corrected(*map(array, (self.q, self.qp.zero_point, self.w, self.w_qp.zero_point)))
@@ -239,6 +248,9 @@ def test_the_product_is_exact_and_then_rounded_as_numpy_rounds(case: Product, dt
     y = case.linear(dtype)
     assert y.dtype is dtype
     assert y.shape == (*case.q.shape[:-1], case.w.shape[0])
+    kept = case.kept(dtype)
+    assert kept.dtype is dtype
+    np.testing.assert_array_equal(array(kept), array(y))
 
     total, bias, kind = case.corrected(), case.bias_array(), ARRAYS[dtype]
     wide = np.dtype(np.float64 if dtype is torch.float64 else np.float32)
@@ -325,6 +337,220 @@ def test_rows_that_overlap_or_repeat_in_memory_are_read_as_they_are() -> None:
     for q in (long.unfold(0, 64, 1), long[:64].expand(7, 64)):
         y = fsq.linear(spec, q, ones(spec, *q.shape), fsq.fold(spec, w, ones(spec, 5, 64)))
         assert torch.equal(y, q.float() @ w.float().T)
+
+
+# --- a weight that is kept: oneDNN -----------------------------------------------------------------
+
+needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
+
+
+def symmetric(rows: int, k: int, n: int, dtype: torch.dtype = torch.int8, **kwargs: object) -> Product:
+    act = QuantSpec(dtype, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC)
+    return product(np.random.default_rng(k), act, QuantSpec(torch.int8, fsq.PerAxis(0)), (rows, k), n, **kwargs)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The results that oneDNN gave, which is asked for small products too."""
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    found: list[Tensor] = []
+    multiply = onednn.product
+
+    def recorded(*operands: Tensor) -> Tensor:
+        found.append(multiply(*operands))
+        return found[-1]
+
+    monkeypatch.setattr(onednn, "product", recorded)
+    return found
+
+
+@needs_onednn
+@pytest.mark.parametrize("fill", [("all", "all"), ("high", "low"), ("low", "low"), ("high", "high"), ("ends", "ends")])
+@pytest.mark.parametrize(
+    ("rows", "k", "n"),
+    [(0, 8, 5), (1, 1, 1), (1, 64, 1), (2, 1, 17), (3, 33025, 2), (17, 513, 33), (130, 96, 100), (1, 384, 384)],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint4, torch.int4], ids=str)
+def test_onednn_has_the_integers_and_roundings_of_numpy(
+    calls: list[Tensor], dtype: torch.dtype, rows: int, k: int, n: int, fill: tuple[str, str]
+) -> None:
+    """The zero point is subtracted in int32, and no float operation is fused into another."""
+    case = symmetric(rows, k, n, dtype, fill=fill)
+    for out in (torch.float32, torch.bfloat16, torch.float16):
+        expected = epilogue(case.corrected(), case.scale(np.dtype(np.float32)), case.bias_array(), ARRAYS[out])
+        np.testing.assert_array_equal(array(case.kept(out)), expected)
+    assert len(calls) == (3 if rows else 0)
+
+
+@needs_onednn
+def test_results_below_the_normal_numbers_are_not_flushed(calls: list[Tensor]) -> None:
+    """oneDNN writes bfloat16 with an instruction that does; it is asked for float32."""
+    case = symmetric(5, 64, 48, bias=False)
+    case = dataclasses.replace(case, qp=QParams(case.qp.scale * 2.0**-124, case.qp.zero_point))
+    y = case.kept(torch.bfloat16)
+    assert len(calls) == 1
+    assert ((y != 0) & (y.abs() < torch.finfo(torch.bfloat16).smallest_normal)).any()
+    assert torch.equal(y, case.linear(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(symmetric(3, 33026, 2), torch.float32, id="K above 33025"),
+        pytest.param(symmetric(3, 8, 2), torch.float64, id="float64"),
+        pytest.param(
+            product(
+                np.random.default_rng(0),
+                QuantSpec(torch.int8, fsq.PerToken()),
+                QuantSpec(torch.int8, fsq.PerAxis(0)),
+                (3, 8),
+                5,
+            ),
+            torch.float32,
+            id="a scale a token",
+        ),
+        pytest.param(
+            product(
+                np.random.default_rng(0),
+                QuantSpec(torch.uint8, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC),
+                QuantSpec(torch.uint8, fsq.PerAxis(0), mapping=MappingType.ASYMMETRIC),
+                (3, 8),
+                5,
+            ),
+            torch.float32,
+            id="asymmetric weight",
+        ),
+    ],
+)
+def test_what_onednn_does_not_take_is_multiplied_as_before(
+    calls: list[Tensor], case: Product, dtype: torch.dtype
+) -> None:
+    assert torch.equal(case.kept(dtype), case.linear(dtype))
+    assert not calls
+
+
+@needs_onednn
+def test_few_rows_of_a_small_weight_are_multiplied_as_before_unless_the_graph_is_for_any_number() -> None:
+    case = symmetric(4, 384, 384)
+    folded = case.folded()
+    known = fsq.epilogue(case.act, case.qp, folded)
+    least = onednn.least_rows(folded.codes)
+    assert 384 * (384 + 10 * least) >= onednn.WORTH > 384 * (384 + 10 * (least - 1))
+
+    def forward(q: Tensor) -> Tensor:
+        return fsq.linear(case.act, q, case.qp, folded, case.bias, epilogue=known)
+
+    for rows, dynamic, by_onednn in ((least - 1, False, False), (least, False, True), (4, True, True)):
+        torch.compiler.reset()
+        q = codes(np.random.default_rng(rows), case.act, (rows, 384), "all")
+        y, (source,) = run_and_get_code(torch.compile(forward, fullgraph=True, dynamic=dynamic), q)
+        assert ("onednn_product" in source) == by_onednn
+        assert torch.equal(y, forward(q))
+        assert (folded.codes in onednn._PACKED) == (rows >= least or dynamic)
+        onednn._PACKED.pop(folded.codes, None)
+
+
+def test_without_onednn_or_vnni_the_bits_are_the_same(calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = symmetric(5, 64, 7)
+    y, taken = case.kept(), len(calls)
+    assert taken == onednn.AVAILABLE
+    monkeypatch.setattr(onednn, "AVAILABLE", False)
+    assert torch.equal(case.kept(), y)
+    assert len(calls) == taken
+
+
+@needs_onednn
+@pytest.mark.usefixtures("calls")
+def test_a_weight_is_packed_once_again_when_it_changes_and_forgotten_with_its_codes() -> None:
+    case = symmetric(4, 16, 8, bias=False)
+    folded = case.folded()
+    known = fsq.epilogue(case.act, case.qp, folded)
+    multiply = partial(fsq.linear, case.act, case.q, case.qp, folded)
+    multiply()
+    assert folded.codes not in onednn._PACKED  # a weight that was not said to be kept
+    y = multiply(epilogue=known)
+    packed = onednn._PACKED[folded.codes]
+    assert torch.equal(multiply(epilogue=known), y)
+    assert onednn._PACKED[folded.codes] is packed
+    folded.codes.zero_()
+    assert not multiply(epilogue=known).any()
+    held = len(onednn._PACKED)
+    del case, folded, multiply
+    assert len(onednn._PACKED) == held - 1
+
+
+@needs_onednn
+@pytest.mark.usefixtures("calls")
+def test_a_weight_packed_in_inference_mode_serves_outside_of_it_and_one_made_in_it_too() -> None:
+    case = symmetric(4, 16, 8)
+    folded = case.folded()
+    known = fsq.epilogue(case.act, case.qp, folded)
+    with torch.inference_mode():
+        y = case.kept()
+        assert torch.equal(fsq.linear(case.act, case.q, case.qp, folded, case.bias, epilogue=known), y)
+    assert torch.equal(fsq.linear(case.act, case.q, case.qp, folded, case.bias, epilogue=known), y)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("calls")
+def test_vmap_over_kept_weights_equals_the_loop() -> None:
+    cases = [symmetric(3, k, 5) for k in (16, 16)]
+    folded = [case.folded() for case in cases]
+    known = [fsq.epilogue(case.act, case.qp, weight) for case, weight in zip(cases, folded, strict=True)]
+    codes, scale, offset = (
+        torch.stack(parts) for parts in ([w.codes for w in folded], [e.scale for e in known], [e.offset for e in known])
+    )
+
+    def one(codes: Tensor, scale: Tensor, offset: Tensor, bias: Tensor) -> Tensor:
+        weight = FoldedWeight(codes, folded[0].scale, None, folded[0].sum)
+        return fsq.linear(cases[0].act, cases[0].q, cases[0].qp, weight, bias, epilogue=fsq.Epilogue(scale, offset))
+
+    bias = torch.stack([case.bias for case in cases])
+    expected = [one(*each) for each in zip(codes, scale, offset, bias, strict=True)]
+    assert torch.equal(torch.vmap(one)(codes, scale, offset, bias), torch.stack(expected))
+
+
+def test_a_bias_that_is_learned_has_its_gradient() -> None:
+    case = symmetric(4, 16, 8, bias=False)
+    folded, bias = case.folded(), torch.zeros(8, requires_grad=True)
+    known = fsq.epilogue(case.act, case.qp, folded)
+    fsq.linear(case.act, case.q, case.qp, folded, bias, epilogue=known).sum().backward()
+    assert bias.grad.tolist() == [4.0] * 8
+
+
+@needs_onednn
+def test_compiled_multiplies_a_kept_weight_by_onednn_in_one_compilation_and_exported_by_torch_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    case = symmetric(2, 20, 12)
+    folded = case.folded()
+    known = fsq.epilogue(case.act, case.qp, folded)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = fsq.quantize(case.act, x, case.qp)
+            return fsq.linear(case.act, q, case.qp, folded, case.bias, epilogue=known).relu()
+
+    forward = Layer()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(forward, fullgraph=True, backend=counter)
+    x = torch.randn(5, 20)
+    torch._dynamo.mark_dynamic(x, 0)
+    y, (source,) = run_and_get_code(compiled, x)
+    assert "onednn_product" in source
+    assert "_int_mm" not in source
+    assert torch.equal(y, forward(x))
+    for rows in (2, 17, 33):
+        x = torch.randn(rows, 20)
+        assert torch.equal(compiled(x), forward(x))
+    assert counter.frame_count == 1
+
+    exported = torch.export.export(forward, (x,))
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert "aten._int_mm.default" in targets
+    assert not [target for target in targets if "functional_sq" in target]
+    assert torch.equal(exported.module()(x), forward(x))
 
 
 # --- float8 ----------------------------------------------------------------------------------------

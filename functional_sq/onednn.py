@@ -1,0 +1,179 @@
+"""The product of codes by oneDNN: packed weight, scale and bias inside, float32 written once.
+
+`torch._int_mm` writes an int32 matrix that the epilogue reads again, and takes the weight as it lies. Here
+oneDNN takes the weight packed, subtracts the zero point in int32, converts once, multiplies, adds the bias:
+the operations of `functional_sq.linear` in its order, so the same bits. On one core with AMX, a compiled layer
+of 1000 rows or more takes 0.35 to 1.0 times as long as a pass that quantizes and a bare `torch._int_mm`
+(examples/benchmarks/results); with `torch._int_mm` and an epilogue it takes 1.2 to 4 times as long as so.
+
+A backend of its kind is one file: `supports`, from shapes, dtypes, device and the machine, never from
+values; and a product that `linear` calls where it is supported.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["is_worth", "least_rows", "product", "supports"]
+
+AVAILABLE = (
+    hasattr(torch.ops.onednn, "qlinear_prepack")
+    and torch.cpu._is_vnni_supported()
+    and "ONEDNN_MAX_CPU_ISA" not in os.environ
+)
+"""Whether this CPU adds products of 8 bits in 32; without VNNI oneDNN adds pairs in 16, which saturates."""
+
+_TERMS = (2**31 - 1) // 255**2
+"""The largest K for which the corrected product stays in int32: 33025."""
+
+WORTH = 1_500_000 if torch.cpu._is_amx_tile_supported() else 4_000_000
+"""What N (K + 10 M) must reach. A call of oneDNN takes 40 us more; with AMX a byte of the weight takes 0.03 ns less
+and one of M N results 0.3 ns, measured on one core for K, N from 384 to 4096, compiled, GELU behind it or not. With
+VNNI alone (the same core, limited) a layer followed by GELU stays within 5 %, one that writes its result gains."""
+
+_PACKED: Any = WeakTensorKeyDictionary()
+"""A memo of `_pack`: weight codes to their version and what was packed, for as long as the codes live.
+
+Packing takes 3.5 ns a byte, as long as the product with 4000 rows. The packed tensor is opaque: a compiled
+graph takes none, it cannot be saved, and a `state_dict` must not hold it. Kept here, it needs no care: a copied,
+loaded or moved weight is another tensor, or the same with another version, and is packed when first used.
+"""
+
+
+def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
+    """Whether oneDNN multiplies a folded weight.
+
+    Args:
+        codes: `(N, K)`, the weight's.
+        zero_point: the weight's; None where it is 0. Any other needs each token's sum, which oneDNN
+            does not give.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import onednn
+        >>> onednn.supports(torch.zeros(4, 8), None)
+        False
+    """
+    return (
+        AVAILABLE
+        and codes.device.type == "cpu"
+        and codes.dtype is torch.int8
+        and codes.ndim == 2
+        and codes.numel() > 0
+        and codes.shape[1] <= _TERMS
+        and zero_point is None
+    )
+
+
+def least_rows(codes: Tensor) -> int:
+    """Return from how many rows on oneDNN is the faster one; below, `torch._int_mm` has the same bits.
+
+    Args:
+        codes: `(N, K)`, the weight's, that `supports` takes.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import onednn
+        >>> onednn.least_rows(torch.empty(4096, 1024)), onednn.least_rows(torch.empty(384, 384)) > 300
+        (1, True)
+    """
+    n, k = codes.shape
+    return max(1, (WORTH // n - k + 9) // 10)
+
+
+def is_worth(rows: int, codes: Tensor) -> bool:
+    """Whether a product with `rows` rows is for oneDNN.
+
+    In a compiled graph for any number of rows it is: 40 us lost on few are less than what many gain, and
+    a guard on the number would compile each layer's side of it.
+    """
+    least = least_rows(codes)
+    if not torch.compiler.is_compiling():
+        return rows >= least
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return not statically_known_true(rows < least)
+
+
+def product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `(q - zero_point) @ codes.T * scale + bias`: the sum exact, rounded to float32, then as written.
+
+    Args:
+        q: `(M, K)` uint8. Codes of int8 take oneDNN's reference kernel where there is VNNI and no AMX:
+            1500 ms where these take 0.1.
+        zero_point: int32, one element.
+        codes: `(N, K)` int8 that `supports` takes; packed at the first call, and again once they change.
+        scale: `(N,)` float32.
+        bias: `(N,)` float32 or None.
+
+    Returns:
+        `(M, N)` float32.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import onednn
+        >>> q, w = torch.tensor([[10, 1]], dtype=torch.uint8), torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
+        >>> onednn.product(q, torch.tensor([1], dtype=torch.int32), w, torch.tensor([1.0, 0.5]), None)
+        tensor([[ 9.0000, 13.5000]])
+    """
+    y: Tensor = torch.ops.functional_sq.onednn_product.default(q, zero_point, codes, scale, bias)
+    return y
+
+
+# An operator of its own: a compiled graph takes no packed weight, so its code must not see one. Not
+# torch.library.custom_op, whose call takes 8 us where this takes 2: the whole product of one token takes 26.
+_NAME = "functional_sq::onednn_product"
+torch.library.define(_NAME, "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias) -> Tensor")
+
+
+def _product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    packed, one, zero = _pack(codes)
+    y: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
+        _plain(q), one, zero_point, packed, scale.contiguous(), zero, bias, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return y
+
+
+def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.float32)
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+    def at(i: int) -> list[Any]:
+        pairs = zip(operands, in_dims, strict=True)
+        return [t if dim is None else t.select(dim, i) for t, dim in pairs]
+
+    return torch.stack([product(*at(i)) for i in range(info.batch_size)]), 0
+
+
+torch.library.impl(_NAME, "cpu", _product)
+torch.library.register_fake(_NAME, _fake)
+torch.library.register_vmap(_NAME, _vmap)
+
+
+def _pack(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the packed weight, and the scale 1 and zero point 0 that its product takes."""
+    # A tensor made in inference mode counts no versions; it is packed each time.
+    version = None if codes.is_inference() else codes._version
+    known = _PACKED.get(codes)
+    if version is not None and known is not None and known[0] == version:
+        return known[1]  # type: ignore[no-any-return]
+    with torch.inference_mode(False):  # what is kept serves calls outside of it too
+        made = (
+            torch.ops.onednn.qlinear_prepack(_plain(codes), None),
+            torch.ones(1, dtype=torch.float32),
+            torch.zeros(1, dtype=torch.int32),
+        )
+    if version is not None:
+        _PACKED[codes] = version, made
+    return made
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return a matrix with the strides that its shape says: torch leaves those of an axis of size 1 undefined."""
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
