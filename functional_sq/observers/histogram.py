@@ -255,7 +255,8 @@ def _count(x: Tensor, keep: Tensor | None, least: int, end: int, mantissa_bits: 
     parts = 3 if tops <= 1 << 13 else 1
     junk = parts * tops
     dtype = torch.int16 if junk < 1 << 15 else torch.int32
-    first = tops // 2 + torch.arange(min(x.numel(), _CHUNK), dtype=empty.dtype, device=x.device) % parts * tops
+    first = torch.arange(tops // 2, junk, tops, dtype=empty.dtype, device=x.device)
+    first = first.repeat(-(-min(x.numel(), _CHUNK) // parts))
     counts = torch.zeros(junk + 1, dtype=torch.int64, device=x.device)
     kept = None if keep is None else torch.split(keep.reshape(-1), _CHUNK)
     for i, chunk in enumerate(torch.split(x.reshape(-1), _CHUNK)):
