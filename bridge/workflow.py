@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import functional_sq as fsq
 from bridge.buffers import write
-from bridge.config import StaticQuantConfig, check_reread, observed_layer, quantized_layer, reread_layer
+from bridge.config import PRESETS, StaticQuantConfig, check_reread, observed_layer, quantized_layer, reread_layer
 from bridge.observed import LAYERS, Observed, ObserverModule, float_reason, observed_type, public_name, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 from functional_sq import serialize
@@ -63,6 +63,7 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
           )
         )
     """
+    _check_kinds(model, config)
     names = {public_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for pattern, _ in config.rules:
         if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name in names):
@@ -110,6 +111,7 @@ def unprepare_(model: nn.Module) -> nn.Module:
           (0): Linear(in_features=8, out_features=4, bias=True)
         )
     """
+    _check_kinds(model)
     swap_(model, is_observed, lambda layer, name: layer.to_float(), "a prepared layer")
     return model
 
@@ -169,10 +171,18 @@ def calibrate(
         >>> bridge.calibrate(model, torch.randn(3, 16, 8))
         3
     """
+    _check_kinds(model)
     observers = _observers(model)
     ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     _check_calibration(model, observers, max_batches, until_stable, window, save_every, ranks)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches is a {type(batches).__name__}; give an iterable of batches, such as a DataLoader")
+    if mask is not None and not callable(mask):
+        raise TypeError(f"mask is a {type(mask).__name__}; give a function from a batch to a bool tensor")
     path = None if checkpoint is None else _rank_path(Path(checkpoint), ranks, group)
+    if path is not None and not path.absolute().parent.is_dir():
+        # Not when the first batches have run.
+        raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no folder {path.absolute().parent}; make it first")
     before = _record(observers)
     if ranks > 1:
         # Each rank records from nothing, so that what was there already is not counted once a rank.
@@ -237,6 +247,7 @@ def reread_(model: nn.Module, config: StaticQuantConfig) -> nn.Module:
         >>> bridge.reread_(model, mse)[0].act_obs.spec.observer
         Mse()
     """
+    _check_kinds(model, config)
     observed = {public_name(name): module for name, module in model.named_modules() if isinstance(module, Observed)}
     if not observed:
         raise ValueError(f"{type(model).__name__} has no observed layer; call prepare_ and calibrate first")
@@ -376,6 +387,7 @@ def _convert(
     min_rows: int = 1,
     on_unfit: str = "refuse",
 ) -> None:
+    _check_kinds(model, *(() if config is None else (config,)))
     if min_rows < 1:
         raise ValueError(f"min_rows={min_rows}; it must be at least 1")
     if on_unfit not in ("refuse", "float"):
@@ -394,6 +406,16 @@ def _convert(
     swap_(model, lambda module, name: wanted(module, public_name(name)), converted, "a prepared layer")
     if faults:
         warnings.warn(f"{len(faults)} layers are left in float:\n{_listed(faults)}", stacklevel=3)
+
+
+def _check_kinds(model: object, *configs: object) -> None:
+    """Raise TypeError unless these are a module and StaticQuantConfigs."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    for config in configs:
+        if not isinstance(config, StaticQuantConfig):
+            name = config if isinstance(config, str) and config in PRESETS else "int8"
+            raise TypeError(f"config is {config!r}; give a StaticQuantConfig, such as bridge.PRESETS[{name!r}]")
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
