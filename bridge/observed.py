@@ -577,7 +577,8 @@ def swap_(
 
     All are made before the first is put in place. A module used in two places is made once.
     """
-    check_root(model, wanted, what)
+    if wanted(model, ""):
+        raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")
     found = {name: module for name, module in model.named_modules(remove_duplicate=False) if wanted(module, name)}
     if not found:
         raise ValueError(f"no module of {type(model).__name__} is {what} that the filter takes; nothing was changed")
@@ -619,9 +620,3 @@ def choose_paths(model: nn.Module) -> None:
         elif not ours and hasattr(module, kept):
             setattr(module, flag, getattr(module, kept))
             delattr(module, kept)
-
-
-def check_root(model: nn.Module, wanted: Callable[[nn.Module, str], bool], what: str) -> None:
-    """Raise ValueError if `model` itself would have to be replaced."""
-    if wanted(model, ""):
-        raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import functional_sq as fsq
 from bridge import picture
 from bridge.config import StaticQuantConfig, quantized_layer
-from bridge.observed import ObserverModule, fit_mask, public_name
+from bridge.observed import Observed, ObserverModule, fit_mask, public_name
 from bridge.workflow import call, mask_of, unfit, unfit_error
 from functional_sq.files import replacing
 from functional_sq.formats import REAL_DTYPES
@@ -387,11 +387,7 @@ class _Layer:
 
 def _layers(model: nn.Module, config: StaticQuantConfig | None) -> list[_Layer]:
     """Return every observed layer of `model` with its twin; refuse what `convert_` refuses."""
-    observed = {
-        public_name(name): module
-        for name, module in model.named_modules()
-        if hasattr(module, "act_obs") and hasattr(module, "weight_obs")
-    }
+    observed = {public_name(name): module for name, module in model.named_modules() if isinstance(module, Observed)}
     if not observed:
         raise ValueError(
             f"{type(model).__name__} has no observed layers; call prepare_(model, config) and "

@@ -480,8 +480,8 @@ def _merged(observers: Mapping[str, ObserverModule], a: _Record, b: _Record) -> 
 
 def _nothing(observer: ObserverModule) -> fsq.State:
     """Return the state of `observer` that has seen nothing."""
-    count, dtype = observer.state["count"], torch.float32
-    return observer.spec.observer.init(tuple(count.shape), dtype, count.device)
+    count = observer.state["count"]
+    return observer.spec.observer.init(tuple(count.shape), torch.float32, count.device)
 
 
 def _restore(observers: Mapping[str, ObserverModule], record: _Record) -> None:
