@@ -29,6 +29,7 @@ from torch import Tensor
 from functional_sq import onednn
 from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.granularity import PerTensor, check_stats
+from functional_sq.onednn import INT32_TERMS
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import dequantize
 from functional_sq.spec import QuantSpec, check_spec
@@ -48,9 +49,6 @@ __all__ = [
     "operand",
     "unfold",
 ]
-
-_INT32_TERMS = (2**31 - 1) // 255**2
-"""The largest K for which the corrected product stays in int32: 33025."""
 
 _INT32_PRODUCTS = (2**31 - 1) // 128**2
 """The largest K for which a bare int8 product stays in int32: 131071."""
@@ -443,13 +441,13 @@ def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:
 
 
 def _accumulator(k: int) -> torch.dtype:
-    return torch.int32 if k <= _INT32_TERMS else torch.int64
+    return torch.int32 if k <= INT32_TERMS else torch.int64
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """Return `a @ b.T` of int8 codes `(M, K)` and `(N, K)`, exactly; int32, above K = 33025 int64."""
     k = a.shape[1]
-    if k <= _INT32_TERMS:
+    if k <= INT32_TERMS:
         return _int8_matmul(a, b)
     cuts = tuple(range(_INT32_PRODUCTS, k, _INT32_PRODUCTS))
     pieces = (t.tensor_split(cuts, 1) for t in (a, b))

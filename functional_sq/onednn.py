@@ -28,7 +28,7 @@ AVAILABLE = (
 )
 """Whether this CPU adds products of 8 bits in 32; without VNNI oneDNN adds pairs in 16, which saturates."""
 
-_TERMS = (2**31 - 1) // 255**2
+INT32_TERMS = (2**31 - 1) // 255**2
 """The largest K for which the corrected product stays in int32: 33025."""
 
 WORTH = 1_500_000 if torch.cpu._is_amx_tile_supported() else 4_000_000
@@ -65,7 +65,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         and codes.dtype is torch.int8
         and codes.ndim == 2
         and codes.numel() > 0
-        and codes.shape[1] <= _TERMS
+        and codes.shape[1] <= INT32_TERMS
         and zero_point is None
     )
 
