@@ -94,7 +94,8 @@ class Integer(Format):
     def decode(self, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:
         # torchao.dequantize_affine subtracts in the output dtype (exact for 8 bits in any of them)
         # and multiplies in the promoted dtype.
-        return ((q.to(dtype) - qp.zero_point.to(dtype)) * qp.scale).to(dtype)
+        steps = q.to(dtype) - qp.zero_point.to(dtype)
+        return (steps.mul_(qp.scale) if qp.scale.dtype is dtype else steps * qp.scale).to(dtype)
 
 
 @dataclass(frozen=True)

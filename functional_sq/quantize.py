@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from functional_sq.qparams import QParams
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["dequantize", "fake_quantize", "quantize", "saturates"]
+
+_PIECE = 2**17
+"""How many elements an eager pass takes at a time, so that the steps of one piece meet in the cache."""
 
 
 def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
@@ -49,7 +54,7 @@ def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
     check_real(x, "quantize")
     qp = _fitted(spec, x, qp)
     format, bounds = spec.format, spec.bounds
-    return blockwise(lambda x, s, z: format.encode(x, QParams(s, z), bounds), x.detach(), *qp)
+    return _elementwise(lambda x, s, z: format.encode(x, QParams(s, z), bounds), x.detach(), qp)
 
 
 def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,7 +90,7 @@ def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = 
         raise TypeError(f"dequantize to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
     qp = _fitted(spec, q, qp)
     format = spec.format
-    return blockwise(lambda q, s, z: format.decode(q, QParams(s, z), dtype), q, *qp)
+    return _elementwise(lambda q, s, z: format.decode(q, QParams(s, z), dtype), q, qp)
 
 
 def fake_quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
@@ -177,6 +182,26 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         x, scale, zero_point = ctx.saved_tensors
         return None, grad * ~saturates(ctx.spec, x, QParams(scale, zero_point)), None, None
+
+
+def _elementwise(op: Callable[..., Tensor], x: Tensor, qp: QParams) -> Tensor:
+    """Apply `op(x, scale, zero_point)`. Eager steps over a large tensor on a CPU go piece by piece: each reads
+    what the one before wrote from the cache, and takes memory that is there already."""
+    whole = torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < 2 * _PIECE
+    if whole or qp.scale.numel() != 1:
+        return blockwise(op, x, *qp)
+    if not x.is_contiguous():
+        last = x.movedim(1, -1) if x.ndim > 2 else x  # channels_last
+        return _elementwise(op, last, qp).movedim(-1, 1) if last.is_contiguous() else blockwise(op, x, *qp)
+    scale, zero_point = (value.reshape(1) for value in qp)
+    pieces = torch.split(x.view(-1), _PIECE)
+    first = op(pieces[0], scale, zero_point)
+    # From the first piece, so that it has a batch of its own where vmap gives one to qp alone.
+    y = first.new_empty(x.shape)
+    each = chain([first], (op(piece, scale, zero_point) for piece in pieces[1:]))
+    for to, piece in zip(torch.split(y.view(-1), _PIECE), each, strict=True):
+        to.copy_(piece)
+    return y
 
 
 def _fitted(spec: QuantSpec, x: Tensor, qp: QParams) -> QParams:

@@ -6,6 +6,7 @@ where compilations are counted, a backend that only counts runs the graph as it 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -149,6 +150,51 @@ def test_vmap_of_observe_with_a_mask() -> None:
     for i in range(3):
         one = {k: v[i] for k, v in together.items()}
         assert bits(one) == bits(fsq.observe(spec, state, x[i], mask=mask[i]))
+
+
+@pytest.mark.parametrize("size", [7, 8, 9, 64])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC),
+        fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor()),
+        fsq.QuantSpec(torch.int8, fsq.PerAxis(0)),
+    ],
+    ids=repr,
+)
+def test_large_tensors_are_quantized_in_pieces_of_the_same_bits(
+    spec: fsq.QuantSpec, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(2, size, 3, 4)
+    layouts = {
+        "contiguous": images,
+        "channels_last": images.to(memory_format=torch.channels_last),
+        "strided": torch.randn(2 * size)[::2],
+        "bfloat16": images.bfloat16(),
+    }
+
+    def codes_and_values(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        qp = fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, x.shape), x))
+        q = fsq.quantize(spec, x, qp)
+        return q, *(fsq.dequantize(spec, q, qp, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+
+    def one_scale_each(x: torch.Tensor) -> torch.Tensor:
+        """Scales have a batch, the tensor has none."""
+        stats = fsq.init(spec, x.shape)["min"].shape
+        qps = fsq.QParams(torch.rand(3, *stats) + 0.01, torch.zeros(3, *stats, dtype=torch.int32))
+        return torch.vmap(lambda s, z: fsq.quantize(spec, x, fsq.QParams(s, z)))(*qps)
+
+    for name, x in layouts.items():
+        whole = codes_and_values(x)
+        torch.manual_seed(0)
+        batch = one_scale_each(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["functional_sq.quantize"], "_PIECE", 4)
+            pieces = codes_and_values(x)
+            torch.manual_seed(0)
+            assert bits(batch) == bits(one_scale_each(x)), name
+        for a, b in zip(whole, pieces, strict=True):
+            assert (bits(a), a.stride()) == (bits(b), b.stride()), name
 
 
 def gradient(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
