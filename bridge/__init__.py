@@ -9,6 +9,7 @@ from bridge.aqt import (
     to_linear_activation_quantized,
 )
 from bridge.config import PRESETS, StaticQuantConfig
+from bridge.inductor import Chain, chains
 from bridge.observed import (
     AffineQuantizedMinMaxObserver,
     ObservedConv1d,
@@ -30,6 +31,7 @@ __all__ = [
     "AffineQuantizedMinMaxObserver",
     "AffineQuantizedTensor",
     "CalibrationError",
+    "Chain",
     "Float8Layout",
     "Float8MMConfig",
     "LayerReport",
@@ -49,6 +51,7 @@ __all__ = [
     "Report",
     "StaticQuantConfig",
     "calibrate",
+    "chains",
     "compute_error",
     "convert_",
     "insert_observers_",

@@ -44,6 +44,8 @@ class StaticQuantConfig(AOBaseConfig):
             for linear layers alone: a `torch.nn.Linear` whose weight is a tensor subclass.
         reference: dequantize and multiply floats, as AffineQuantizedTensor did; slow, and takes any
             format and granularity.
+        hand_on: whether a compiled layer may hand codes on: make those of the next layer in place of floats,
+            or take those of the one before. `chains` shows where it does.
         rules: exceptions, a dict or pairs; the first that fits a layer decides. A key is a name
             pattern (`fnmatch`: `"encoder.*.query"`, `"lm_head"`) or a module class; a value is
             another StaticQuantConfig without rules, or None: the layer stays in float.
@@ -66,6 +68,7 @@ class StaticQuantConfig(AOBaseConfig):
     weight: fsq.QuantSpec = field(default=None, kw_only=True)  # type: ignore[assignment]
     form: Literal["module", "tensor"] = field(default="module", kw_only=True)
     reference: bool = field(default=False, kw_only=True)
+    hand_on: bool = field(default=True, kw_only=True)
     rules: Rules = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -197,6 +200,7 @@ def _plain(config: StaticQuantConfig | None) -> dict[str, Any] | None:
         "weight": json.loads(spec_to_json(config.weight)),
         "form": config.form,
         "reference": config.reference,
+        "hand_on": config.hand_on,
         "rules": [[{"name": k} if isinstance(k, str) else {"class": _key(k)}, _plain(v)] for k, v in config.rules],
     }
 
@@ -297,7 +301,7 @@ def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.
                 f"the config quantizes the {what} as {spec}, but they were observed for {observer.spec}; "
                 f"call reread_(model, config) before, which reads the record so"
             )
-    quantized = kind.from_observed(observed, reference=config.reference)
+    quantized = kind.from_observed(observed, reference=config.reference, hand_on=config.hand_on)
     if config.form == "module":
         return quantized
     if not isinstance(quantized, QuantizedLinear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from types import MethodType
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functional_sq as fsq
+from bridge import inductor
 from bridge.aqt import (
     AffineQuantizedTensor,
     LinearActivationQuantizedTensor,
@@ -28,7 +30,7 @@ from bridge.observed import (
     check_static,
     settings_of,
 )
-from functional_sq import onednn
+from functional_sq import chains, onednn
 from functional_sq.formats import Float8
 
 __all__ = ["Quantized", "QuantizedConv1d", "QuantizedConv2d", "QuantizedLinear"]
@@ -47,6 +49,8 @@ class Quantized(Buffers):
             After writing to a buffer by hand, load the `state_dict` anew.
         reference: dequantize and multiply floats instead. May be changed at any time where the codes
             can be multiplied.
+        hand_on: compiled, whether the layer may take part in a chain: make the codes of the next layer
+            in place of floats, or take those of the layer before. May be changed at any time.
         observed: the observed type that it is made from.
         settings: the names of what the float layer's constructor takes, other than bias, device and
             dtype; attributes here too.
@@ -62,6 +66,8 @@ class Quantized(Buffers):
     product_offset: Tensor | None
     observed: ClassVar[type[Observed]]
     settings: ClassVar[tuple[str, ...]]
+    _settings = ""
+    """What `chains.layer` takes as the geometry."""
 
     def __init__(
         self,
@@ -71,16 +77,20 @@ class Quantized(Buffers):
         *,
         bias: bool,
         reference: bool,
+        hand_on: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        inductor.install()
         check_static(act, shape)
         if not reference:
             fsq.check_product(act, weight, shape)
         self.act_spec = act
         self.weight_spec = weight
         self.reference = reference
+        self.hand_on = hand_on
+        self._described = chains.describe(act)
         self.dtype = dtype or torch.get_default_dtype()
         empty = torch.zeros(shape, dtype=weight.format.storage, device=device)
         self._set(
@@ -105,6 +115,8 @@ class Quantized(Buffers):
         values = fsq.epilogue(self.act_spec, self.act_qparams, self.folded) if multiplied else fsq.Epilogue(None, None)
         for name, value in values._asdict().items():
             self.register_buffer(f"product_{name}", None if value is None else value.contiguous(), persistent=False)
+        known = multiplied and not self.act_scale.is_meta
+        self._values = f"{self.act_scale.item().hex()} {self.act_zero_point.item()}" if known else ""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         super()._apply(fn, recurse)
@@ -122,12 +134,13 @@ class Quantized(Buffers):
             >>> from bridge import QuantizedLinear
             >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
             >>> QuantizedLinear(8, 4, spec, spec).arguments()
-            {'in_features': 8, 'out_features': 4, 'bias': True, 'reference': False}
+            {'in_features': 8, 'out_features': 4, 'bias': True, 'reference': False, 'hand_on': True}
         """
         return {
             **settings_of(self, self.settings),
             "bias": self.bias is not None,
             "reference": self.reference,
+            "hand_on": self.hand_on,
         }
 
     @classmethod
@@ -140,6 +153,7 @@ class Quantized(Buffers):
         weight: fsq.QuantSpec,
         *,
         reference: bool = False,
+        hand_on: bool = True,
     ) -> Quantized:
         """Quantize the weight of the float layer `module`; its range is taken from the weight as it is now.
 
@@ -154,6 +168,7 @@ class Quantized(Buffers):
             weight=weight,
             bias=False,
             reference=reference,
+            hand_on=hand_on,
             device="meta",
             dtype=w.dtype,
         )
@@ -169,14 +184,19 @@ class Quantized(Buffers):
 
     @classmethod
     def from_observed(
-        cls, observed: Observed, target_dtype: torch.dtype | None = None, *, reference: bool = False
+        cls,
+        observed: Observed,
+        target_dtype: torch.dtype | None = None,
+        *,
+        reference: bool = False,
+        hand_on: bool = True,
     ) -> Quantized:
         """Convert a calibrated layer.
 
         Args:
             observed: the layer; it is left as it is.
             target_dtype: the dtype that both observers were made for; None: not compared.
-            reference: as the constructor.
+            reference, hand_on: as the constructor.
 
         Raises:
             CalibrationError: the layer saw nothing, or NaN or Inf.
@@ -191,7 +211,8 @@ class Quantized(Buffers):
                     f"use the dtype that the observers were made with"
                 )
         qparams = observed.act_obs.calculate_qparams()
-        return cls.from_float(observed, observed.act_obs.spec, qparams, observed.weight_obs.spec, reference=reference)
+        specs = observed.act_obs.spec, qparams, observed.weight_obs.spec
+        return cls.from_float(observed, *specs, reference=reference, hand_on=hand_on)
 
     @torch.inference_mode(False)
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -225,6 +246,20 @@ class Quantized(Buffers):
 
     def forward(self, input: Tensor) -> Tensor:  # the float layer's name for it: it may be given by name
         x, qp, bias = input, self.act_qparams, self.bias
+        captured = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if captured and self.hand_on and not self.reference and x.dtype is not torch.float64:
+            known = fsq.Epilogue(self.product_scale, self.product_offset)
+            return chains.layer(
+                self._described,
+                self._padded(x),
+                qp,
+                self.folded,
+                bias,
+                known,
+                geometry=self._settings,
+                values=self._values,
+                dtype=x.dtype,
+            )
         q = fsq.quantize(self.act_spec, self._padded(x), qp)
         if self.reference:
             w = fsq.dequantize(self.weight_spec, *fsq.unfold(self.weight_spec, self.folded), dtype=x.dtype)
@@ -251,7 +286,7 @@ class Quantized(Buffers):
         path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
         if not self.reference and onednn.supports(self.weight_codes, self.weight_zero_point):
             path += f", by oneDNN from {onednn.least_rows(self.weight_codes)} rows on"
-        shown = {name: value for name, value in self.arguments().items() if name != "reference"}
+        shown = {name: value for name, value in self.arguments().items() if name not in ("reference", "hand_on")}
         return (
             f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "
             f"activation={_summary(self.act_spec)}, weight={_summary(self.weight_spec)}, {path}"
@@ -273,6 +308,7 @@ class QuantizedLinear(Quantized):
         reference: dequantize and multiply floats instead, with the bits of torchao's
             AffineQuantizedTensor. Takes any format and granularity. May be changed at any time
             where the codes can be multiplied.
+        hand_on: compiled, whether the layer may take part in a chain of layers that hand codes on.
         device: device of the buffers.
         dtype: dtype of the bias and of what `qweight` stands for; the output has the input's.
 
@@ -309,11 +345,19 @@ class QuantizedLinear(Quantized):
         *,
         bias: bool = True,
         reference: bool = False,
+        hand_on: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            (out_features, in_features), act, weight, bias=bias, reference=reference, device=device, dtype=dtype
+            (out_features, in_features),
+            act,
+            weight,
+            bias=bias,
+            reference=reference,
+            hand_on=hand_on,
+            device=device,
+            dtype=dtype,
         )
         self.in_features = in_features
         self.out_features = out_features
@@ -368,6 +412,7 @@ class _QuantizedConv(Quantized):
         padding_mode: str = "zeros",
         bias: bool = True,
         reference: bool = False,
+        hand_on: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -385,7 +430,14 @@ class _QuantizedConv(Quantized):
             device="meta",
         )
         super().__init__(
-            tuple(made.weight.shape), act, weight, bias=bias, reference=reference, device=device, dtype=dtype
+            tuple(made.weight.shape),
+            act,
+            weight,
+            bias=bias,
+            reference=reference,
+            hand_on=hand_on,
+            device=device,
+            dtype=dtype,
         )
         for name, value in settings_of(made, self.settings).items():
             setattr(self, name, value)
@@ -397,6 +449,7 @@ class _QuantizedConv(Quantized):
             "dilation": made.dilation,
             "groups": groups,
         }
+        self._settings = json.dumps(self._geometry)
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, self._around, mode=self.padding_mode) if self._around else x
@@ -420,6 +473,7 @@ class QuantizedConv1d(_QuantizedConv):
         weight: quantization of the weight; one scale for the tensor or for each output channel.
         reference: dequantize and convolve floats instead; takes any format, and any granularity of the
             weight.
+        hand_on: compiled, whether the layer may take part in a chain of layers that hand codes on.
         device: device of the buffers.
         dtype: dtype of the bias; the output has the input's.
 
@@ -451,6 +505,7 @@ class QuantizedConv2d(_QuantizedConv):
         weight: quantization of the weight; one scale for the tensor or for each output channel.
         reference: dequantize and convolve floats instead; takes any format, and any granularity of the
             weight.
+        hand_on: compiled, whether the layer may take part in a chain of layers that hand codes on.
         device: device of the buffers.
         dtype: dtype of the bias; the output has the input's.
 

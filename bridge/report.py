@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import functional_sq as fsq
 from bridge import picture
 from bridge.config import StaticQuantConfig, quantized_layer
+from bridge.inductor import capture
 from bridge.observed import Observed, ObserverModule, fit_mask, public_name
 from bridge.workflow import call, mask_of, unfit, unfit_error
 from functional_sq.files import replacing
@@ -61,6 +62,8 @@ class LayerReport:
         milliseconds: time of the quantized layer, all its calls in one forward pass; median over the
             batches in which it ran.
         time_share: the same as a share, 0 to 1, of that forward pass.
+        hands_on: once compiled, the layers that get codes from this one in place of floats, after the
+            activation: `"gelu encoder.1.fc2"`; empty where it makes floats.
         recorded: the histogram of the recorded state, if it has one.
     """
 
@@ -77,6 +80,7 @@ class LayerReport:
     model_sqnr: float | None
     milliseconds: float | None
     time_share: float | None
+    hands_on: str
     recorded: picture.Recorded | None = field(default=None, repr=False, compare=False)
 
 
@@ -212,6 +216,9 @@ def report(
     When the call is over, or has raised, the model's records, parameters, buffers, modes and hooks are
     as they were. Meanwhile its layers compute other things, so no other thread may use it.
 
+    With the first batch the quantized model is captured as `torch.compile` does it, to see which layers
+    hand codes on.
+
     Times are those of this eager run, of twins without the float layers beside them; on CUDA the
     device is waited for before and after each layer, so they compare layers and are no benchmark.
 
@@ -250,6 +257,8 @@ def report(
     whole = _Whole(model, layers, output or _first_tensor, rank)
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"), _stand_in(model, layers):
         for batch in batches:
+            if not whole.seconds:
+                whole.capture(batch)
             whole.add(batch, mask_of(batch) if mask is None else mask(batch))
     if not whole.seconds:
         raise ValueError("there were no batches to report on; give at least one (an iterator is used up once)")
@@ -322,8 +331,11 @@ class _Layer:
         self.seconds: list[float] = []
         self.shares: list[float] = []
         self.alone = _Ratio()
+        self.hands_on = ""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.form == "captured":
+            return self.twin(*args, **kwargs)
         if self.form == "quantized":
             device = _device((*args, *kwargs.values()))
             _wait(device)
@@ -381,6 +393,7 @@ class _Layer:
             model_sqnr=self.alone.db if rank and self.calls else None,
             milliseconds=statistics.median(self.seconds) * 1e3 if self.seconds else None,
             time_share=statistics.median(self.shares) if self.shares else None,
+            hands_on=self.hands_on,
             recorded=picture.recorded(self.spec, state, self.qp),
         )
 
@@ -438,6 +451,16 @@ class _Whole:
         for layer in self.layers if self.rank else ():
             other = self.run(batch, forms | {layer: one}) if layer.ran else same
             self.compare(layer.alone, exact, other, keep)
+
+    def capture(self, batch: Any) -> None:
+        """Find which layers hand codes on where the quantized model is compiled."""
+        by_name = {layer.name: layer for layer in self.layers}
+        for layer in self.layers:
+            layer.form = "captured"
+        names = {layer.twin: layer.name for layer in self.layers}
+        with torch.compiler.set_stance("default"), torch.random.fork_rng(self.devices):
+            for chain in capture(lambda: call(self.model, batch), names):
+                by_name[chain.producer].hands_on = str(chain).partition(" -> ")[2]
 
     def run(self, batch: Any, forms: Mapping[_Layer, str]) -> Tensor:
         """Run one batch with each layer in the form that is asked for; return the compared output."""
@@ -571,6 +594,14 @@ def _table(found: Report) -> str:
         numbers += [layer.output_sqnr, layer.weight_sqnr, layer.input_sqnr, layer.predicted_input_sqnr]
         cells = (*map(_number, numbers), *map(_share, (layer.clipping, layer.saturated, layer.time_share)))
         lines.append(name + "".join(f"{cell:>{columns}}" for cell, (_, columns) in zip(cells, heads, strict=True)))
+    half = _WIDTH // 2 - 2
+    handing = [
+        f"{picture.short(layer.name, half)} -> {picture.short(layer.hands_on, half)}"
+        for layer in found.layers
+        if layer.hands_on
+    ]
+    if handing:
+        lines += ["", "Compiled, codes are handed on, no floats between:", *sorted(handing)]
     lines += [
         "",
         f"SQNR in dB. {_LEGEND[found.rank]}",

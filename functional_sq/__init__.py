@@ -4,7 +4,19 @@ from functional_sq.calibration import calc_qparams, check, init, merge, observe
 from functional_sq.conv import conv, conv_reference, fold_batch_norm
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
-from functional_sq.linear import Epilogue, FoldedWeight, check_product, epilogue, fold, linear, linear_reference, unfold
+from functional_sq.linear import (
+    ACTIVATIONS,
+    Epilogue,
+    FoldedWeight,
+    Requantization,
+    check_product,
+    epilogue,
+    fold,
+    linear,
+    linear_reference,
+    requantize,
+    unfold,
+)
 from functional_sq.observer import MAX, MIN, SUM, Accumulator, CalibrationError, Observer, Reduction, State
 from functional_sq.observers.entropy import Entropy
 from functional_sq.observers.fixed import Fixed
@@ -19,6 +31,7 @@ from functional_sq.quantize import dequantize, fake_quantize, quantize, saturate
 from functional_sq.spec import QuantSpec
 
 __all__ = [
+    "ACTIVATIONS",
     "FORMATS",
     "MAX",
     "MIN",
@@ -47,6 +60,7 @@ __all__ = [
     "QParams",
     "QuantSpec",
     "Reduction",
+    "Requantization",
     "SkipNonfinite",
     "SquaredError",
     "State",
@@ -68,6 +82,7 @@ __all__ = [
     "merge",
     "observe",
     "quantize",
+    "requantize",
     "saturates",
     "unfold",
 ]

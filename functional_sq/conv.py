@@ -34,11 +34,13 @@ from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.linear import (
     Epilogue,
     FoldedWeight,
+    Requantization,
     apply_epilogue,
     check_operands,
     float8_product,
     integer_product,
     operand,
+    requantize,
 )
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
 from functional_sq.qparams import QParams
@@ -64,6 +66,7 @@ def conv(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
     epilogue: Epilogue | None = None,
+    then: Requantization | None = None,
 ) -> Tensor:
     """Convolve the codes of activations with a folded weight, in one or two dimensions.
 
@@ -84,6 +87,7 @@ def conv(
         groups: the channels are cut into so many groups that do not mix.
         dtype: dtype of the result.
         epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits.
+        then: return the next layer's codes, `requantize(conv(...), then)`.
 
     Returns:
         `(B, N, *size)` in `dtype`, or without B; `channels_last` in memory where `q` is.
@@ -126,7 +130,8 @@ def conv(
     y = apply_epilogue(product, epilogue.scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
     if not _is_channels_last(x):
         y = y.contiguous()
-    return y if q.ndim == len(shape) else y[0]
+    y = y if q.ndim == len(shape) else y[0]
+    return y if then is None else requantize(y, then)
 
 
 def conv_reference(

@@ -19,7 +19,9 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -31,12 +33,14 @@ from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.onednn import INT32_TERMS
 from functional_sq.qparams import MappingType, QParams
-from functional_sq.quantize import dequantize
+from functional_sq.quantize import dequantize, quantize
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = [
+    "ACTIVATIONS",
     "Epilogue",
     "FoldedWeight",
+    "Requantization",
     "apply_epilogue",
     "check_operands",
     "check_product",
@@ -47,6 +51,7 @@ __all__ = [
     "linear",
     "linear_reference",
     "operand",
+    "requantize",
     "unfold",
 ]
 
@@ -247,6 +252,40 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
     return Epilogue(scale.expand(*scale.shape[:-1], n), offset)
 
 
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "none": lambda x: x,
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "silu": F.silu,
+        "tanh": torch.tanh,
+    }
+)
+"""What a layer can apply before it makes codes of its result."""
+
+
+class Requantization(NamedTuple):
+    """What turns the result of one layer into the codes that the next one multiplies.
+
+    Attributes:
+        spec: the next layer's quantization of its input.
+        qp: scale and zero point of it, one for the tensor.
+        activation: what is applied before, a key of `ACTIVATIONS`.
+    """
+
+    spec: QuantSpec
+    qp: QParams
+    activation: str = "none"
+
+
+def requantize(x: Tensor, then: Requantization) -> Tensor:
+    """Return `quantize(then.spec, activation(x), then.qp)`."""
+    if then.activation not in ACTIVATIONS:
+        raise ValueError(f"activation={then.activation!r}; use one of {', '.join(map(repr, ACTIVATIONS))}")
+    return quantize(then.spec, ACTIVATIONS[then.activation](x), then.qp)
+
+
 def linear(
     spec: QuantSpec,
     q: Tensor,
@@ -256,6 +295,7 @@ def linear(
     *,
     dtype: torch.dtype = torch.float32,
     epilogue: Epilogue | None = None,
+    then: Requantization | None = None,
     fast_accum: bool = False,
 ) -> Tensor:
     """Multiply the codes of activations with a folded weight.
@@ -273,15 +313,18 @@ def linear(
         epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits. The weight counts
             as one that is kept: where `functional_sq.onednn` is the faster one, it is packed at the first
             call, one byte an element more for as long as `weight.codes` live.
+        then: return the next layer's codes, `requantize(linear(...), then)`. Where oneDNN makes them, the
+            result is not rounded to `dtype` before, and a code may differ by one where a value lies on the
+            border of two.
         fast_accum: let a CUDA device add float8 products with fewer bits than float32 has; faster on
             Hopper, less exact. Other products stay as they are.
 
     Returns:
-        `(..., N)` in `dtype`.
+        `(..., N)` in `dtype`; with `then`, in the storage dtype of `then.spec`.
 
     Raises:
         TypeError: integer codes meet float8 codes.
-        ValueError: shapes do not fit, or the activations have scales along K.
+        ValueError: shapes do not fit, the activations have scales along K, or `then` is no activation's.
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), equation 7.
 
@@ -314,9 +357,13 @@ def linear(
             f"tokens; quantize and multiply with the same qp"
         )
     if epilogue is not None and scale.ndim == 1 and _on_onednn(flat, weight, scale, bias, wide):
-        known = None if bias is None else bias.to(wide)
-        y = onednn.product(*_unsigned(flat, qp.zero_point), weight.codes, scale, known)
-        return y.to(dtype).reshape(*lead, n)
+        operands = *_unsigned(flat, qp.zero_point), weight.codes, scale, None if bias is None else bias.to(wide)
+        if then is not None and onednn.requantizes(then.spec, then.qp.scale, then.activation):
+            shift = 0 if then.spec.format.storage is torch.uint8 else 128
+            made = onednn.product(*operands, then.activation, then.qp.scale, then.qp.zero_point + shift)
+            return (made if shift == 0 else (made ^ 128).view(torch.int8)).reshape(*lead, n)
+        y = onednn.product(*operands).to(dtype).reshape(*lead, n)
+        return y if then is None else requantize(y, then)
     codes = operand(spec, flat)
     if offset is None:
         product = float8_product(codes, weight.codes, fast_accum)
@@ -326,7 +373,8 @@ def linear(
             token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
             product = product - weight.zero_point.reshape(-1) * token_sum
         product = product - offset
-    return apply_epilogue(product, scale, bias, dtype).reshape(*lead, n)
+    y = apply_epilogue(product, scale, bias, dtype).reshape(*lead, n)
+    return y if then is None else requantize(y, then)
 
 
 _epilogue = epilogue  # `linear` has an argument of that name

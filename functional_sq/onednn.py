@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["is_worth", "least_rows", "product", "supports"]
+from functional_sq.spec import QuantSpec
+
+__all__ = ["is_worth", "least_rows", "product", "requantizes", "supports"]
 
 AVAILABLE = (
     hasattr(torch.ops.onednn, "qlinear_prepack")
@@ -35,6 +37,16 @@ WORTH = 1_500_000 if torch.cpu._is_amx_tile_supported() else 4_000_000
 """What N (K + 10 M) must reach. A call of oneDNN takes 40 us more; with AMX a byte of the weight takes 0.03 ns less
 and one of M N results 0.3 ns, measured on one core for K, N from 384 to 4096, compiled, GELU behind it or not. With
 VNNI alone (the same core, limited) a layer followed by GELU stays within 5 %, one that writes its result gains."""
+
+_POST_OPS = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+    "tanh": ("tanh", ""),
+}
+"""What oneDNN calls the activations of `functional_sq.linear`, and their algorithm."""
 
 _PACKED: Any = WeakTensorKeyDictionary()
 """A memo of `_pack`: weight codes to their version and what was packed, for as long as the codes live.
@@ -100,7 +112,34 @@ def is_worth(rows: int, codes: Tensor) -> bool:
     return not statically_known_true(rows < least)
 
 
-def product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
+    """Whether oneDNN applies an activation and makes codes of its result: of all 8 bits, one scale.
+
+    Args:
+        spec: the codes' quantization.
+        scale: its scale.
+        activation: a key of `functional_sq.linear.ACTIVATIONS`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq import onednn
+        >>> onednn.requantizes(fsq.QuantSpec(torch.int8, fsq.PerTensor(), quant_min=-127), torch.ones(1), "relu")
+        False
+    """
+    one = scale.numel() == 1 and scale.dtype is torch.float32
+    return one and spec.bounds in ((-128, 127), (0, 255)) and activation in _POST_OPS
+
+
+def product(
+    q: Tensor,
+    zero_point: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str = "none",
+    to_scale: Tensor | None = None,
+    to_zero_point: Tensor | None = None,
+) -> Tensor:
     """Return `(q - zero_point) @ codes.T * scale + bias`: the sum exact, rounded to float32, then as written.
 
     Args:
@@ -110,9 +149,14 @@ def product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: T
         codes: `(N, K)` int8 that `supports` takes; packed at the first call, and again once they change.
         scale: `(N,)` float32.
         bias: `(N,)` float32 or None.
+        activation: applied to the result, if `requantizes` takes it.
+        to_scale, to_zero_point: float32 and int32, one element each: the result is uint8 codes of them.
+            oneDNN adds the zero point before it rounds, and has its own polynomials for activations: beside
+            `functional_sq.quantize` a code differs by one where the value lies on the border of two, give
+            or take a few units in the last place.
 
     Returns:
-        `(M, N)` float32.
+        `(M, N)` float32, or uint8 with `to_scale`.
 
     Example:
         >>> import torch
@@ -121,26 +165,46 @@ def product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: T
         >>> onednn.product(q, torch.tensor([1], dtype=torch.int32), w, torch.tensor([1.0, 0.5]), None)
         tensor([[ 9.0000, 13.5000]])
     """
-    y: Tensor = torch.ops.functional_sq.onednn_product.default(q, zero_point, codes, scale, bias)
+    y: Tensor = torch.ops.functional_sq.onednn_product.default(
+        q, zero_point, codes, scale, bias, activation, to_scale, to_zero_point
+    )
     return y
 
 
 # An operator of its own: a compiled graph takes no packed weight, so its code must not see one. Not
 # torch.library.custom_op, whose call takes 8 us where this takes 2: the whole product of one token takes 26.
 _NAME = "functional_sq::onednn_product"
-torch.library.define(_NAME, "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias) -> Tensor")
+torch.library.define(
+    _NAME,
+    "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias, str activation, Tensor? to_scale, "
+    "Tensor? to_zero_point) -> Tensor",
+)
 
 
-def _product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _product(
+    q: Tensor,
+    zero_point: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    to_scale: Tensor | None,
+    to_zero_point: Tensor | None,
+) -> Tensor:
     packed, one, zero = _pack(codes)
+    to: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32)
+    if to_scale is not None and to_zero_point is not None:
+        to = to_scale.item(), int(to_zero_point.item()), torch.uint8
+    name, algorithm = _POST_OPS[activation]
     y: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
-        _plain(q), one, zero_point, packed, scale.contiguous(), zero, bias, 1.0, 0, torch.float32, "none", [], ""
+        _plain(q), one, zero_point, packed, scale.contiguous(), zero, bias, *to, name, [], algorithm
     )
     return y
 
 
-def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.float32)
+def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    to_scale = rest[3]
+    return q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.float32 if to_scale is None else torch.uint8)
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:

@@ -507,12 +507,18 @@ def found() -> Report:
 
 def layer(name: str, **changes: Any) -> LayerReport:
     values = dict.fromkeys((f.name for f in dataclasses.fields(LayerReport)), 12.25)
-    return LayerReport(**{**values, "name": name, "calls": 1, "values": 8, "recorded": None, **changes})
+    return LayerReport(**{**values, "name": name, "calls": 1, "values": 8, "hands_on": "", "recorded": None, **changes})
 
 
 ODD = Report(
     (
-        layer("decoder." * 20 + "7.attention.out_proj", output_sqnr=math.nan, model_sqnr=-math.inf, clipping=1e-9),
+        layer(
+            "decoder." * 20 + "7.attention.out_proj",
+            hands_on="gelu " + "b." * 60,
+            output_sqnr=math.nan,
+            model_sqnr=-math.inf,
+            clipping=1e-9,
+        ),
         layer("a", output_sqnr=-123.4, weight_sqnr=math.inf, predicted_input_sqnr=None, clipping=0.0, saturated=1.0),
     ),
     math.inf,
@@ -575,7 +581,7 @@ def test_json_and_csv_give_back_every_number(found: Report, odd: bool) -> None:
     assert float(read["model_sqnr"]) == found.model_sqnr
     for layer, *texts in zip(found.layers, read["layers"], rows, strict=True):
         for text in texts:
-            assert text.pop("name") == layer.name
+            assert (text.pop("name"), text.pop("hands_on")) == (layer.name, layer.hands_on)
             for key, value in text.items():
                 # NaN is not equal to itself; its text is.
                 assert repr(floats(value)) == repr(floats(getattr(layer, key))), key

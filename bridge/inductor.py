@@ -1,0 +1,135 @@
+"""Layers that hand codes on: the pass where Inductor looks for it, and a look at what it finds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import functional_sq
+from functional_sq.chains import hand_on
+
+__all__ = ["Chain", "HandOn", "capture", "chains", "install"]
+
+
+class HandOn(CustomGraphPass):
+    """`functional_sq.chains.hand_on` as a pass over the graphs that Inductor compiles.
+
+    Args:
+        first: a pass that was set before; it runs first.
+    """
+
+    def __init__(self, first: Any = None) -> None:
+        self.first = first
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.first is not None:
+            self.first(graph)
+        hand_on(graph)
+
+    def uuid(self) -> Any:
+        """Name what a graph becomes, for Inductor's caches on disk; None: not cached.
+
+        Composed operators are part of it: the caches know them by their names alone.
+        """
+        if self.first is None:
+            return _sources()
+        theirs = self.first.uuid() if isinstance(self.first, CustomGraphPass) else None
+        return None if theirs is None else (theirs, _sources())
+
+
+@cache
+def _sources() -> str:
+    files = sorted(Path(functional_sq.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def install() -> None:
+    """Set the pass, after one that is set already. A list of passes, which newer versions take, gets it at its end.
+
+    Example:
+        >>> from torch._inductor import config
+        >>> from bridge import inductor
+        >>> inductor.install()
+        >>> isinstance(config.pre_grad_custom_pass, inductor.HandOn)
+        True
+    """
+    known = config.pre_grad_custom_pass
+    if isinstance(known, (list, tuple)):
+        if not any(isinstance(each, HandOn) for each in known):
+            config.pre_grad_custom_pass = [*known, HandOn()]
+    elif not isinstance(known, HandOn):
+        config.pre_grad_custom_pass = HandOn(known)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A layer that makes the codes of the next ones, where it is compiled.
+
+    Attributes:
+        producer: name of the layer.
+        activation: what it applies before; a key of `functional_sq.linear.ACTIVATIONS`.
+        consumers: names of the layers that multiply the codes.
+    """
+
+    producer: str
+    activation: str
+    consumers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        through = "" if self.activation == "none" else f" {self.activation}"
+        return f"{self.producer} ->{through} {', '.join(self.consumers)}"
+
+
+def chains(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Chain, ...]:
+    """Say which layers of a converted model hand codes on once it is compiled.
+
+    The model is captured as `torch.compile` captures it for these arguments, and runs eagerly.
+
+    Args:
+        model: a model with quantized layers, in evaluation mode.
+        args, kwargs: what it is called with.
+
+    Returns:
+        a Chain for each layer that hands on, in the order in which they run.
+
+    Example:
+        >>> import torch, bridge
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8)).eval()
+        >>> _ = bridge.prepare_(model, bridge.StaticQuantConfig(torch.int8))
+        >>> _ = bridge.calibrate(model, torch.randn(3, 16, 8))
+        >>> _ = bridge.convert_(model)
+        >>> print(*bridge.chains(model, torch.randn(16, 8)))
+        0 -> gelu 2
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return capture(lambda: model(*args, **kwargs), names)
+
+
+def capture(run: Callable[[], object], names: Mapping[nn.Module, str]) -> tuple[Chain, ...]:
+    """Return which layers hand codes on in what `run()` computes, compiled; `names` are those of the layers."""
+    # Dynamo notes the identity of the modules that a node is from.
+    known = {str(id(module)): name for module, name in names.items()}
+    found: list[Chain] = []
+
+    def name(node: fx.Node) -> str:
+        return known[next(reversed(node.meta["nn_module_stack"])).partition("@")[0]]
+
+    def backend(graph: fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        changed = fx.Graph()
+        changed.output(changed.graph_copy(graph.graph, {}))
+        for link in hand_on(changed):
+            found.append(Chain(name(link.producer), link.activation, tuple(map(name, link.consumers))))
+        return graph.forward
+
+    with torch.inference_mode():
+        torch.compile(run, backend=backend)()
+    return tuple(found)

@@ -1,0 +1,278 @@
+"""Chains of layers: codes are handed from layer to layer, and the floats between them are never written.
+
+Between two layers with static ranges there is an activation, or nothing, and the second one's quantization
+is known before any input: `requantize` is one more step on each result of the first layer. `hand_on` finds
+such layers in a graph and gives them that step; it also lets layers that quantize one input alike share
+its codes.
+
+In the graph that `torch.compile` captures, a layer is two operators: `functional_sq::quantize` and
+`functional_sq::product`. They are composed of other operators, so a compiler that knows nothing of them sees
+what `quantize`, `linear` and `conv` are made of, and fuses it as ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import operator
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from functional_sq.conv import conv
+from functional_sq.formats import Integer
+from functional_sq.linear import Epilogue, FoldedWeight, Requantization, linear
+from functional_sq.observers.min_max import MinMax
+from functional_sq.qparams import MappingType, QParams
+from functional_sq.quantize import quantize
+from functional_sq.serialize import spec_from_json, spec_to_json
+from functional_sq.spec import QuantSpec
+
+__all__ = ["Link", "describe", "hand_on", "layer"]
+
+
+@cache
+def describe(spec: QuantSpec) -> str:
+    """Return what `layer` takes for a spec: JSON of what quantizes, without the observer.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq import chains
+        >>> int8 = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Histogram())
+        >>> chains.describe(int8) == chains.describe(fsq.QuantSpec(torch.int8, fsq.PerTensor()))
+        True
+    """
+    return spec_to_json(dataclasses.replace(spec, observer=MinMax()))
+
+
+_spec = cache(spec_from_json)
+
+
+def layer(
+    spec: str,
+    x: Tensor,
+    qp: QParams,
+    weight: FoldedWeight,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+    *,
+    geometry: str = "",
+    values: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return `linear` or `conv` of `quantize(x)`; in a captured graph, as the operators that `hand_on` reads.
+
+    Args:
+        spec: `describe` of the activations' quantization; one scale.
+        x: real values `(..., K)`, or those that `conv` takes the codes of.
+        qp: scale and zero point of the activations.
+        weight: the folded weight.
+        bias: `(N,)` or None.
+        epilogue: `epilogue(spec, qp, weight)`.
+        geometry: JSON of the settings that `conv` takes; "" for `linear`.
+        values: the same text only for layers whose `qp` hold the same values, which may share the codes of
+            one `x`; "" where that is not known.
+        dtype: dtype of the result.
+
+    Returns:
+        what `linear` or `conv` returns.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq import chains
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+        >>> weight = fsq.fold(spec, torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), one)
+        >>> known = fsq.epilogue(spec, one, weight)
+        >>> chains.layer(chains.describe(spec), torch.tensor([[10.2, 0.9]]), one, weight, None, known)
+        tensor([[12., 34.]])
+    """
+    q = torch.ops.functional_sq.quantize.default(x, *qp, spec, values)
+    y: Tensor = torch.ops.functional_sq.product.default(
+        q, *qp, spec, *weight, bias, *epilogue, geometry, dtype, "none", None, None, ""
+    )
+    return y
+
+
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: str, values: str) -> Tensor:
+    return quantize(_spec(spec), x, QParams(scale, zero_point))
+
+
+def _product(*given: Any) -> Tensor:
+    q, scale, zero_point, spec, *weight, bias, s, offset, geometry, dtype, activation, to_s, to_z, to_spec = given
+    arguments = _spec(spec), q, QParams(scale, zero_point), FoldedWeight(*weight), bias
+    then = Requantization(_spec(to_spec), QParams(to_s, to_z), activation) if to_spec else None
+    known = Epilogue(s, offset)
+    if geometry:
+        return conv(*arguments, **json.loads(geometry), dtype=dtype, epilogue=known, then=then)
+    return linear(*arguments, dtype=dtype, epilogue=known, then=then)
+
+
+_SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "quantize": ("(Tensor x, Tensor scale, Tensor zero_point, str spec, str values) -> Tensor", _quantize),
+    "product": (
+        "(Tensor q, Tensor scale, Tensor zero_point, str spec, Tensor codes, Tensor weight_scale, "
+        "Tensor? weight_zero_point, Tensor? weight_sum, Tensor? bias, Tensor product_scale, Tensor? product_offset, "
+        "str geometry, ScalarType dtype, str activation, Tensor? to_scale, Tensor? to_zero_point, str to_spec) "
+        "-> Tensor",
+        _product,
+    ),
+}
+for _name, (_schema, _function) in _SCHEMAS.items():
+    torch.library.define(f"functional_sq::{_name}", _schema)
+    torch.library.impl(f"functional_sq::{_name}", "CompositeImplicitAutograd", _function)
+
+_QUANTIZE = torch.ops.functional_sq.quantize.default
+_PRODUCT = torch.ops.functional_sq.product.default
+
+
+class Link(NamedTuple):
+    """A layer that hands codes on.
+
+    Attributes:
+        producer: the node of the layer that makes them, a `functional_sq::product`.
+        activation: what it applies before, a key of `functional_sq.linear.ACTIVATIONS`.
+        consumers: the nodes of the layers that multiply them.
+    """
+
+    producer: fx.Node
+    activation: str
+    consumers: tuple[fx.Node, ...]
+
+
+def hand_on(graph: fx.Graph) -> list[Link]:
+    """Let the layers of a captured graph hand codes on, and share those of one input. Changes the graph.
+
+    A layer hands on where all that is done with its result is one of `ACTIVATIONS` or none, dropouts in
+    evaluation, and the quantization of the next layers. What differs from the graph as it was is said at
+    `then` of `linear`.
+
+    Args:
+        graph: as Dynamo captures it: functions of torch, in-place ones too, and the operators of `layer`.
+
+    Returns:
+        the layers that hand on, in the order in which they run.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import chains
+        >>> chains.hand_on(torch.fx.symbolic_trace(torch.nn.ReLU()).graph)
+        []
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    writes = [i for node, i in order.items() if _writes(node)]
+
+    def written(after: fx.Node, before: fx.Node, but: tuple[fx.Node, ...] = ()) -> bool:
+        """Whether anything between two nodes writes to a tensor, so that the order matters."""
+        between = set(writes) - {order[node] for node in but}
+        return any(order[after] < i < order[before] for i in between)
+
+    seen: dict[tuple[Any, ...], fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
+        x, _, _, spec, values = node.args
+        first = seen.setdefault((x, spec, values), node)
+        if first is not node and values and not written(first, node):
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+        else:
+            seen[x, spec, values] = node
+
+    links = []
+    for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
+        found = _source(node)
+        if found is None:
+            continue
+        producer, activation, passed = found
+        if written(producer, node, passed):
+            continue
+        links.append(Link(producer, activation, tuple(node.users)))
+        to_scale, to_zero_point, to_spec = _unsigned(graph, node)
+        producer.args = (*producer.args[:-4], activation, to_scale, to_zero_point, to_spec)
+        # After its new arguments, which are known before it: a buffer, or computed from one.
+        node.append(producer)
+        node.replace_all_uses_with(producer)
+        for done in (node, *passed):
+            graph.erase_node(done)
+    return sorted(links, key=lambda link: order[link.producer])
+
+
+_ACTIVATION_OF: dict[Any, str] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((F.silu,), "silu"),
+    **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), "tanh"),
+}
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+
+
+def _source(node: fx.Node) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
+    """Return the layer whose result alone a node quantizes, its activation, and the nodes between."""
+    activation = "none"
+    passed: list[fx.Node] = []
+    x = node.args[0]
+    while isinstance(x, fx.Node) and len(x.users) == 1:
+        if x.target is _PRODUCT:
+            return x, activation, tuple(passed)
+        name = _activation(x)
+        if name is None or "none" not in (name, activation):
+            return None
+        activation = activation if name == "none" else name
+        passed.append(x)
+        x = x.args[0]
+    return None
+
+
+def _activation(node: fx.Node) -> str | None:
+    """Return which of `ACTIVATIONS` a node computes of its first argument; None: another function."""
+    if node.target is F.gelu:
+        return "gelu_tanh" if _argument(node, "approximate", 1) == "tanh" else "gelu"
+    if node.target in _DROPOUTS:
+        return None if _argument(node, "training", 2) is not False else "none"
+    return _ACTIVATION_OF.get(node.target)
+
+
+def _argument(node: fx.Node, name: str, position: int) -> object:
+    return node.kwargs.get(name, node.args[position] if len(node.args) > position else None)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node may write to a tensor that was there before; also where that cannot be told."""
+    target = node.target
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if getattr(target, "__module__", None) == "torch.nn.functional":
+        given = inspect.signature(target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+        return bool(given.get("inplace")) or name.endswith("_")
+    in_place = name.startswith("i") and hasattr(operator, name[1:]) and hasattr(operator, name)
+    return "out" in node.kwargs or in_place or name in ("setitem", "delitem") or name.removesuffix("__").endswith("_")
+
+
+def _unsigned(graph: fx.Graph, node: fx.Node) -> tuple[Any, Any, Any]:
+    """Return scale, zero point and spec of the codes that a `functional_sq::quantize` makes: uint8, if it can be.
+
+    Codes of int8 plus 128, and their zero point, are the same differences; they are what oneDNN makes and
+    multiplies, and flipping their top bit twice between two layers would cost two passes.
+    """
+    _, scale, zero_point, text, _ = node.args
+    assert isinstance(text, str)
+    spec = _spec(text)
+    multiplied = all(user.target is _PRODUCT and user.args[0] is node for user in node.users)
+    if not multiplied or not isinstance(spec.format, Integer) or spec.format.storage is not torch.int8:
+        return scale, zero_point, text
+    low, high = (int(code) + 128 for code in spec.bounds)
+    shifted = QuantSpec(torch.uint8, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
+    with graph.inserting_before(node):
+        zero_point = graph.call_function(torch.add, (zero_point, 128))
+    text = describe(shifted)
+    for user in tuple(node.users):
+        user.args = (user.args[0], user.args[1], zero_point, text, *user.args[4:])
+    return scale, zero_point, text

@@ -1,0 +1,401 @@
+"""Layers that hand codes on: what they compute against float64, and where a graph lets them.
+
+A code is `round(v)` with `v = activation(y) / scale + zero_point`. Both paths compute `v` in float32: the
+product, scale, bias, activation, reciprocal, product and sum are eight roundings of numbers that are at most
+`M = max(|y| / scale, |v|) + 255`, and an activation is within 4 units in the last place; so `v` is off by at
+most `16 * 2**-24 * M`, and a code by 1/2 more. `slack` is that bound.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
+
+import bridge
+import functional_sq as fsq
+from bridge import StaticQuantConfig, inductor
+from functional_sq import chains, onednn
+
+needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="this CPU multiplies int8 in 16 bits, or not by oneDNN")
+
+erf = np.vectorize(math.erf)
+EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "none": lambda y: y,
+    "relu": lambda y: np.maximum(y, 0),
+    "gelu": lambda y: y * 0.5 * (1 + erf(y / math.sqrt(2))),
+    "gelu_tanh": lambda y: 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
+    "silu": lambda y: y / (1 + np.exp(-y)),
+    "tanh": np.tanh,
+}
+
+
+def slack(y: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+    return 0.5 + 16 * 2.0**-24 * (np.maximum(np.abs(y) / scale, np.abs(v)) + 255)
+
+
+# --- the arithmetic --------------------------------------------------------------------------------
+
+
+def test_every_activation_has_a_reference_here() -> None:
+    assert EXACT.keys() == fsq.ACTIVATIONS.keys()
+
+
+@pytest.mark.parametrize("activation", EXACT)
+@pytest.mark.parametrize("to", [torch.uint8, torch.int8, torch.int4, torch.uint4], ids=str)
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_codes_are_those_of_float64_within_the_rounding(
+    activation: str, to: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_onednn and not onednn.AVAILABLE:
+        pytest.skip("this CPU multiplies int8 in 16 bits, or not by oneDNN")
+    monkeypatch.setattr(onednn, "WORTH", 0 if by_onednn else 10**18)
+    rows, k, n = 33, 40, 65
+    rng = np.random.default_rng(0)
+    act = fsq.QuantSpec(torch.int8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+    qp = fsq.QParams(torch.tensor([0.03]), torch.tensor([-7], dtype=torch.int32))
+    q = torch.from_numpy(rng.integers(-128, 128, (2, rows, k)).astype(np.int8))
+    weight_spec = fsq.QuantSpec(torch.int8, fsq.PerAxis(0))
+    w = torch.from_numpy(rng.integers(-127, 128, (n, k)).astype(np.int8))
+    scale = torch.from_numpy(rng.uniform(1e-3, 5e-3, (n, 1)).astype(np.float32))
+    weight = fsq.fold(weight_spec, w, fsq.QParams(scale, torch.zeros(n, 1, dtype=torch.int32)))
+    bias = torch.from_numpy(rng.normal(size=n).astype(np.float32))
+    then = fsq.Requantization(
+        fsq.QuantSpec(to, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC),
+        fsq.QParams(torch.tensor([0.017]), torch.tensor([3], dtype=torch.int32)),
+        activation,
+    )
+    got = fsq.linear(act, q, qp, weight, bias, epilogue=fsq.epilogue(act, qp, weight), then=then)
+
+    low, high = then.spec.bounds
+    exact = (q.numpy().astype(np.int64) + 7) @ w.numpy().astype(np.int64).T
+    y = exact * (float(qp.scale) * scale.double().numpy().reshape(-1)) + bias.double().numpy()
+    v = EXACT[activation](y) / float(then.qp.scale) + 3
+    assert (got.dtype, tuple(got.shape)) == (then.spec.format.storage, (2, rows, n))
+    inside = np.clip(v, low, high)
+    assert (np.abs(got.numpy().astype(np.float64) - inside) <= slack(y, v, float(then.qp.scale))).all()
+    assert {low, high} <= set(got.unique().tolist()) or activation != "none"
+    # Where oneDNN does not make the codes, they are in bits those of the three steps.
+    if not by_onednn or then.spec.bounds not in ((-128, 127), (0, 255)):
+        assert torch.equal(got, fsq.requantize(fsq.linear(act, q, qp, weight, bias), then))
+
+
+def test_an_activation_that_is_none_is_refused() -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+    one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    weight = fsq.fold(spec, torch.ones(2, 2, dtype=torch.int8), one)
+    then = fsq.Requantization(spec, one, "swish")
+    with pytest.raises(ValueError, match=r"activation='swish'; use one of 'none', 'relu', 'gelu'"):
+        fsq.linear(spec, torch.ones(1, 2, dtype=torch.int8), one, weight, then=then)
+
+
+# --- where a graph has chains ----------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Three layers, and what a test puts between them."""
+
+    def __init__(self, between: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.between(self, x)
+
+
+def converted(
+    between: Callable[[Net, Tensor], Tensor], config: StaticQuantConfig | None = None, seed: int = 0
+) -> tuple[Net, Tensor]:
+    torch.manual_seed(seed)
+    model, x = Net(between).eval(), torch.randn(6, 16) * (seed + 1)
+    bridge.prepare_(model, config or StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [x.clone()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that the test does not use
+        bridge.convert_(model, on_unfit="float")
+    return model, x
+
+
+def found(between: Callable[[Net, Tensor], Tensor]) -> list[str]:
+    model, x = converted(between)
+    return [str(chain) for chain in bridge.chains(model, x)]
+
+
+def inplace(x: Tensor, y: Tensor) -> Tensor:
+    x += y
+    return x
+
+
+HANDS_ON: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
+    "nothing": ("a -> b", lambda m, x: m.b(m.a(x))),
+    "F.relu": ("a -> relu b", lambda m, x: m.b(F.relu(m.a(x)))),
+    "in place": ("a -> relu b", lambda m, x: m.b(F.relu(m.a(x), inplace=True))),
+    "torch.relu_": ("a -> relu b", lambda m, x: m.b(torch.relu_(m.a(x)))),
+    "method": ("a -> relu b", lambda m, x: m.b(m.a(x).relu())),
+    "method in place": ("a -> relu b", lambda m, x: m.b(m.a(x).relu_())),
+    "nn.ReLU": ("a -> relu b", lambda m, x: m.b(nn.ReLU(inplace=True)(m.a(x)))),
+    "gelu": ("a -> gelu b", lambda m, x: m.b(F.gelu(m.a(x)))),
+    "gelu tanh": ("a -> gelu_tanh b", lambda m, x: m.b(nn.GELU("tanh")(m.a(x)))),
+    "silu": ("a -> silu b", lambda m, x: m.b(nn.SiLU(inplace=True)(m.a(x)))),
+    "tanh": ("a -> tanh b", lambda m, x: m.b(nn.Tanh()(m.a(x)))),
+    "F.tanh": ("a -> tanh b", lambda m, x: m.b(F.tanh(m.a(x)))),
+    "dropout": ("a -> relu b", lambda m, x: m.b(F.dropout(F.relu(F.dropout(m.a(x), training=False)), 0.1, False))),
+    "identity": ("a -> b", lambda m, x: m.b(nn.Identity()(m.a(x)))),
+    "residual around": ("b -> gelu c", lambda m, x: x + m.c(F.gelu(m.b(m.norm(x + m.a(x)))))),
+    "writes elsewhere": ("a -> b", lambda m, x: inplace(torch.zeros(6, 16), m.b(m.a(x)))),
+}
+KEEPS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "another function": lambda m, x: m.b(torch.sigmoid(m.a(x))),
+    "a norm": lambda m, x: m.b(m.norm(m.a(x))),
+    "two activations": lambda m, x: m.b(F.gelu(F.relu(m.a(x)))),
+    "dropout that drops": lambda m, x: m.b(F.dropout(m.a(x), 0.0)),
+    "a second reader of the layer": lambda m, x: (y := m.a(x)) + m.b(F.relu(y)),
+    "a second reader of the activation": lambda m, x: (y := F.relu(m.a(x))) + m.b(y),
+    "a residual": lambda m, x: m.b(x + m.a(x)),
+    "a residual in place": lambda m, x: m.b(inplace(m.a(x), x)),
+    "a view": lambda m, x: m.b(m.a(x).view(3, 2, 16)),
+    "the last layer": lambda m, x: F.relu(m.a(x)),
+    "a write to the input between": lambda m, x: m.b((m.a(x), x.mul_(2))[0]),
+}
+
+
+@pytest.mark.parametrize("case", HANDS_ON)
+def test_a_layer_hands_on(case: str) -> None:
+    expected, between = HANDS_ON[case]
+    assert found(between) == [expected]
+
+
+@pytest.mark.parametrize("case", KEEPS)
+def test_a_layer_keeps_its_floats(case: str) -> None:
+    assert found(KEEPS[case]) == []
+
+
+def test_a_chain_of_three_and_one_to_two() -> None:
+    assert found(lambda m, x: m.c(F.relu(m.b(F.gelu(m.a(x)))))) == ["a -> gelu b", "b -> relu c"]
+    model, x = converted(lambda m, x: (y := F.relu(m.a(x))) * 0 + m.b(y) + m.c(y))
+    assert bridge.chains(model, x) == ()
+    model, x = converted(lambda m, x: m.b(y := F.relu(m.a(x))) + m.c(y))
+    assert bridge.chains(model, x) == (bridge.Chain("a", "relu", ("b", "c")),)
+
+
+# --- the compiled model ----------------------------------------------------------------------------
+
+
+def difference(model: nn.Module, *inputs: Tensor) -> float:
+    """The largest difference of compiled and eager, in steps of the last layer's product."""
+    with torch.inference_mode():
+        eager = model(*(x.clone() for x in inputs))
+        compiled = torch.compile(model, fullgraph=True)(*(x.clone() for x in inputs))
+    assert (compiled.dtype, compiled.shape, compiled.stride()) == (eager.dtype, eager.shape, eager.stride())
+    return ((compiled - eager).abs().max() / eager.abs().max()).item()
+
+
+@pytest.mark.parametrize("worth", [0, 10**18], ids=["by oneDNN", "not by oneDNN"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_compiled_computes_what_eager_computes(dtype: torch.dtype, worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One code that falls to the other side of a border moves the output by one step of 255, or of 8 for float8."""
+    monkeypatch.setattr(onednn, "WORTH", worth)
+    for between in (HANDS_ON["residual around"][1], HANDS_ON["in place"][1], KEEPS["a residual in place"]):
+        torch.compiler.reset()
+        model, x = converted(between, StaticQuantConfig(dtype))
+        assert difference(model, x) < (0.1 if dtype.is_floating_point else 0.02)
+
+
+@pytest.mark.parametrize("case", KEEPS)
+def test_what_keeps_its_floats_is_right_too(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    model, x = converted(KEEPS[case])
+    assert difference(model, x) < 0.02
+
+
+@needs_onednn
+def test_the_compiled_code_has_no_float_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    model, x = converted(HANDS_ON["gelu"][1])
+    with torch.inference_mode():
+        _, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+        assert source.count("functional_sq.onednn_product.default(") == 2
+        assert "'gelu'" in source
+        assert ".erf()" not in source
+        for layer in (model.a, model.b):
+            layer.hand_on = False
+        torch.compiler.reset()
+        _, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+        assert ".erf()" in source
+
+
+@needs_onednn
+def test_a_chain_is_compiled_once_for_any_batch_and_follows_a_loaded_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    model, x = converted(HANDS_ON["gelu"][1])
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    with torch.inference_mode():
+        for rows in (5, 2, 33):
+            x = torch.randn(rows, 16)
+            assert (compiled(x) - model(x)).abs().max() < 0.02
+        assert counter.frame_count == 1
+        other, _ = converted(HANDS_ON["gelu"][1], seed=2)
+        model.load_state_dict(other.state_dict())
+        assert (model(x) - other(x)).abs().max() == 0
+        assert (compiled(x) - other(x)).abs().max() < 0.05
+        twin = copy.deepcopy(model)
+        assert (torch.compile(twin, fullgraph=True)(x) - other(x)).abs().max() < 0.05
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.other = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, write: bool = False) -> Tensor:
+        y = self.query(x)
+        if write:
+            x.mul_(2)
+        return y * self.key(x) * self.value(x) + self.other(x.clone())
+
+
+def quantizations(model: nn.Module, *args: Any) -> int:
+    """How often the compiled model quantizes."""
+    counts = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        chains.hand_on(graph.graph)
+        counts.append(len(graph.graph.find_nodes(op="call_function", target=torch.ops.functional_sq.quantize.default)))
+        graph.recompile()
+        return graph.forward
+
+    with torch.inference_mode():
+        expected = model(*(a.clone() if isinstance(a, Tensor) else a for a in args))
+        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(*args), expected)
+    return counts[0]
+
+
+def test_layers_that_quantize_one_input_alike_share_its_codes() -> None:
+    model, x = Attention().eval(), torch.randn(5, 16)
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [x])
+    bridge.convert_(model)
+    assert quantizations(model, x) == 2  # one for three, and one of the copy
+    torch.compiler.reset()
+    assert quantizations(model, x, True) == 3  # the query's input is another one
+    # Equal values are what counts, not where they came from; others do not share.
+    torch.compiler.reset()
+    state = model.state_dict()
+    state["key.act_scale"] = state["key.act_scale"] * 2
+    model.load_state_dict(state)
+    assert quantizations(model, x) == 3
+
+
+def test_convolutions_hand_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 4, 6, 6)
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [x])
+    bridge.convert_(model)
+    assert list(map(str, bridge.chains(model, x))) == ["0 -> relu 2"]
+    assert difference(model, x) < 0.02
+    assert difference(model, x.to(memory_format=torch.channels_last)) < 0.02
+
+
+def test_a_layer_alone_and_a_model_in_half_precision() -> None:
+    layer = converted(HANDS_ON["nothing"][1])[0].a
+    assert bridge.chains(layer, torch.randn(2, 16)) == ()
+    model, x = converted(HANDS_ON["gelu"][1])
+    model.bfloat16()
+    assert difference(model, x.bfloat16()) < 0.02
+
+
+def test_an_exported_program_has_operators_of_torch_alone() -> None:
+    model, x = converted(HANDS_ON["gelu"][1])
+    exported = torch.export.export(model, (x,))
+    assert not [node for node in exported.graph.nodes if "functional_sq" in str(node.target)]
+    assert torch.equal(exported.module()(x), model(x))
+
+
+# --- the switch, and what tells --------------------------------------------------------------------
+
+
+def test_the_switch_is_in_the_config_the_layer_and_the_saved_file(tmp_path: Path) -> None:
+    config = StaticQuantConfig(torch.int8, hand_on=False)
+    assert repr(config) == "StaticQuantConfig(torch.int8, hand_on=False)"
+    assert StaticQuantConfig.from_json(config.to_json()) == config
+    model, x = converted(HANDS_ON["gelu"][1], config)
+    assert not model.a.hand_on
+    assert bridge.chains(model, x) == ()
+    bridge.save(model, tmp_path / "model")
+    again = bridge.load(tmp_path / "model", lambda: Net(HANDS_ON["gelu"][1]).eval())
+    assert not again.a.hand_on
+    again.a.hand_on = again.b.hand_on = True
+    assert list(map(str, bridge.chains(again, x))) == ["a -> gelu b"]
+    rules = StaticQuantConfig(torch.int8, rules={"a": config})
+    assert bridge.chains(*converted(HANDS_ON["gelu"][1], rules)) == ()
+
+
+def test_the_report_tells() -> None:
+    model, x = Net(lambda m, x: m.c(m.norm(m.b(F.gelu(m.a(x)))))).eval(), torch.randn(6, 16)
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [x])
+    report = bridge.report(model, [x])
+    assert {layer.name: layer.hands_on for layer in report.layers} == {"a": "gelu b", "b": "", "c": ""}
+    assert "a -> gelu b" in str(report).splitlines()
+
+
+class Theirs(CustomGraphPass):
+    def __init__(self, name: str | None) -> None:
+        self.name, self.ran = name, 0
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.ran += 1
+
+    def uuid(self) -> str | None:
+        return self.name
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_pass_that_was_there_before_runs_too(listed: bool) -> None:
+    theirs = Theirs(uuid4().hex)  # of no graph that is in a cache on disk
+    known = [theirs] if listed else theirs
+    with inductor_config.patch(pre_grad_custom_pass=known):
+        model, x = converted(HANDS_ON["gelu"][1])
+        inductor.install()
+        installed = inductor_config.pre_grad_custom_pass
+        if not listed:
+            assert (installed.first, installed.uuid()[0]) == (theirs, theirs.name)
+        else:
+            assert [type(each) for each in installed] == [Theirs, inductor.HandOn]
+        with torch.inference_mode():
+            torch.compile(model)(x)
+    assert theirs.ran
+
+
+def test_a_graph_is_cached_only_where_every_pass_has_a_name() -> None:
+    ours = inductor.HandOn().uuid()
+    assert len(ours) == 64
+    assert inductor.HandOn(Theirs("a")).uuid() == ("a", ours)
+    assert inductor.HandOn(Theirs(None)).uuid() is None
+    assert inductor.HandOn(lambda graph: None).uuid() is None
+
+
+def test_the_description_of_a_spec_is_what_quantizes() -> None:
+    spec = fsq.QuantSpec(torch.uint4, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC, quant_max=14)
+    described = fsq.serialize.spec_from_json(chains.describe(dataclasses.replace(spec, observer=fsq.Mse())))
+    assert described == spec
