@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-__all__ = ["align", "blockwise", "split"]
+__all__ = ["align", "blockwise", "is_traced", "split"]
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether what is done with `x` becomes part of a graph: eager code that suits one size is out of place.
+
+    The type tells where the compiler traces an operator of ours and torch before 2.13 does not say so.
+    """
+    return torch.compiler.is_compiling() or type(x) is not Tensor
 
 
 def align(stat_shape: Sequence[int], rank: int) -> tuple[int, ...]:

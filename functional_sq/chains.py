@@ -228,6 +228,8 @@ def _source(node: fx.Node) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
 
 def _activation(node: fx.Node) -> str | None:
     """Return which of `ACTIVATIONS` a node computes of its first argument; None: another function."""
+    if "out" in node.kwargs:
+        return None
     if node.target is F.gelu:
         return "gelu_tanh" if _argument(node, "approximate", 1) == "tanh" else "gelu"
     if node.target in _DROPOUTS:

@@ -105,7 +105,7 @@ def is_worth(rows: int, codes: Tensor) -> bool:
     a guard on the number would compile each layer's side of it.
     """
     least = least_rows(codes)
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
         return rows >= least
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 

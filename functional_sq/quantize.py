@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sq.blocks import blockwise
+from functional_sq.blocks import blockwise, is_traced
 from functional_sq.formats import REAL_DTYPES, check_real
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import QParams
@@ -187,7 +187,7 @@ class _StraightThrough(torch.autograd.Function):
 def _elementwise(op: Callable[..., Tensor], x: Tensor, qp: QParams) -> Tensor:
     """Apply `op(x, scale, zero_point)`. Eager steps over a large tensor on a CPU go piece by piece: each reads
     what the one before wrote from the cache, and takes memory that is there already."""
-    whole = torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < 2 * _PIECE
+    whole = is_traced(x) or x.device.type != "cpu" or x.numel() < 2 * _PIECE
     if whole or qp.scale.numel() != 1:
         return blockwise(op, x, *qp)
     if not x.is_contiguous():

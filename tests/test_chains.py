@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -170,6 +172,7 @@ KEEPS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "a second reader of the activation": lambda m, x: (y := F.relu(m.a(x))) + m.b(y),
     "a residual": lambda m, x: m.b(x + m.a(x)),
     "a residual in place": lambda m, x: m.b(inplace(m.a(x), x)),
+    "an activation into a tensor": lambda m, x: m.b(torch.tanh(m.a(x), out=(y := torch.empty(6, 16)))) + y,
     "a view": lambda m, x: m.b(m.a(x).view(3, 2, 16)),
     "the last layer": lambda m, x: F.relu(m.a(x)),
     "a write to the input between": lambda m, x: m.b((m.a(x), x.mul_(2))[0]),
@@ -258,6 +261,27 @@ def test_a_chain_is_compiled_once_for_any_batch_and_follows_a_loaded_state(monke
         assert (compiled(x) - other(x)).abs().max() < 0.05
         twin = copy.deepcopy(model)
         assert (torch.compile(twin, fullgraph=True)(x) - other(x)).abs().max() < 0.05
+
+
+def test_operators_traced_without_word_of_it_are_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch before 2.13 does not say that it compiles while it takes a composed operator apart."""
+    monkeypatch.setattr(torch.compiler, "_compile_session_context", nullcontext, raising=False)
+    monkeypatch.setattr(sys.modules["functional_sq.quantize"], "_PIECE", 64)
+    model, _ = converted(HANDS_ON["gelu"][1])
+    seen: list[bool] = []
+    worth = onednn.is_worth
+    monkeypatch.setattr(onednn, "is_worth", lambda *a: seen.append(torch.compiler.is_compiling()) or worth(*a))
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    with torch.inference_mode():
+        x = torch.randn(40, 16)
+        _, (source,) = run_and_get_code(compiled, x)
+        assert source.count("round()") <= 2 * 2  # vectors and a tail, of one or two layers' inputs
+        for rows in (3, 2000):
+            x = torch.randn(rows, 16)
+            assert (compiled(x) - model(x)).abs().max() < 0.02
+    assert counter.frame_count == 1
+    assert not onednn.AVAILABLE or False in seen
 
 
 class Attention(nn.Module):
