@@ -46,6 +46,7 @@ class StaticQuantConfig(AOBaseConfig):
             format and granularity.
         hand_on: whether a compiled layer may hand codes on: make those of the next layer in place of floats,
             or take those of the one before. `chains` shows where it does.
+        fast_accum: on CUDA, add float8 products with fewer bits than float32 has: faster on Hopper, less exact.
         rules: exceptions, a dict or pairs; the first that fits a layer decides. A key is a name
             pattern (`fnmatch`: `"encoder.*.query"`, `"lm_head"`) or a module class; a value is
             another StaticQuantConfig without rules, or None: the layer stays in float.
@@ -69,6 +70,7 @@ class StaticQuantConfig(AOBaseConfig):
     form: Literal["module", "tensor"] = field(default="module", kw_only=True)
     reference: bool = field(default=False, kw_only=True)
     hand_on: bool = field(default=True, kw_only=True)
+    fast_accum: bool = field(default=False, kw_only=True)
     rules: Rules = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -201,6 +203,7 @@ def _plain(config: StaticQuantConfig | None) -> dict[str, Any] | None:
         "form": config.form,
         "reference": config.reference,
         "hand_on": config.hand_on,
+        "fast_accum": config.fast_accum,
         "rules": [[{"name": k} if isinstance(k, str) else {"class": _key(k)}, _plain(v)] for k, v in config.rules],
     }
 
@@ -301,7 +304,8 @@ def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.
                 f"the config quantizes the {what} as {spec}, but they were observed for {observer.spec}; "
                 f"call reread_(model, config) before, which reads the record so"
             )
-    quantized = kind.from_observed(observed, reference=config.reference, hand_on=config.hand_on)
+    switches = {"reference": config.reference, "hand_on": config.hand_on, "fast_accum": config.fast_accum}
+    quantized = kind.from_observed(observed, **switches)
     if config.form == "module":
         return quantized
     if not isinstance(quantized, QuantizedLinear):

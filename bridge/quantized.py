@@ -35,6 +35,9 @@ from functional_sq.formats import Float8
 
 __all__ = ["Quantized", "QuantizedConv1d", "QuantizedConv2d", "QuantizedLinear"]
 
+_SWITCHES = ("reference", "hand_on", "fast_accum")
+"""What a constructor takes beside what the float layer's takes; attributes that may be changed at any time."""
+
 
 class Quantized(Buffers):
     """A layer with static ranges that multiplies codes: integers, or float8.
@@ -51,6 +54,7 @@ class Quantized(Buffers):
             can be multiplied.
         hand_on: compiled, whether the layer may take part in a chain: make the codes of the next layer
             in place of floats, or take those of the layer before. May be changed at any time.
+        fast_accum: on CUDA, add float8 products with fewer bits than float32 has. May be changed at any time.
         observed: the observed type that it is made from.
         settings: the names of what the float layer's constructor takes, other than bias, device and
             dtype; attributes here too.
@@ -78,6 +82,7 @@ class Quantized(Buffers):
         bias: bool,
         reference: bool,
         hand_on: bool,
+        fast_accum: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -90,6 +95,7 @@ class Quantized(Buffers):
         self.weight_spec = weight
         self.reference = reference
         self.hand_on = hand_on
+        self.fast_accum = fast_accum
         self._described = chains.describe(act)
         self.dtype = dtype or torch.get_default_dtype()
         empty = torch.zeros(shape, dtype=weight.format.storage, device=device)
@@ -133,14 +139,14 @@ class Quantized(Buffers):
             >>> import torch, functional_sq as fsq
             >>> from bridge import QuantizedLinear
             >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
-            >>> QuantizedLinear(8, 4, spec, spec).arguments()
-            {'in_features': 8, 'out_features': 4, 'bias': True, 'reference': False, 'hand_on': True}
+            >>> print(*QuantizedLinear(8, 4, spec, spec).arguments().items())
+            ('in_features', 8) ('out_features', 4) ('bias', True) ('reference', False) ('hand_on', True) \
+('fast_accum', False)
         """
         return {
             **settings_of(self, self.settings),
             "bias": self.bias is not None,
-            "reference": self.reference,
-            "hand_on": self.hand_on,
+            **settings_of(self, _SWITCHES),
         }
 
     @classmethod
@@ -151,11 +157,15 @@ class Quantized(Buffers):
         act: fsq.QuantSpec,
         act_qparams: fsq.QParams,
         weight: fsq.QuantSpec,
-        *,
-        reference: bool = False,
-        hand_on: bool = True,
+        **switches: bool,
     ) -> Quantized:
         """Quantize the weight of the float layer `module`; its range is taken from the weight as it is now.
+
+        Args:
+            module: the layer; it is left as it is.
+            act, weight: the two quantizations.
+            act_qparams: scale and zero point of the input.
+            switches: `reference`, `hand_on` and `fast_accum`, as the constructor.
 
         Raises:
             CalibrationError: the weight has NaN or Inf.
@@ -167,8 +177,7 @@ class Quantized(Buffers):
             act=act,
             weight=weight,
             bias=False,
-            reference=reference,
-            hand_on=hand_on,
+            **switches,
             device="meta",
             dtype=w.dtype,
         )
@@ -183,20 +192,13 @@ class Quantized(Buffers):
         return quantized.train(module.training)
 
     @classmethod
-    def from_observed(
-        cls,
-        observed: Observed,
-        target_dtype: torch.dtype | None = None,
-        *,
-        reference: bool = False,
-        hand_on: bool = True,
-    ) -> Quantized:
+    def from_observed(cls, observed: Observed, target_dtype: torch.dtype | None = None, **switches: bool) -> Quantized:
         """Convert a calibrated layer.
 
         Args:
             observed: the layer; it is left as it is.
             target_dtype: the dtype that both observers were made for; None: not compared.
-            reference, hand_on: as the constructor.
+            switches: as `from_float`.
 
         Raises:
             CalibrationError: the layer saw nothing, or NaN or Inf.
@@ -212,7 +214,7 @@ class Quantized(Buffers):
                 )
         qparams = observed.act_obs.calculate_qparams()
         specs = observed.act_obs.spec, qparams, observed.weight_obs.spec
-        return cls.from_float(observed, *specs, reference=reference, hand_on=hand_on)
+        return cls.from_float(observed, *specs, **switches)
 
     @torch.inference_mode(False)
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -259,6 +261,7 @@ class Quantized(Buffers):
                 geometry=self._settings,
                 values=self._values,
                 dtype=x.dtype,
+                fast_accum=self.fast_accum,
             )
         q = fsq.quantize(self.act_spec, self._padded(x), qp)
         if self.reference:
@@ -286,7 +289,7 @@ class Quantized(Buffers):
         path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
         if not self.reference and onednn.supports(self.weight_codes, self.weight_zero_point):
             path += f", by oneDNN from {onednn.least_rows(self.weight_codes)} rows on"
-        shown = {name: value for name, value in self.arguments().items() if name not in ("reference", "hand_on")}
+        shown = {name: value for name, value in self.arguments().items() if name not in _SWITCHES}
         return (
             f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "
             f"activation={_summary(self.act_spec)}, weight={_summary(self.weight_spec)}, {path}"
@@ -309,6 +312,7 @@ class QuantizedLinear(Quantized):
             AffineQuantizedTensor. Takes any format and granularity. May be changed at any time
             where the codes can be multiplied.
         hand_on: compiled, whether the layer may take part in a chain of layers that hand codes on.
+        fast_accum: on CUDA, add float8 products with fewer bits than float32 has: faster on Hopper, less exact.
         device: device of the buffers.
         dtype: dtype of the bias and of what `qweight` stands for; the output has the input's.
 
@@ -346,6 +350,7 @@ class QuantizedLinear(Quantized):
         bias: bool = True,
         reference: bool = False,
         hand_on: bool = True,
+        fast_accum: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -356,6 +361,7 @@ class QuantizedLinear(Quantized):
             bias=bias,
             reference=reference,
             hand_on=hand_on,
+            fast_accum=fast_accum,
             device=device,
             dtype=dtype,
         )
@@ -386,7 +392,8 @@ class QuantizedLinear(Quantized):
     def _product(
         self, q: Tensor, qp: fsq.QParams, bias: Tensor | None, dtype: torch.dtype, known: fsq.Epilogue | None
     ) -> Tensor:
-        return fsq.linear(self.act_spec, q, qp, self.folded, bias, dtype=dtype, epilogue=known)
+        settings = {"dtype": dtype, "epilogue": known, "fast_accum": self.fast_accum}
+        return fsq.linear(self.act_spec, q, qp, self.folded, bias, **settings)
 
     def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
         return fsq.linear_reference(self.act_spec, q, qp, weight, bias)
@@ -413,6 +420,7 @@ class _QuantizedConv(Quantized):
         bias: bool = True,
         reference: bool = False,
         hand_on: bool = True,
+        fast_accum: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -436,6 +444,7 @@ class _QuantizedConv(Quantized):
             bias=bias,
             reference=reference,
             hand_on=hand_on,
+            fast_accum=fast_accum,
             device=device,
             dtype=dtype,
         )
@@ -457,7 +466,8 @@ class _QuantizedConv(Quantized):
     def _product(
         self, q: Tensor, qp: fsq.QParams, bias: Tensor | None, dtype: torch.dtype, known: fsq.Epilogue | None
     ) -> Tensor:
-        return fsq.conv(self.act_spec, q, qp, self.folded, bias, **self._geometry, dtype=dtype, epilogue=known)
+        settings = {**self._geometry, "dtype": dtype, "epilogue": known, "fast_accum": self.fast_accum}
+        return fsq.conv(self.act_spec, q, qp, self.folded, bias, **settings)
 
     def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
         return fsq.conv_reference(self.act_spec, q, qp, weight, bias, **self._geometry)
@@ -474,6 +484,7 @@ class QuantizedConv1d(_QuantizedConv):
         reference: dequantize and convolve floats instead; takes any format, and any granularity of the
             weight.
         hand_on: compiled, whether the layer may take part in a chain of layers that hand codes on.
+        fast_accum: on CUDA, add float8 products with fewer bits than float32 has: faster on Hopper, less exact.
         device: device of the buffers.
         dtype: dtype of the bias; the output has the input's.
 
@@ -506,6 +517,7 @@ class QuantizedConv2d(_QuantizedConv):
         reference: dequantize and convolve floats instead; takes any format, and any granularity of the
             weight.
         hand_on: compiled, whether the layer may take part in a chain of layers that hand codes on.
+        fast_accum: on CUDA, add float8 products with fewer bits than float32 has: faster on Hopper, less exact.
         device: device of the buffers.
         dtype: dtype of the bias; the output has the input's.
 

@@ -337,7 +337,7 @@ def _misfit(layer: _Layer, module: nn.Module | None) -> list[str]:
         return [f"a {type(module).__name__}; in the file a {kind}, made of a {wanted}"]
     why = []
     for name, value in layer.arguments.items():
-        # `reference` is of the quantized layer alone, and `bias` is a tensor in the float one.
+        # The switches are of the quantized layer alone, and `bias` is a tensor in the float one.
         own = module.bias is not None if name == "bias" else getattr(module, name, value)
         if own != value:
             why.append(f"{name}={own}, in the file {value}")

@@ -17,7 +17,7 @@ import inspect
 import json
 import operator
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +64,7 @@ def layer(
     geometry: str = "",
     values: str = "",
     dtype: torch.dtype = torch.float32,
+    fast_accum: bool = False,
 ) -> Tensor:
     """Return `linear` or `conv` of `quantize(x)`; in a captured graph, as the operators that `hand_on` reads.
 
@@ -78,6 +79,7 @@ def layer(
         values: the same text only for layers whose `qp` hold the same values, which may share the codes of
             one `x`; "" where that is not known.
         dtype: dtype of the result.
+        fast_accum: as `linear`.
 
     Returns:
         what `linear` or `conv` returns.
@@ -94,7 +96,7 @@ def layer(
     """
     q = torch.ops.functional_sq.quantize.default(x, *qp, spec, values)
     y: Tensor = torch.ops.functional_sq.product.default(
-        q, *qp, spec, *weight, bias, *epilogue, geometry, dtype, "none", None, None, ""
+        q, *qp, spec, *weight, bias, *epilogue, geometry, dtype, fast_accum, "none", None, None, ""
     )
     return y
 
@@ -104,13 +106,12 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: str, values: s
 
 
 def _product(*given: Any) -> Tensor:
-    q, scale, zero_point, spec, *weight, bias, s, offset, geometry, dtype, activation, to_s, to_z, to_spec = given
+    q, scale, zero_point, spec, *weight, bias, s, offset, geometry, dtype, fast_accum = given[:-4]
+    activation, to_s, to_z, to_spec = given[-4:]
     arguments = _spec(spec), q, QParams(scale, zero_point), FoldedWeight(*weight), bias
     then = Requantization(_spec(to_spec), QParams(to_s, to_z), activation) if to_spec else None
-    known = Epilogue(s, offset)
-    if geometry:
-        return conv(*arguments, **json.loads(geometry), dtype=dtype, epilogue=known, then=then)
-    return linear(*arguments, dtype=dtype, epilogue=known, then=then)
+    multiply: Callable[..., Tensor] = partial(conv, **json.loads(geometry)) if geometry else linear
+    return multiply(*arguments, dtype=dtype, epilogue=Epilogue(s, offset), then=then, fast_accum=fast_accum)
 
 
 _SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
@@ -118,8 +119,8 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "product": (
         "(Tensor q, Tensor scale, Tensor zero_point, str spec, Tensor codes, Tensor weight_scale, "
         "Tensor? weight_zero_point, Tensor? weight_sum, Tensor? bias, Tensor product_scale, Tensor? product_offset, "
-        "str geometry, ScalarType dtype, str activation, Tensor? to_scale, Tensor? to_zero_point, str to_spec) "
-        "-> Tensor",
+        "str geometry, ScalarType dtype, bool fast_accum, "
+        "str activation, Tensor? to_scale, Tensor? to_zero_point, str to_spec) -> Tensor",
         _product,
     ),
 }

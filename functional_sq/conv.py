@@ -67,6 +67,7 @@ def conv(
     dtype: torch.dtype = torch.float32,
     epilogue: Epilogue | None = None,
     then: Requantization | None = None,
+    fast_accum: bool = False,
 ) -> Tensor:
     """Convolve the codes of activations with a folded weight, in one or two dimensions.
 
@@ -88,6 +89,7 @@ def conv(
         dtype: dtype of the result.
         epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits.
         then: return the next layer's codes, `requantize(conv(...), then)`.
+        fast_accum: as `linear`.
 
     Returns:
         `(B, N, *size)` in `dtype`, or without B; `channels_last` in memory where `q` is.
@@ -125,7 +127,7 @@ def conv(
     if groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
         product = _direct(spec, x, qp, weight, geometry, groups)
     else:
-        product = _gathered(spec, x, qp, weight, geometry, epilogue.offset)
+        product = _gathered(spec, x, qp, weight, geometry, epilogue.offset, fast_accum)
     along = (-1, *(1 for _ in shape[2:]))
     y = apply_epilogue(product, epilogue.scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
     if not _is_channels_last(x):
@@ -327,13 +329,19 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Ge
 
 
 def _gathered(
-    spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry, offset: Tensor | None
+    spec: QuantSpec,
+    q: Tensor,
+    qp: QParams,
+    weight: FoldedWeight,
+    geometry: _Geometry,
+    offset: Tensor | None,
+    fast_accum: bool,
 ) -> Tensor:
     """Return the bracket of `functional_sq.linear` over the windows, by a matrix product: `(B, N, *size)`."""
     windows = _windows(q, qp.zero_point, weight.codes.shape[2:], geometry)
     rows, codes = operand(spec, windows.flatten(0, -2)), weight.codes.movedim(1, -1).flatten(1)
     if offset is None:
-        product = float8_product(rows, codes, False)
+        product = float8_product(rows, codes, fast_accum)
     elif weight.zero_point is None:
         product = integer_product(rows, codes) - offset
     else:

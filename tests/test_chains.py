@@ -359,15 +359,15 @@ def test_an_exported_program_has_operators_of_torch_alone() -> None:
 
 
 def test_the_switch_is_in_the_config_the_layer_and_the_saved_file(tmp_path: Path) -> None:
-    config = StaticQuantConfig(torch.int8, hand_on=False)
-    assert repr(config) == "StaticQuantConfig(torch.int8, hand_on=False)"
+    config = StaticQuantConfig(torch.int8, hand_on=False, fast_accum=True)
+    assert repr(config) == "StaticQuantConfig(torch.int8, hand_on=False, fast_accum=True)"
     assert StaticQuantConfig.from_json(config.to_json()) == config
     model, x = converted(HANDS_ON["gelu"][1], config)
     assert not model.a.hand_on
     assert bridge.chains(model, x) == ()
     bridge.save(model, tmp_path / "model")
     again = bridge.load(tmp_path / "model", lambda: Net(HANDS_ON["gelu"][1]).eval())
-    assert not again.a.hand_on
+    assert (again.a.hand_on, again.a.fast_accum) == (False, True)
     again.a.hand_on = again.b.hand_on = True
     assert list(map(str, bridge.chains(again, x))) == ["a -> gelu b"]
     rules = StaticQuantConfig(torch.int8, rules={"a": config})
