@@ -76,7 +76,7 @@ class Chain:
 
     Attributes:
         producer: name of the layer.
-        activation: what it applies before; a key of `functional_sq.linear.ACTIVATIONS`.
+        activation: what it applies before; a key of `functional_sq.ACTIVATIONS`.
         consumers: names of the layers that multiply the codes.
     """
 

@@ -5,16 +5,13 @@ from functional_sq.conv import conv, conv_reference, fold_batch_norm
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
 from functional_sq.linear import (
-    ACTIVATIONS,
     Epilogue,
     FoldedWeight,
-    Requantization,
     check_product,
     epilogue,
     fold,
     linear,
     linear_reference,
-    requantize,
     unfold,
 )
 from functional_sq.observer import MAX, MIN, SUM, Accumulator, CalibrationError, Observer, Reduction, State
@@ -28,6 +25,7 @@ from functional_sq.observers.percentile import Percentile
 from functional_sq.observers.skip_nonfinite import SkipNonfinite
 from functional_sq.qparams import MappingType, QParams, from_range
 from functional_sq.quantize import dequantize, fake_quantize, quantize, saturates
+from functional_sq.requantize import ACTIVATIONS, Requantization, requantize
 from functional_sq.spec import QuantSpec
 
 __all__ = [

@@ -26,10 +26,11 @@ from torch import Tensor, fx
 
 from functional_sq.conv import conv
 from functional_sq.formats import Integer
-from functional_sq.linear import Epilogue, FoldedWeight, Requantization, linear
+from functional_sq.linear import Epilogue, FoldedWeight, linear
 from functional_sq.observers.min_max import MinMax
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import quantize
+from functional_sq.requantize import Requantization
 from functional_sq.serialize import spec_from_json, spec_to_json
 from functional_sq.spec import QuantSpec
 
@@ -137,7 +138,7 @@ class Link(NamedTuple):
 
     Attributes:
         producer: the node of the layer that makes them, a `functional_sq::product`.
-        activation: what it applies before, a key of `functional_sq.linear.ACTIVATIONS`.
+        activation: what it applies before, a key of `functional_sq.ACTIVATIONS`.
         consumers: the nodes of the layers that multiply them.
     """
 

@@ -34,17 +34,16 @@ from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.linear import (
     Epilogue,
     FoldedWeight,
-    Requantization,
     apply_epilogue,
     check_operands,
     float8_product,
     integer_product,
     operand,
-    requantize,
 )
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
+from functional_sq.requantize import Requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["conv", "conv_reference", "fold_batch_norm"]

@@ -19,9 +19,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,14 +31,13 @@ from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.onednn import INT32_TERMS
 from functional_sq.qparams import MappingType, QParams
-from functional_sq.quantize import dequantize, quantize
+from functional_sq.quantize import dequantize
+from functional_sq.requantize import Requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = [
-    "ACTIVATIONS",
     "Epilogue",
     "FoldedWeight",
-    "Requantization",
     "apply_epilogue",
     "check_operands",
     "check_product",
@@ -51,7 +48,6 @@ __all__ = [
     "linear",
     "linear_reference",
     "operand",
-    "requantize",
     "unfold",
 ]
 
@@ -250,40 +246,6 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
     if weight.zero_point is not None:
         offset = offset - weight.zero_point.reshape(-1) * (k * z_x)
     return Epilogue(scale.expand(*scale.shape[:-1], n), offset)
-
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {
-        "none": lambda x: x,
-        "relu": F.relu,
-        "gelu": F.gelu,
-        "gelu_tanh": partial(F.gelu, approximate="tanh"),
-        "silu": F.silu,
-        "tanh": torch.tanh,
-    }
-)
-"""What a layer can apply before it makes codes of its result."""
-
-
-class Requantization(NamedTuple):
-    """What turns the result of one layer into the codes that the next one multiplies.
-
-    Attributes:
-        spec: the next layer's quantization of its input.
-        qp: scale and zero point of it, one for the tensor.
-        activation: what is applied before, a key of `ACTIVATIONS`.
-    """
-
-    spec: QuantSpec
-    qp: QParams
-    activation: str = "none"
-
-
-def requantize(x: Tensor, then: Requantization) -> Tensor:
-    """Return `quantize(then.spec, activation(x), then.qp)`."""
-    if then.activation not in ACTIVATIONS:
-        raise ValueError(f"activation={then.activation!r}; use one of {', '.join(map(repr, ACTIVATIONS))}")
-    return quantize(then.spec, ACTIVATIONS[then.activation](x), then.qp)
 
 
 def linear(

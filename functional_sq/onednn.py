@@ -46,7 +46,7 @@ _POST_OPS = {
     "silu": ("swish", ""),
     "tanh": ("tanh", ""),
 }
-"""What oneDNN calls the activations of `functional_sq.linear`, and their algorithm."""
+"""What oneDNN calls `functional_sq.ACTIVATIONS`, and their algorithm."""
 
 _PACKED: Any = WeakTensorKeyDictionary()
 """A memo of `_pack`: weight codes to their version and what was packed, for as long as the codes live.
@@ -118,7 +118,7 @@ def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
     Args:
         spec: the codes' quantization.
         scale: its scale.
-        activation: a key of `functional_sq.linear.ACTIVATIONS`.
+        activation: a key of `functional_sq.ACTIVATIONS`.
 
     Example:
         >>> import torch, functional_sq as fsq

@@ -1,0 +1,70 @@
+"""From the result of one layer to the codes that the next one multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from functional_sq.qparams import QParams
+from functional_sq.quantize import quantize
+from functional_sq.spec import QuantSpec
+
+__all__ = ["ACTIVATIONS", "Requantization", "requantize"]
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "none": lambda x: x,
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "silu": F.silu,
+        "tanh": torch.tanh,
+    }
+)
+"""What a layer can apply before it makes codes of its result."""
+
+
+class Requantization(NamedTuple):
+    """What turns the result of one layer into the codes that the next one multiplies.
+
+    Attributes:
+        spec: the next layer's quantization of its input.
+        qp: scale and zero point of it, one for the tensor.
+        activation: what is applied before, a key of `ACTIVATIONS`.
+    """
+
+    spec: QuantSpec
+    qp: QParams
+    activation: str = "none"
+
+
+def requantize(x: Tensor, then: Requantization) -> Tensor:
+    """Return `quantize(then.spec, activation(x), then.qp)`.
+
+    Args:
+        x: real values, the result of a layer.
+        then: the activation, and the next layer's quantization.
+
+    Returns:
+        codes in the storage dtype of `then.spec`, shape of `x`.
+
+    Raises:
+        ValueError: `then.activation` is not one of `ACTIVATIONS`.
+        TypeError, ValueError: as `quantize`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> qp = fsq.QParams(torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32))
+        >>> then = fsq.Requantization(fsq.QuantSpec(torch.int8, fsq.PerTensor()), qp, "relu")
+        >>> fsq.requantize(torch.tensor([-1.0, 1.0]), then)
+        tensor([0, 2], dtype=torch.int8)
+    """
+    if then.activation not in ACTIVATIONS:
+        raise ValueError(f"activation={then.activation!r}; use one of {', '.join(map(repr, ACTIVATIONS))}")
+    return quantize(then.spec, ACTIVATIONS[then.activation](x), then.qp)
