@@ -477,7 +477,8 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         # oneDNN reads a pitch off the stride of an axis of size 1, which torch leaves undefined, and
         # then returns memory that nothing was written to (pytorch/pytorch#195066).
         rows, inner, columns = (2 if size == 1 else size for size in (m, k, n))
-    return torch._int_mm(_zeros_to(a, rows, inner), _zeros_to(b, columns, inner).t())[:m, :n]
+    y = torch._int_mm(_zeros_to(a, rows, inner), _zeros_to(b, columns, inner).t())
+    return y if (rows, columns) == (m, n) else y.narrow(0, 0, m).narrow(1, 0, n)
 
 
 def _zeros_to(x: Tensor, rows: int, columns: int) -> Tensor:

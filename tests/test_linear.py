@@ -35,6 +35,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import functional_sq as fsq
 from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, onednn
@@ -940,6 +941,52 @@ def test_the_reference_has_the_bits_of_linear_on_torchao_dequantized_operands(
 
 SIZES = [(1, 16, 8), (16, 32, 24), (17, 32, 24), (16, 29, 13), (17, 20, 12), (64, 33026, 10)]
 """Rows, K, N: on both sides of what cuBLASLt takes, and above what int32 holds."""
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "k", "n"), [(0, 8, 8), (1, 1, 1), (1, 64, 48), (16, 30, 7), (17, 32, 32), (40, 33026, 5)]
+)
+def test_what_is_asked_of_cuda_is_what_cublaslt_takes(
+    dtype: torch.dtype, rows: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors have a CUDA device, shapes and strides; the two products are replaced by their documented demands:
+    more than 16 rows, K and N in eights, for float8 in sixteens, the second matrix column-major."""
+    asked = []
+
+    def int_mm(a: Tensor, b: Tensor) -> Tensor:
+        assert (a.dtype, b.dtype, a.stride(1), b.stride(0)) == (torch.int8, torch.int8, 1, 1)
+        assert a.shape[0] > 16
+        assert a.shape[1] % 8 == b.shape[1] % 8 == 0 < b.shape[1]
+        asked.append("int")
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
+
+    def scaled_mm(a: Tensor, b: Tensor, one: Tensor, other: Tensor, **settings: object) -> Tensor:
+        assert (a.dtype, b.dtype, a.stride(1), b.stride(0), one.device.type) == (dtype, dtype, 1, 1, "cuda")
+        assert dtype is torch.float8_e4m3fn
+        assert a.shape[1] % 16 == b.shape[1] % 16 == 0 < a.shape[0]
+        asked.append("float8")
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=settings["out_dtype"])
+
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    asymmetric = dtype is torch.uint8
+    mapping = MappingType.ASYMMETRIC if asymmetric else MappingType.SYMMETRIC
+    act = QuantSpec(dtype, fsq.PerTensor(), mapping=mapping)
+    with FakeTensorMode():
+        empty = partial(torch.empty, device="cuda")
+        qp = QParams(empty(1), empty(1, dtype=torch.int32))
+        w_qp = QParams(empty(n, 1), empty(n, 1, dtype=torch.int32))
+        zero_point, total = (None, None) if dtype.is_floating_point else (w_qp.zero_point, empty(n, dtype=torch.int32))
+        codes = empty(n, k, dtype=dtype if dtype.is_floating_point else torch.int8)
+        weight = FoldedWeight(codes, w_qp.scale, zero_point if asymmetric else None, total)
+        known = fsq.epilogue(act, qp, weight)
+        q = fsq.quantize(act, empty(2, rows, k), qp)
+        y = fsq.linear(act, q, qp, weight, empty(n), dtype=torch.bfloat16, epilogue=known)
+    assert (y.device.type, y.dtype, y.shape) == ("cuda", torch.bfloat16, (2, rows, n))
+    fits = dtype is torch.float8_e4m3fn and rows > 0 and k % 16 == n % 16 == 0
+    assert asked == ([] if dtype.is_floating_point and not fits else ["float8"] if fits else ["int"])
 
 
 @pytest.mark.cuda
