@@ -1,9 +1,9 @@
 """The product of codes by oneDNN: packed weight, scale and bias inside, float32 written once.
 
 `torch._int_mm` writes an int32 matrix that the epilogue reads again, and takes the weight as it lies. Here
-oneDNN takes the weight packed, subtracts the zero point in int32, converts once, multiplies, adds the bias:
-the operations of `functional_sq.linear` in its order, so the same bits. On two cores with AMX, a compiled
-layer of 1000 rows or more takes 0.4 to 1.1 times as long as a pass that quantizes and a bare `torch._int_mm`
+oneDNN takes the weight packed, subtracts the zero point, converts once, multiplies, adds the bias:
+the operations of `functional_sq.linear` in its order, so the same bits: `exactly` sees to it. On two cores with AMX, a
+compiled layer of 1000 rows or more takes 0.4 to 1.1 times as long as a pass that quantizes and a bare `torch._int_mm`
 (examples/benchmarks/results); with `torch._int_mm` and an epilogue it takes 1.1 to 2.4 times as long as so.
 
 A backend of its kind is one file: `supports`, from shapes, dtypes, device and the machine, never from
@@ -13,13 +13,14 @@ values; and a product that `linear` calls where it is supported.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["is_worth", "least_rows", "product", "supports"]
+__all__ = ["exactly", "is_worth", "largest_sum", "least_rows", "product", "supports"]
 
 AVAILABLE = (
     hasattr(torch.ops.onednn, "qlinear_prepack")
@@ -132,11 +133,15 @@ torch.library.define(_NAME, "(Tensor q, Tensor zero_point, Tensor codes, Tensor 
 
 
 def _product(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    packed, one, zero = _pack(codes)
-    y: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
-        _plain(q), one, zero_point, packed, scale.contiguous(), zero, bias, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return y
+    packed, zero, largest = _pack(codes)
+
+    def multiplied(q: Tensor, z: int, scale: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+            _plain(q), 1.0, z, packed, scale, zero, bias, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y
+
+    return exactly(multiplied, q, int(zero_point), scale.contiguous(), bias, largest)
 
 
 def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,8 +161,45 @@ torch.library.register_fake(_NAME, _fake)
 torch.library.register_vmap(_NAME, _vmap)
 
 
-def _pack(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the packed weight, and the scale 1 and zero point 0 that its product takes."""
+def exactly(
+    multiply: Callable[[Tensor, int, Tensor, Tensor | None], Tensor],
+    q: Tensor,
+    z: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    largest: int,
+) -> Tensor:
+    """Return `multiply(q, z, scale, bias)`, a call of oneDNN, such that its sum is exact.
+
+    With AMX, oneDNN 3.12 rounds on the way where a zero point is subtracted from sums above 2**24. Where those of q
+    could get there, its codes are cut into two parts of 4 bits, or four of 2, which cannot; their sums are integers,
+    and are added as such. A trained layer stays below: normal weights, 4 deviations to each side, reach it at K = 5000.
+
+    Args:
+        multiply: takes codes, zero point, scale and bias.
+        q, z: uint8 codes and the zero point.
+        scale, bias: `(N,)`.
+        largest: `largest_sum` of the weight.
+    """
+    bits = 8 if z == 0 else next(b for b in (8, 4, 2) if (2**b - 1) * largest <= 2**24)
+    if bits == 8:
+        return multiply(q, z, scale, bias)
+    mask, one = 2**bits - 1, torch.ones_like(scale)
+    parts = [multiply(q >> i & mask, z >> i & mask, one, None).to(torch.int32) << i for i in range(0, 8, bits)]
+    y = torch.stack(parts).sum(0, dtype=torch.int32).to(torch.float32)
+    along = (-1, *(1,) * (y.ndim - 2))
+    y = y * scale.reshape(along)
+    return y if bias is None else y + bias.reshape(along)
+
+
+def largest_sum(codes: Tensor) -> int:
+    """Return the largest sum of a row's positive codes, or of its negative ones: what a step of all q adds at most."""
+    rows = codes.flatten(1)
+    return max(int(side.sum(1, dtype=torch.int64).max()) for side in (rows.clamp(min=0), -rows.clamp(max=0).short()))
+
+
+def _pack(codes: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return the packed weight, the zero point 0 that its product takes, and its `largest_sum`."""
     # A tensor made in inference mode counts no versions; it is packed each time.
     version = None if codes.is_inference() else codes._version
     known = _PACKED.get(codes)
@@ -166,8 +208,8 @@ def _pack(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.inference_mode(False):  # what is kept serves calls outside of it too
         made = (
             torch.ops.onednn.qlinear_prepack(_plain(codes), None),
-            torch.ones(1, dtype=torch.float32),
             torch.zeros(1, dtype=torch.int32),
+            largest_sum(codes),
         )
     if version is not None:
         _PACKED[codes] = version, made
