@@ -41,6 +41,7 @@ __all__ = [
     "check_operands",
     "check_product",
     "epilogue",
+    "fits_operator",
     "float8_product",
     "fold",
     "integer_product",
@@ -48,6 +49,7 @@ __all__ = [
     "linear_reference",
     "operand",
     "unfold",
+    "unsigned",
 ]
 
 _INT32_PRODUCTS = (2**31 - 1) // 128**2
@@ -315,7 +317,7 @@ def linear(
         )
     if epilogue is not None and scale.ndim == 1 and _on_onednn(flat, weight, scale, bias, wide):
         known = None if bias is None else bias.to(wide)
-        y = onednn.product(*_unsigned(flat, qp.zero_point), weight.codes, scale, known)
+        y = onednn.product(*unsigned(flat, qp.zero_point), weight.codes, scale, known)
         return y.to(dtype).reshape(*lead, n)
     codes = operand(spec, flat)
     if offset is None:
@@ -410,22 +412,25 @@ def operand(spec: QuantSpec, q: Tensor) -> Tensor:
     return (q ^ 128 if _shift(spec) else q).view(torch.int8)
 
 
-def _unsigned(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+def unsigned(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes of at most 8 bits as uint8, and the int32 zero point of one element that belongs to them."""
     zero_point = zero_point.reshape(1).to(torch.int32)
     return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
 
 
 def _on_onednn(q: Tensor, weight: FoldedWeight, scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
-    """Whether oneDNN multiplies a weight that is kept; an exported program has torch's own operators alone."""
-    learned = scale.requires_grad or (bias is not None and bias.requires_grad)
+    """Whether oneDNN multiplies a weight that is kept."""
     return (
         onednn.supports(weight.codes, weight.zero_point)
-        and scale.dtype is wide is torch.float32
-        and not learned
-        and not torch.compiler.is_exporting()
+        and fits_operator(scale, bias, wide)
         and onednn.is_worth(q.shape[0], weight.codes)
     )
+
+
+def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
+    """Whether an epilogue may be left to an operator of ours; an exported program has torch's own alone."""
+    learned = scale.requires_grad or (bias is not None and bias.requires_grad)
+    return scale.dtype is wide is torch.float32 and not learned and not torch.compiler.is_exporting()
 
 
 def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["exactly", "is_worth", "largest_sum", "least_rows", "product", "supports"]
+__all__ = ["exactly", "is_worth", "largest_sum", "least_rows", "product", "reaches", "supports"]
 
 AVAILABLE = (
     hasattr(torch.ops.onednn, "qlinear_prepack")
@@ -88,12 +88,16 @@ def least_rows(codes: Tensor) -> int:
 
 
 def is_worth(rows: int, codes: Tensor) -> bool:
-    """Whether a product with `rows` rows is for oneDNN.
+    """Whether a product with `rows` rows is for oneDNN."""
+    return reaches(rows, least_rows(codes))
 
-    In a compiled graph for any number of rows it is: 40 us lost on few are less than what many gain, and
-    a guard on the number would compile each layer's side of it.
+
+def reaches(rows: int, least: int) -> bool:
+    """Whether `rows` is `least` or more, or not known yet.
+
+    In a compiled graph for any number of rows it counts as more: 40 us lost on few are less than what many gain,
+    and a guard on the number would compile each layer's side of it.
     """
-    least = least_rows(codes)
     if not torch.compiler.is_compiling():
         return rows >= least
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
