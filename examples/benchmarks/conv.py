@@ -4,10 +4,10 @@
 
 Each row is one layer of ResNet-50, MobileNetV2 or Wav2Vec2 and a batch, images `channels_last`. The floor is a
 compiled pass that makes codes of the input, and oneDNN's int8 convolution alone, of codes that are there already
-and a weight that is packed already. The column uint8 has asymmetric weights, which oneDNN does not convolve. All columns of a row are timed in
-turn; a cell is the median and its ratio to the floor. Below the table oneDNN names the kernels of one call, for a
-layer without groups and a depthwise one. `OMP_NUM_THREADS=1` makes it quieter on a machine that is shared.
-`--quick` takes small layers and little time.
+and a weight that is packed already. The column uint8 has asymmetric weights, which oneDNN does not convolve.
+All columns of a row are timed in turn; a cell is the median and its ratio to the floor. Below the table oneDNN
+names the kernels of one call, for a layer without groups and a depthwise one. `OMP_NUM_THREADS=1` makes it
+quieter on a machine that is shared. `--quick` takes small layers and little time.
 """
 
 from __future__ import annotations
