@@ -9,9 +9,9 @@ which oneDNN 3.12 needs some care; each point was found by comparing with exact 
   exactly. With images that they fill, and with zeros around where 0 is the code of zero, no result was
   wrong in 60 000 random geometries, with AMX and without.
 * Sums above 2**24, see `functional_sq.onednn.exactly`.
-* The layout of a packed weight depends on the image's shape, and on whether the zero point is 0: it then holds
-  the sums of its rows. A weight in another layout is reordered in each call, which for 512 x 512 x 3 x 3
-  takes 1 ms where the convolution of 7 x 7 takes 0.26. Packing takes 10 times as long as reordering.
+* The layout of a packed weight depends on the image's shape, and on whether the zero point is 0: where it is not,
+  the weight holds the sums of its rows. One in another layout is reordered in each call, which for 512 x 512 x
+  3 x 3 takes 1 ms where the convolution of 7 x 7 takes 0.26. Packing takes 10 times as long as reordering.
 """
 
 from __future__ import annotations
@@ -275,6 +275,8 @@ def _pack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
 
 
 def _made(codes: Tensor, version: int, form: tuple[Any, ...]) -> _Packed:
+    # Which layout fits is remembered in torch without the zero point: of two layers with one form but for it, the
+    # second gets the layout of the first, and is reordered in each call.
     shape, is_zero, *settings = form
     with torch.inference_mode(False):  # what is kept serves calls outside of it too
         weight = codes.reshape(*codes.shape[:2], *_kernel(codes))
