@@ -30,7 +30,7 @@ from bridge.observed import (
     check_static,
     settings_of,
 )
-from functional_sq import chains, onednn
+from functional_sq import chains, onednn, onednn_conv
 from functional_sq.formats import Float8
 
 __all__ = ["Quantized", "QuantizedConv1d", "QuantizedConv2d", "QuantizedLinear"]
@@ -285,10 +285,14 @@ class Quantized(Buffers):
     def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply the floats that codes stand for."""
 
+    @abstractmethod
+    def _backend(self) -> str:
+        """Say what else than torch multiplies, and from what size on."""
+
     def extra_repr(self) -> str:
         path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
-        if not self.reference and onednn.supports(self.weight_codes, self.weight_zero_point):
-            path += f", by oneDNN from {onednn.least_rows(self.weight_codes)} rows on"
+        if not self.reference:
+            path += self._backend()
         shown = {name: value for name, value in self.arguments().items() if name not in _SWITCHES}
         return (
             f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "
@@ -398,6 +402,11 @@ class QuantizedLinear(Quantized):
     def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
         return fsq.linear_reference(self.act_spec, q, qp, weight, bias)
 
+    def _backend(self) -> str:
+        if not onednn.supports(self.weight_codes, self.weight_zero_point):
+            return ""
+        return f", by oneDNN from {onednn.least_rows(self.weight_codes)} rows on"
+
 
 class _QuantizedConv(Quantized):
     """What the convolutions share; `kernel_size` and the like are tuples, as in `torch.nn.Conv2d`."""
@@ -472,6 +481,12 @@ class _QuantizedConv(Quantized):
     def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
         return fsq.conv_reference(self.act_spec, q, qp, weight, bias, **self._geometry)
 
+    def _backend(self) -> str:
+        if not onednn_conv.supports(self.weight_codes, self.weight_zero_point):
+            return ""
+        least = onednn_conv.least_windows(self.weight_codes, self.stride, self.dilation, self.groups)
+        return f", by oneDNN from {least} windows on"
+
 
 class QuantizedConv1d(_QuantizedConv):
     """A convolution over one dimension with static ranges that multiplies codes.
@@ -507,7 +522,7 @@ class QuantizedConv1d(_QuantizedConv):
 class QuantizedConv2d(_QuantizedConv):
     """A convolution over two dimensions with static ranges that multiplies codes.
 
-    Fastest for one group on a `channels_last` input.
+    Fastest on a `channels_last` input.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, bias: as

@@ -13,32 +13,37 @@ is written: Winograd's algorithm and the FFT round on the way. On a CPU neither 
 spatial axes, so one or two are given more of size 1; a CUDA device computes groups in float64 and
 rounds to the integer. So groups are exact, and no faster than floats.
 
-oneDNN's own int8 convolution is not used: its weight has to be packed at each call (11 ms for 512 x 512
-x 3 x 3, where the whole float convolution of an image of 7 x 7 took 3), cannot be packed under
-`torch.compile`, and it returns float32, which holds no sum above 2**24 exactly, as an asymmetric weight
-needs.
+A symmetric int8 weight that is kept (`epilogue=`) is convolved by oneDNN where that is the faster one, groups
+always: neither windows nor floats are written, and the bits are the same. `functional_sq.onednn_conv` is
+that backend. An asymmetric weight needs each window's sum, which oneDNN does not give.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sq import onednn_conv
 from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.linear import (
     Epilogue,
     FoldedWeight,
     apply_epilogue,
     check_operands,
+    fits_operator,
     float8_product,
     integer_product,
+    made_by,
     operand,
+    unsigned,
 )
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
 from functional_sq.qparams import QParams
@@ -72,7 +77,7 @@ def conv(
 
     Integers: exact for every code, size and device, converted to float32 once, scaled, the bias
     added, rounded to `dtype`. Float8: products exact, accumulated in float32, then the same. Fastest
-    for one group on codes that lie `channels_last`.
+    on codes that lie `channels_last`.
 
     Args:
         spec: the activations' quantization; at most 8 bits, one scale.
@@ -86,8 +91,10 @@ def conv(
         dilation: steps between the elements of a window.
         groups: the channels are cut into so many groups that do not mix.
         dtype: dtype of the result.
-        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits.
-        then: return the next layer's codes, `requantize(conv(...), then)`.
+        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits. The weight counts
+            as one that is kept: where `functional_sq.onednn_conv` is the faster one, it is packed at the first
+            call, one byte an element more for as long as `weight.codes` live.
+        then: return the next layer's codes, `requantize(conv(...), then)`, as `linear` does.
         fast_accum: as `linear`.
 
     Returns:
@@ -117,18 +124,33 @@ def conv(
         )
     shape = weight.codes.shape
     geometry = _geometry(shape[2:], stride, padding, dilation)
-    _check_shapes(q.shape, shape, geometry, groups)
+    size = _check_shapes(q.shape, shape, geometry, groups)
     check_operands(spec, q, weight)
     x = q if q.ndim == len(shape) else q[None]
-    if epilogue is None:
-        epilogue = _epilogue(spec, qp, weight, dtype=torch.promote_types(dtype, torch.float32))
-    # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
-    if groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
-        product = _direct(spec, x, qp, weight, geometry, groups)
+    wide = torch.promote_types(dtype, torch.float32)
+    windows = x.shape[0] * math.prod(size)
+    if (
+        epilogue is not None
+        and onednn_conv.supports(weight.codes, weight.zero_point)
+        and fits_operator(epilogue.scale, bias, wide)
+        and onednn_conv.is_worth(windows, weight.codes, geometry.stride, geometry.dilation, groups)
+    ):
+        known = None if bias is None else bias.to(wide)
+        convolve = partial(_packed, x, qp, weight.codes, epilogue.scale, known, geometry, groups)
+        if then is not None and onednn_conv.requantizes(then.spec, then.qp.scale, then.activation):
+            y, then = made_by(convolve, then), None
+        else:
+            y = convolve().to(dtype)
     else:
-        product = _gathered(spec, x, qp, weight, geometry, epilogue.offset, fast_accum)
-    along = (-1, *(1 for _ in shape[2:]))
-    y = apply_epilogue(product, epilogue.scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
+        if epilogue is None:
+            epilogue = _epilogue(spec, qp, weight, dtype=wide)
+        # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
+        if groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
+            product = _direct(spec, x, qp, weight, geometry, groups)
+        else:
+            product = _gathered(spec, x, qp, weight, geometry, epilogue.offset, fast_accum)
+        along = (-1, *(1 for _ in shape[2:]))
+        y = apply_epilogue(product, epilogue.scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
     if not _is_channels_last(x):
         y = y.contiguous()
     y = y if q.ndim == len(shape) else y[0]
@@ -266,8 +288,8 @@ def _each(name: str, value: int | str | Sequence[int], rank: int, least: int) ->
     return values  # type: ignore[return-value]
 
 
-def _check_shapes(q: Sequence[int], weight: Sequence[int], geometry: _Geometry, groups: int) -> None:
-    """Raise ValueError where activations of shape `q` have no windows for the weight."""
+def _check_shapes(q: Sequence[int], weight: Sequence[int], geometry: _Geometry, groups: int) -> tuple[int, ...]:
+    """Return how many windows fit along each axis, or raise ValueError where the weight has none."""
     rank = len(weight) - 2
     if rank not in (1, 2):
         raise ValueError(
@@ -282,11 +304,13 @@ def _check_shapes(q: Sequence[int], weight: Sequence[int], geometry: _Geometry, 
             f"give (batch, {weight[1] * groups}, {'length' if rank == 1 else 'height, width'}), or without the batch"
         )
     padded = [n + before + after for n, (before, after) in zip(q[-rank:], geometry.padding, strict=True)]
-    if any(size < 1 for size in _sizes(padded, weight[2:], geometry)):
+    size = _sizes(padded, weight[2:], geometry)
+    if any(n < 1 for n in size):
         raise ValueError(
             f"activations of shape {tuple(q)} with padding {geometry.padding} are smaller than a window of "
             f"{tuple(weight[2:])} elements in steps of {geometry.dilation}; pad more, or use a smaller kernel"
         )
+    return size
 
 
 def _sizes(space: Sequence[int], kernel: Sequence[int], geometry: _Geometry) -> tuple[int, ...]:
@@ -325,6 +349,28 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Ge
     )
     # Of one channel, windows may be rows that overlap in memory, which no product of int8 takes.
     return windows.reshape(batch, *size, math.prod(kernel) * channels).contiguous().view(q.dtype)
+
+
+def _packed(
+    q: Tensor,
+    qp: QParams,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    geometry: _Geometry,
+    groups: int,
+    *then: Any,
+) -> Tensor:
+    """Return the convolution with a kept weight, by oneDNN: `(B, N, *size)` float32, or uint8 codes."""
+    q, zero_point = unsigned(q, qp.zero_point)
+    # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
+    q = q.movedim(1, -1).contiguous().movedim(-1, 1)
+    stride, padding, dilation = geometry
+    if len(stride) == 2:
+        settings = stride, [*chain(*padding)], dilation, groups
+        return onednn_conv.convolve(q, zero_point, codes, scale, bias, *settings, *then)
+    wide = (1, *stride), [0, 0, *padding[0]], (1, *dilation), groups
+    return onednn_conv.convolve(q.unsqueeze(2), zero_point, codes, scale, bias, *wide, *then).squeeze(2)
 
 
 def _gathered(

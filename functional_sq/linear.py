@@ -19,7 +19,8 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,13 +43,16 @@ __all__ = [
     "check_operands",
     "check_product",
     "epilogue",
+    "fits_operator",
     "float8_product",
     "fold",
     "integer_product",
     "linear",
     "linear_reference",
+    "made_by",
     "operand",
     "unfold",
+    "unsigned",
 ]
 
 _INT32_PRODUCTS = (2**31 - 1) // 128**2
@@ -319,11 +323,9 @@ def linear(
             f"tokens; quantize and multiply with the same qp"
         )
     if epilogue is not None and scale.ndim == 1 and _on_onednn(flat, weight, scale, bias, wide):
-        operands = *_unsigned(flat, qp.zero_point), weight.codes, scale, None if bias is None else bias.to(wide)
+        operands = *unsigned(flat, qp.zero_point), weight.codes, scale, None if bias is None else bias.to(wide)
         if then is not None and onednn.requantizes(then.spec, then.qp.scale, then.activation):
-            shift = 0 if then.spec.format.storage is torch.uint8 else 128
-            made = onednn.product(*operands, then.activation, then.qp.scale, then.qp.zero_point + shift)
-            return (made if shift == 0 else (made ^ 128).view(torch.int8)).reshape(*lead, n)
+            return made_by(partial(onednn.product, *operands), then).reshape(*lead, n)
         y = onednn.product(*operands).to(dtype).reshape(*lead, n)
         return y if then is None else requantize(y, then)
     codes = operand(spec, flat)
@@ -420,22 +422,32 @@ def operand(spec: QuantSpec, q: Tensor) -> Tensor:
     return (q ^ 128 if _shift(spec) else q).view(torch.int8)
 
 
-def _unsigned(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+def unsigned(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes of at most 8 bits as uint8, and the int32 zero point of one element that belongs to them."""
     zero_point = zero_point.reshape(1).to(torch.int32)
     return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
 
 
 def _on_onednn(q: Tensor, weight: FoldedWeight, scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
-    """Whether oneDNN multiplies a weight that is kept; an exported program has torch's own operators alone."""
-    learned = scale.requires_grad or (bias is not None and bias.requires_grad)
+    """Whether oneDNN multiplies a weight that is kept."""
     return (
         onednn.supports(weight.codes, weight.zero_point)
-        and scale.dtype is wide is torch.float32
-        and not learned
-        and not torch.compiler.is_exporting()
+        and fits_operator(scale, bias, wide)
         and onednn.is_worth(q.shape[0], weight.codes)
     )
+
+
+def made_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization) -> Tensor:
+    """Return codes of 8 bits that `make(activation, scale, zero_point)` makes as uint8, in the dtype of their spec."""
+    if then.spec.format.storage is torch.uint8:
+        return make(then.activation, then.qp.scale, then.qp.zero_point)
+    return (make(then.activation, then.qp.scale, then.qp.zero_point + 128) ^ 128).view(torch.int8)
+
+
+def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
+    """Whether an epilogue may be left to an operator of ours; an exported program has torch's own alone."""
+    learned = scale.requires_grad or (bias is not None and bias.requires_grad)
+    return scale.dtype is wide is torch.float32 and not learned and not torch.compiler.is_exporting()
 
 
 def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:

@@ -1,9 +1,9 @@
 """The product of codes by oneDNN: packed weight, scale and bias inside, float32 written once.
 
 `torch._int_mm` writes an int32 matrix that the epilogue reads again, and takes the weight as it lies. Here
-oneDNN takes the weight packed, subtracts the zero point in int32, converts once, multiplies, adds the bias:
-the operations of `functional_sq.linear` in its order, so the same bits. On two cores with AMX, a compiled
-layer of 1000 rows or more takes 0.4 to 1.1 times as long as a pass that quantizes and a bare `torch._int_mm`
+oneDNN takes the weight packed, subtracts the zero point, converts once, multiplies, adds the bias:
+the operations of `functional_sq.linear` in its order, so the same bits: `exactly` sees to it. On two cores with AMX, a
+compiled layer of 1000 rows or more takes 0.4 to 1.1 times as long as a pass that quantizes and a bare `torch._int_mm`
 (examples/benchmarks/results); with `torch._int_mm` and an epilogue it takes 1.1 to 2.4 times as long as so.
 
 A backend of its kind is one file: `supports`, from shapes, dtypes, device and the machine, never from
@@ -13,15 +13,19 @@ values; and a product that `linear` calls where it is supported.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from functional_sq.granularity import PerTensor
+from functional_sq.qparams import MappingType, QParams
+from functional_sq.requantize import ACTIVATIONS, Requantization, requantize
 from functional_sq.spec import QuantSpec
 
-__all__ = ["is_worth", "least_rows", "product", "requantizes", "supports"]
+__all__ = ["exactly", "is_worth", "largest_sum", "least_rows", "product", "reaches", "requantizes", "supports"]
 
 AVAILABLE = (
     hasattr(torch.ops.onednn, "qlinear_prepack")
@@ -47,6 +51,8 @@ _POST_OPS = {
     "tanh": ("tanh", ""),
 }
 """What oneDNN calls `functional_sq.ACTIVATIONS`, and their algorithm."""
+
+_UINT8 = QuantSpec(torch.uint8, PerTensor(), mapping=MappingType.ASYMMETRIC)
 
 _PACKED: Any = WeakTensorKeyDictionary()
 """A memo of `_pack`: weight codes to their version and what was packed, for as long as the codes live.
@@ -99,12 +105,16 @@ def least_rows(codes: Tensor) -> int:
 
 
 def is_worth(rows: int, codes: Tensor) -> bool:
-    """Whether a product with `rows` rows is for oneDNN.
+    """Whether a product with `rows` rows is for oneDNN."""
+    return reaches(rows, least_rows(codes))
 
-    In a compiled graph for any number of rows it is: 40 us lost on few are less than what many gain, and
-    a guard on the number would compile each layer's side of it.
+
+def reaches(rows: int, least: int) -> bool:
+    """Whether `rows` is `least` or more, or not known yet.
+
+    In a compiled graph for any number of rows it counts as more: 40 us lost on few are less than what many gain,
+    and a guard on the number would compile each layer's side of it.
     """
-    least = least_rows(codes)
     if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
         return rows >= least
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
@@ -191,15 +201,15 @@ def _product(
     to_scale: Tensor | None,
     to_zero_point: Tensor | None,
 ) -> Tensor:
-    packed, one, zero = _pack(codes)
-    to: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32)
-    if to_scale is not None and to_zero_point is not None:
-        to = to_scale.item(), int(to_zero_point.item()), torch.uint8
-    name, algorithm = _POST_OPS[activation]
-    y: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
-        _plain(q), one, zero_point, packed, scale.contiguous(), zero, bias, *to, name, [], algorithm
+    packed, zero, largest = _pack(codes)
+
+    def multiplied(q: Tensor, z: int, scale: Tensor, bias: Tensor | None, tail: Tail) -> Tensor:
+        y: Tensor = torch.ops.onednn.qlinear_pointwise.default(_plain(q), 1.0, z, packed, scale, zero, bias, *tail)
+        return y
+
+    return exactly(
+        multiplied, q, int(zero_point), scale.contiguous(), bias, largest, activation, to_scale, to_zero_point
     )
-    return y
 
 
 def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
@@ -220,8 +230,61 @@ torch.library.register_fake(_NAME, _fake)
 torch.library.register_vmap(_NAME, _vmap)
 
 
-def _pack(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the packed weight, and the scale 1 and zero point 0 that its product takes."""
+Tail = tuple[float, int, torch.dtype, str, list[float], str]
+"""The last arguments of oneDNN's operators: scale, zero point and dtype of the result, and what is applied before."""
+
+
+def exactly(
+    multiply: Callable[[Tensor, int, Tensor, Tensor | None, Tail], Tensor],
+    q: Tensor,
+    z: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    largest: int,
+    activation: str,
+    to_scale: Tensor | None,
+    to_zero_point: Tensor | None,
+) -> Tensor:
+    """Return `multiply(q, z, scale, bias, ...)`, a call of oneDNN, such that its sum is exact.
+
+    With AMX, oneDNN 3.12 rounds on the way where a zero point is subtracted from sums above 2**24. Where those of q
+    could get there, its codes are cut into two parts of 4 bits, or four of 2, which cannot; their sums are integers,
+    and are added as such. A trained layer stays below: normal weights, 4 deviations to each side, reach it at K = 5000.
+
+    Args:
+        multiply: takes codes, zero point, scale, bias and what an operator of oneDNN ends with.
+        q, z: uint8 codes and the zero point.
+        scale, bias: `(N,)`.
+        largest: `largest_sum` of the weight.
+        activation, to_scale, to_zero_point: as `product`.
+    """
+    name, algorithm = _POST_OPS[activation]
+    bits = 8 if z == 0 else next(b for b in (8, 4, 2) if (2**b - 1) * largest <= 2**24)
+    if bits == 8 and to_scale is not None and to_zero_point is not None:
+        to = to_scale.item(), int(to_zero_point.item())
+        return multiply(q, z, scale, bias, (*to, torch.uint8, name, [], algorithm))
+    if bits == 8:
+        return multiply(q, z, scale, bias, (1.0, 0, torch.float32, name, [], algorithm))
+    mask, one = 2**bits - 1, torch.ones_like(scale)
+    sums: Tail = (1.0, 0, torch.float32, "none", [], "")
+    parts = [multiply(q >> i & mask, z >> i & mask, one, None, sums).to(torch.int32) << i for i in range(0, 8, bits)]
+    y = torch.stack(parts).sum(0, dtype=torch.int32).to(torch.float32)
+    along = (-1, *(1,) * (y.ndim - 2))
+    y = y * scale.reshape(along)
+    y = y if bias is None else y + bias.reshape(along)
+    if to_scale is None or to_zero_point is None:
+        return ACTIVATIONS[activation](y)
+    return requantize(y, Requantization(_UINT8, QParams(to_scale, to_zero_point), activation))
+
+
+def largest_sum(codes: Tensor) -> int:
+    """Return the largest sum of a row's positive codes, or of its negative ones: what a step of all q adds at most."""
+    rows = codes.flatten(1)
+    return max(int(side.sum(1, dtype=torch.int64).max()) for side in (rows.clamp(min=0), -rows.clamp(max=0).short()))
+
+
+def _pack(codes: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return the packed weight, the zero point 0 that its product takes, and its `largest_sum`."""
     # A tensor made in inference mode counts no versions; it is packed each time.
     version = None if codes.is_inference() else codes._version
     known = _PACKED.get(codes)
@@ -230,8 +293,8 @@ def _pack(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.inference_mode(False):  # what is kept serves calls outside of it too
         made = (
             torch.ops.onednn.qlinear_prepack(_plain(codes), None),
-            torch.ones(1, dtype=torch.float32),
             torch.zeros(1, dtype=torch.int32),
+            largest_sum(codes),
         )
     if version is not None:
         _PACKED[codes] = version, made

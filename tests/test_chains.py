@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_conv import FORMATS, GEOMETRIES, UNFIT, draw
+from test_linear import symmetric
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
@@ -32,23 +34,42 @@ from torch._inductor.utils import run_and_get_code
 import bridge
 import functional_sq as fsq
 from bridge import StaticQuantConfig, inductor
-from functional_sq import chains, onednn
+from functional_sq import chains, onednn, onednn_conv
 
 needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="this CPU multiplies int8 in 16 bits, or not by oneDNN")
 
-erf = np.vectorize(math.erf)
+ASYMMETRIC = fsq.MappingType.ASYMMETRIC
+erf = np.vectorize(math.erf, otypes=[float])
 EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "none": lambda y: y,
     "relu": lambda y: np.maximum(y, 0),
     "gelu": lambda y: y * 0.5 * (1 + erf(y / math.sqrt(2))),
     "gelu_tanh": lambda y: 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
-    "silu": lambda y: y / (1 + np.exp(-y)),
+    "silu": lambda y: y * 0.5 * (1 + np.tanh(y / 2)),
     "tanh": np.tanh,
 }
 
 
-def slack(y: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
-    return 0.5 + 16 * 2.0**-24 * (np.maximum(np.abs(y) / scale, np.abs(v)) + 255)
+def assert_codes(got: Tensor, y: np.ndarray, then: fsq.Requantization) -> None:
+    """Assert that `got` are codes of `activation(y)`; what rounds otherwise than float64 lies on the border."""
+    scale, (low, high) = float(then.qp.scale), then.spec.bounds
+    v = EXACT[then.activation](y) / scale + int(then.qp.zero_point)
+    slack = 0.5 + 16 * 2.0**-24 * (np.maximum(np.abs(y) / scale, np.abs(v)) + 255)
+    assert (got.dtype, tuple(got.shape)) == (then.spec.format.storage, y.shape)
+    assert (np.abs(got.numpy().astype(np.float64) - np.clip(v, low, high)) <= slack).all()
+
+
+def to(dtype: torch.dtype, scale: float, zero_point: int, activation: str) -> fsq.Requantization:
+    qp = fsq.QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+    return fsq.Requantization(fsq.QuantSpec(dtype, fsq.PerTensor(), mapping=ASYMMETRIC), qp, activation)
+
+
+def test_assert_codes_sees_a_code_that_is_off_by_one() -> None:
+    y, then = np.linspace(-1, 1, 100), to(torch.int8, 0.01, 3, "none")
+    codes = fsq.requantize(torch.from_numpy(y), then)
+    assert_codes(codes, y, then)
+    with pytest.raises(AssertionError):
+        assert_codes(codes + 1, y, then)
 
 
 # --- the arithmetic --------------------------------------------------------------------------------
@@ -59,10 +80,10 @@ def test_every_activation_has_a_reference_here() -> None:
 
 
 @pytest.mark.parametrize("activation", EXACT)
-@pytest.mark.parametrize("to", [torch.uint8, torch.int8, torch.int4, torch.uint4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int4, torch.uint4], ids=str)
 @pytest.mark.parametrize("by_onednn", [True, False])
 def test_codes_are_those_of_float64_within_the_rounding(
-    activation: str, to: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+    activation: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_onednn and not onednn.AVAILABLE:
         pytest.skip("this CPU multiplies int8 in 16 bits, or not by oneDNN")
@@ -77,24 +98,47 @@ def test_codes_are_those_of_float64_within_the_rounding(
     scale = torch.from_numpy(rng.uniform(1e-3, 5e-3, (n, 1)).astype(np.float32))
     weight = fsq.fold(weight_spec, w, fsq.QParams(scale, torch.zeros(n, 1, dtype=torch.int32)))
     bias = torch.from_numpy(rng.normal(size=n).astype(np.float32))
-    then = fsq.Requantization(
-        fsq.QuantSpec(to, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC),
-        fsq.QParams(torch.tensor([0.017]), torch.tensor([3], dtype=torch.int32)),
-        activation,
-    )
+    then = to(dtype, 0.017, 3, activation)
     got = fsq.linear(act, q, qp, weight, bias, epilogue=fsq.epilogue(act, qp, weight), then=then)
 
-    low, high = then.spec.bounds
     exact = (q.numpy().astype(np.int64) + 7) @ w.numpy().astype(np.int64).T
     y = exact * (float(qp.scale) * scale.double().numpy().reshape(-1)) + bias.double().numpy()
-    v = EXACT[activation](y) / float(then.qp.scale) + 3
-    assert (got.dtype, tuple(got.shape)) == (then.spec.format.storage, (2, rows, n))
-    inside = np.clip(v, low, high)
-    assert (np.abs(got.numpy().astype(np.float64) - inside) <= slack(y, v, float(then.qp.scale))).all()
-    assert {low, high} <= set(got.unique().tolist()) or activation != "none"
+    assert_codes(got, y, then)
+    assert set(then.spec.bounds) <= set(got.unique().tolist()) or activation != "none"
     # Where oneDNN does not make the codes, they are in bits those of the three steps.
     if not by_onednn or then.spec.bounds not in ((-128, 127), (0, 255)):
         assert torch.equal(got, fsq.requantize(fsq.linear(act, q, qp, weight, bias), then))
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", EXACT)
+@pytest.mark.parametrize("name", [*GEOMETRIES, *UNFIT])
+def test_codes_of_a_convolution_are_those_of_float64_within_the_rounding(
+    name: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn_conv, "WORTH", 0)
+    for formats, dtype in (("uint8-int8", torch.uint8), ("int8-int8", torch.int8), ("int8-tensor", torch.uint8)):
+        case = draw((GEOMETRIES | UNFIT)[name], *FORMATS[formats])
+        y = case.total() * case.scale(np.dtype(np.float64)) + case.bias_array()
+        then = to(dtype, float(np.abs(y).max() / 100) if y.size else 1.0, 5, activation)
+        got = case.kept(then=then)
+        assert got.is_contiguous()
+        assert_codes(got, y, then)
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", EXACT)
+def test_codes_of_sums_above_the_integers_of_float32(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the product is cut, and the steps behind it are torch's."""
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    case = symmetric(3, 9216, 5, fill=("all", "high"))
+    y = case.corrected() * case.scale(np.dtype(np.float64)) + case.bias_array()
+    folded = case.folded()
+    known = fsq.epilogue(case.act, case.qp, folded)
+    then = to(torch.int8, float(np.abs(y).max() / 100), 5, activation)
+    got = fsq.linear(case.act, case.q, case.qp, folded, case.bias, epilogue=known, then=then)
+    assert_codes(got, y, then)
+    assert torch.equal(got, fsq.requantize(case.kept(), then))
 
 
 def test_an_activation_that_is_none_is_refused() -> None:

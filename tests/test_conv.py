@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import warnings
@@ -23,10 +24,11 @@ import torch.nn.functional as F
 from test_linear import ARRAYS, FLOAT8S, array, assert_within, bound, codes, epilogue, float8_codes, qparams
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_map
 
 import functional_sq as fsq
-from functional_sq import FoldedWeight, MappingType, QParams, QuantSpec
+from functional_sq import FoldedWeight, MappingType, QParams, QuantSpec, onednn, onednn_conv
 from functional_sq.formats import REAL_DTYPES
 
 with warnings.catch_warnings():
@@ -142,6 +144,18 @@ class Case:
     def conv(self, dtype: torch.dtype = torch.float32, q: Tensor | None = None) -> Tensor:
         q = self.q if q is None else q
         return fsq.conv(self.act, q, self.qp, self.folded(), self.bias, **self.geometry.settings(), dtype=dtype)
+
+    def kept(
+        self,
+        dtype: torch.dtype = torch.float32,
+        q: Tensor | None = None,
+        then: fsq.Requantization | None = None,
+    ) -> Tensor:
+        """Convolve as a layer does that keeps its weight: with the epilogue computed before."""
+        folded, q = self.folded(), self.q if q is None else q
+        known = fsq.epilogue(self.act, self.qp, folded, dtype=torch.promote_types(dtype, torch.float32))
+        settings = self.geometry.settings()
+        return fsq.conv(self.act, q, self.qp, folded, self.bias, **settings, dtype=dtype, epilogue=known, then=then)
 
     def to(self, device: str) -> Case:
         moved = {"q": self.q.to(device), "w": self.w.to(device), "bias": self.bias.to(device)}
@@ -325,6 +339,361 @@ def test_the_reference_has_the_bits_of_torch_on_dequantized_operands(name: str, 
     assert torch.equal(ours, theirs)
 
 
+# --- a weight that is kept: oneDNN -----------------------------------------------------------------
+
+needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The results that oneDNN gave, which is asked for small convolutions too."""
+    monkeypatch.setattr(onednn_conv, "WORTH", 0)
+    found: list[Tensor] = []
+    convolve = onednn_conv.convolve
+
+    def recorded(*operands: object) -> Tensor:
+        found.append(convolve(*operands))
+        return found[-1]
+
+    monkeypatch.setattr(onednn_conv, "convolve", recorded)
+    return found
+
+
+SYMMETRIC_WEIGHT = ("uint8-int8", "int8-int8", "int8-tensor", "uint4-int4")
+FILLS = [("all", "all"), ("high", "low"), ("low", "low"), ("high", "high"), ("ends", "ends"), ("all", "high")]
+UNFIT = {
+    "elements-in-no-window": Geometry((5, 5, 8, 8), (130, 5, 3, 3), stride=(1, 2), dilation=(1, 3)),
+    "one-window-and-a-step": Geometry((1, 3, 7, 7), (7, 3, 1, 7), stride=(1, 2)),
+    "windows-in-the-padding": Geometry((1, 3, 7, 7), (12, 1, 2, 3), padding=(2, 1), groups=3),
+    "all-windows-but-one-in-the-padding": Geometry((5, 64, 1, 1), (4, 64, 1, 1), stride=(1, 2), padding=(0, 2)),
+    "image-in-no-window": Geometry((2, 4, 1, 1), (8, 4, 1, 1), stride=(3, 2), padding=(2, 3)),
+    "image-below-a-window": Geometry((2, 48, 3, 6), (3, 48, 3, 3), stride=(1, 3), padding=(2, 1), dilation=(1, 3)),
+    "one-output-channel": Geometry((1, 32, 14, 56), (1, 32, 3, 3), padding=(1, 0), dilation=(1, 2)),
+    "groups-of-17": Geometry((1, 4, 28, 28), (34, 2, 5, 3), stride=(2, 1), padding=(2, 2), groups=2),
+    "even-kernel": Geometry((1, 24, 8, 16), (64, 24, 2, 1), padding=(1, 0)),
+    "pointwise-with-padding": Geometry((2, 8, 5, 5), (8, 8, 1, 1), padding=1),
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("fill", FILLS, ids=str)
+@pytest.mark.parametrize("name", [*GEOMETRIES, *UNFIT])
+def test_onednn_has_the_integers_and_roundings_of_numpy(calls: list[Tensor], name: str, fill: tuple[str, str]) -> None:
+    """Also for the shapes that it computes wrongly as they are."""
+    geometry = (GEOMETRIES | UNFIT)[name]
+    for formats in SYMMETRIC_WEIGHT:
+        case = draw(geometry, *FORMATS[formats], fill=fill)
+        y = case.kept()
+        assert y.is_contiguous()
+        assert_exact(y, case)
+        without = dataclasses.replace(case, bias=None)
+        assert_exact(without.kept(torch.bfloat16), without)
+    assert len(calls) == (2 * len(SYMMETRIC_WEIGHT) if geometry.shape[0] else 0)
+
+
+@needs_onednn
+@pytest.mark.parametrize("zero_point", [0, 1, 100, 128, 254, 255])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry((1, 256, 5, 5), (8, 256, 3, 3), padding=1),
+        Geometry((2, 2048, 3, 3), (5, 2048, 1, 1)),
+        Geometry((1, 1030, 4, 4), (4, 515, 2, 2), groups=2),
+        Geometry((1, 1321, 5, 6), (2, 1321, 5, 5)),  # K = 33025
+        Geometry((1, 33025, 2), (3, 33025, 1)),
+    ],
+    ids=lambda geometry: str(geometry.weight),
+)
+def test_sums_above_the_integers_of_float32_are_exact_by_onednn(
+    calls: list[Tensor], geometry: Geometry, zero_point: int
+) -> None:
+    act, weight = FORMATS["uint8-int8"]
+    for fill in FILLS:
+        case = draw(geometry, act, weight, fill=fill, bias=False)
+        qp = QParams(case.qp.scale, torch.full_like(case.qp.zero_point, zero_point))
+        case = dataclasses.replace(case, qp=qp)
+        assert_exact(case.kept(), case)
+    assert len(calls) == len(FILLS)
+
+
+def test_the_largest_window_that_stays_in_int32_is_the_last_that_onednn_takes() -> None:
+    for k in (33025, 33026):
+        codes = torch.zeros(2, k, 1, dtype=torch.int8)
+        assert onednn_conv.supports(codes, None) == (onednn.AVAILABLE and k == 33025)
+    assert not onednn_conv.supports(codes[:, :8], torch.ones(2, 1, 1, dtype=torch.int32))
+    assert not onednn_conv.supports(codes[:, :8, 0], None)
+    assert not onednn_conv.supports(codes[:, :8].to("meta"), None)
+
+
+@pytest.mark.parametrize(
+    ("formats", "dtype"),
+    [("uint8-uint8", torch.float32), ("int8-asymmetric", torch.float32), ("int8-int8", torch.float64)],
+)
+def test_what_onednn_does_not_take_is_convolved_as_before(
+    calls: list[Tensor], formats: str, dtype: torch.dtype
+) -> None:
+    case = draw(GEOMETRIES["2d-padded"], *FORMATS[formats])
+    assert_exact(case.kept(dtype), case)
+    assert not calls
+
+
+def test_without_onednn_or_vnni_a_kept_weight_gives_the_same_bits(
+    calls: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [draw(GEOMETRIES[name], *FORMATS["int8-int8"]) for name in ("1d", "2d-padded", "2d-depthwise")]
+    expected = [case.kept() for case in cases]
+    taken = len(calls)
+    assert taken == (len(cases) if onednn.AVAILABLE else 0)
+    monkeypatch.setattr(onednn, "AVAILABLE", False)
+    for case, y in zip(cases, expected, strict=True):
+        assert torch.equal(case.kept(), y)
+    assert len(calls) == taken
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "name",
+    [
+        "2d-padded",
+        "2d-uneven",
+        "2d-same-even",
+        "2d-groups",
+        "2d-depthwise",
+        "elements-in-no-window",
+        "one-window-and-a-step",
+        "windows-in-the-padding",
+        "groups-of-17",
+    ],
+)
+def test_onednn_takes_images_in_any_order_of_memory(calls: list[Tensor], name: str) -> None:
+    case = draw((GEOMETRIES | UNFIT)[name], *FORMATS["int8-int8"])
+    y = case.kept(q=case.q.contiguous(memory_format=torch.channels_last))
+    assert y.stride(1) == 1
+    assert_exact(y, case)
+    assert torch.equal(case.kept(q=torch.cat([case.q, case.q], 3)[..., : case.q.shape[3]]), y)
+    assert torch.equal(case.kept(q=case.q.mT.contiguous().mT), y)
+    assert len(calls) == 3
+
+
+def operands(name: str, batch: int | None = None) -> tuple[object, ...]:
+    """Return what `onednn_conv.convolve` takes."""
+    geometry = (GEOMETRIES | UNFIT)[name]
+    n, k = geometry.weight[0], geometry.weight
+    q = torch.randint(0, 256, geometry.shape if batch is None else (batch, *geometry.shape[1:]), dtype=torch.uint8)
+    padding = [side for p in geometry.each(geometry.padding) for side in (p, p)]
+    return (
+        q,
+        torch.tensor([3], dtype=torch.int32),
+        torch.randint(-128, 128, k, dtype=torch.int8),
+        torch.rand(n),
+        torch.randn(n),
+        list(geometry.each(geometry.stride)),
+        padding,
+        list(geometry.each(geometry.dilation)),
+        geometry.groups,
+    )
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["2d", "2d-uneven", "2d-one-channel", "2d-to-one-position", "2d-depthwise", *UNFIT])
+def test_what_the_compiler_expects_of_the_operator_is_what_it_returns(name: str) -> None:
+    """Shape, dtype, strides, and that nothing else is written."""
+    codes = "relu", torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)
+    for batch, then in itertools.product((None, 0, 1), (("none", None, None), codes)):
+        torch.library.opcheck(
+            torch.ops.functional_sq.onednn_conv.default,
+            (*operands(name, batch), *then),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@needs_onednn
+def test_windows_from_which_on_onednn_is_asked() -> None:
+    """From shapes alone; groups always; and from the first one on where the weight is large."""
+    least = onednn_conv.least_windows
+    one, two, small, large = (1, 1), (2, 2), torch.empty(16, 16, 3, 3), torch.empty(512, 512, 3, 3)
+    assert least(large, one, one, 1) == least(small, one, one, 2) == 1
+    k, n = 16 * 9, 16
+    m = least(small, one, one, 1)
+    assert 6 * m * n + m * k + 4 * n * k >= onednn_conv.WORTH > 6 * (m - 1) * n + (m - 1) * k + 4 * n * k
+    # Windows that do not overlap are not copied.
+    m = least(small, (3, 3), one, 1)
+    assert 6 * m * n >= onednn_conv.WORTH > 6 * (m - 1) * n
+    assert least(small, (3, 3), two, 1) == least(small, one, one, 1)
+
+    geometry = Geometry((1, 16, 9, 9), (16, 16, 3, 3), padding=1)
+    case = draw(geometry, *FORMATS["int8-int8"])
+    folded = case.folded()
+    known = fsq.epilogue(case.act, case.qp, folded)
+
+    def forward(q: Tensor) -> Tensor:
+        return fsq.conv(case.act, q, case.qp, folded, case.bias, padding=1, epilogue=known)
+
+    fewest = -(-least(small, one, one, 1) // 81)
+    for batch, dynamic, by_onednn in ((fewest - 1, False, False), (fewest, False, True), (2, True, True)):
+        torch.compiler.reset()
+        q = case.q.expand(batch, 16, 9, 9).contiguous()
+        y, (source,) = run_and_get_code(torch.compile(forward, fullgraph=True, dynamic=dynamic), q)
+        assert ("onednn_conv" in source) == by_onednn
+        assert torch.equal(y, forward(q))
+        assert (folded.codes in onednn_conv._PACKED) == (batch >= fewest or dynamic)
+        onednn_conv._PACKED.pop(folded.codes, None)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("calls")
+def test_a_weight_is_packed_once_again_when_it_changes_and_forgotten_with_its_codes() -> None:
+    case = draw(GEOMETRIES["2d-padded"], *FORMATS["int8-int8"], bias=False)
+    folded = case.folded()
+    known = fsq.epilogue(case.act, case.qp, folded)
+    convolve = partial(fsq.conv, case.act, case.q, case.qp, folded, padding=1)
+    convolve()
+    assert folded.codes not in onednn_conv._PACKED  # a weight that was not said to be kept
+    y = convolve(epilogue=known)
+    packed = onednn_conv._PACKED[folded.codes]
+    assert torch.equal(convolve(epilogue=known), y)
+    assert onednn_conv._PACKED[folded.codes] is packed
+    folded.codes.zero_()
+    assert not convolve(epilogue=known).any()
+    held = len(onednn_conv._PACKED)
+    del case, folded, convolve
+    assert len(onednn_conv._PACKED) == held - 1
+
+
+@needs_onednn
+def test_a_layout_is_chosen_anew_for_a_shape_that_comes_twice_in_a_row() -> None:
+    q, *rest = operands("2d")
+    codes, images = rest[1], {n: q[:, :, :n].contiguous() for n in (4, 5, 7)}
+
+    def packed_for(*sizes: int) -> int:
+        for n in sizes:
+            onednn_conv.convolve(images[n], *rest)
+        return onednn_conv._PACKED[codes].form[0][2]
+
+    assert packed_for(7) == packed_for(4, 7, 4, 7) == packed_for(4, 5, 4, 5) == 7
+    assert packed_for(5) == 5
+    assert packed_for(4, 4) == 4
+
+
+@needs_onednn
+@pytest.mark.usefixtures("calls")
+def test_a_weight_packed_in_inference_mode_serves_outside_of_it_and_one_made_in_it_too() -> None:
+    case = draw(GEOMETRIES["2d-padded"], *FORMATS["int8-int8"])
+    folded = case.folded()
+    known = fsq.epilogue(case.act, case.qp, folded)
+    convolve = partial(fsq.conv, case.act, case.q, case.qp, folded, case.bias, padding=1, epilogue=known)
+    with torch.inference_mode():
+        y = case.kept()
+        assert torch.equal(convolve(), y)
+    assert torch.equal(convolve(), y)
+    assert_exact(y, case)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("name", ["1d-padded", "2d-same-even", "2d-groups"])
+def test_vmap_over_kept_weights_is_the_loop(name: str) -> None:
+    cases = [draw(GEOMETRIES[name], *FORMATS["int8-int8"], seed=seed) for seed in range(3)]
+    act, settings, folded = cases[0].act, cases[0].geometry.settings(), [case.folded() for case in cases]
+    known = [fsq.epilogue(case.act, case.qp, weight) for case, weight in zip(cases, folded, strict=True)]
+    images, zero_points, codes, scales, biases = (
+        torch.stack(parts)
+        for parts in (
+            [case.q for case in cases],
+            [case.qp.zero_point for case in cases],
+            [weight.codes for weight in folded],
+            [each.scale for each in known],
+            [case.bias for case in cases],
+        )
+    )
+
+    def one(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        weight = FoldedWeight(codes, folded[0].scale, None, folded[0].sum)
+        qp, epilogue = QParams(cases[0].qp.scale, zero_point), fsq.Epilogue(scale, known[0].offset)
+        return fsq.conv(act, q, qp, weight, bias, **settings, epilogue=epilogue)
+
+    together = torch.vmap(one)(images, zero_points, codes, scales, biases)
+    assert torch.equal(together, torch.stack([case.conv() for case in cases]))
+    # One image, one bias and one scale for all.
+    shared = torch.vmap(one, (None, None, 0, None, None))(images[0], zero_points[0], codes, scales[0], biases[0])
+    expected = [one(images[0], zero_points[0], each, scales[0], biases[0]) for each in codes]
+    assert torch.equal(shared, torch.stack(expected))
+
+
+@pytest.mark.usefixtures("calls")
+def test_a_bias_that_is_learned_has_its_gradient() -> None:
+    case = draw(GEOMETRIES["2d-padded"], *FORMATS["int8-int8"], bias=False)
+    folded, bias = case.folded(), torch.zeros(4, requires_grad=True)
+    known = fsq.epilogue(case.act, case.qp, folded)
+    fsq.conv(case.act, case.q, case.qp, folded, bias, padding=1, epilogue=known).sum().backward()
+    assert bias.grad.tolist() == [2.0 * 7 * 6] * 4
+
+
+@needs_onednn
+def test_compiled_convolves_kept_weights_by_onednn_in_one_compilation_and_exported_by_torch_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onednn_conv, "WORTH", 0)
+    names = ("2d", "2d-valid", "2d-same", "2d-depthwise")
+    model = Every([quantized(SYMMETRIC_INT8, LAYERS[name]()) for name in names])
+    for last in (False, True):
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("inductor")
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        for i, batch in enumerate((5, 2, 17, 3)):
+            x = torch.randn(batch, 6, 9, 8)
+            x = x.contiguous(memory_format=torch.channels_last) if last else x
+            torch._dynamo.mark_dynamic(x, 0)
+            with torch.no_grad():
+                if i == 0:
+                    _, (source,) = run_and_get_code(compiled, x)
+                    assert source.count("functional_sq.onednn_conv.default(") == len(names)
+                assert_same(compiled(x), model(x))
+        assert counter.frame_count == 1
+
+    exported = torch.export.export(model, (x,))
+    assert not [node for node in exported.graph.nodes if "functional_sq" in str(node.target)]
+    for ours, theirs in zip(exported.module()(x), model(x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_onednn
+def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn_conv, "WORTH", 0)
+    for name in ("1d", "2d", "2d-depthwise"):
+        layer, other = (quantized(SYMMETRIC_INT8, LAYERS[name]()) for _ in range(2))
+        x, before = images(layer), {key: value.clone() for key, value in layer.state_dict().items()}
+        y = layer(x)
+        assert layer.weight_codes in onednn_conv._PACKED
+        assert layer.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+        compiled, copied = torch.compile(layer, fullgraph=True), copy.deepcopy(layer)
+        assert copied.weight_codes not in onednn_conv._PACKED
+        with torch.no_grad():
+            assert torch.equal(compiled(x), y)
+            for assign in (False, True):
+                copied.load_state_dict(before)
+                assert torch.equal(copied(x), y)
+                copied.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+                assert torch.equal(copied(x), other(x))
+            layer.load_state_dict(other.state_dict())
+            assert torch.equal(compiled(x), other(x))
+        assert not torch.equal(other(x), y)
+
+
+def test_the_repr_says_which_convolution_is_made_by_onednn() -> None:
+    by = ", by oneDNN from " if onednn.AVAILABLE else ""
+    shown = repr(quantized(SYMMETRIC_INT8, LAYERS["2d"]()))
+    assert f"int8 product{by}" in shown
+    assert (" windows on" in shown) == onednn.AVAILABLE
+    assert ("from 1 windows on" in repr(quantized(SYMMETRIC_INT8, LAYERS["2d-depthwise"]()))) == onednn.AVAILABLE
+    for layer in (
+        quantized(SCHEMES["uint8"], LAYERS["2d"]()),  # an asymmetric weight
+        quantized(SYMMETRIC_INT8, LAYERS["2d"](), reference=True),
+    ):
+        assert "oneDNN" not in repr(layer)
+
+
 # --- batch norm ------------------------------------------------------------------------------------
 
 
@@ -423,9 +792,10 @@ def test_a_refusal_says_value_rule_and_remedy(call: Callable[[], object], error:
 
 # --- the layers ------------------------------------------------------------------------------------
 
+SYMMETRIC_INT8 = StaticQuantConfig(torch.int8)
 SCHEMES = {
     "uint8": StaticQuantConfig(torch.uint8),
-    "int8": StaticQuantConfig(torch.int8),
+    "int8": SYMMETRIC_INT8,
     "float8_e4m3fn": StaticQuantConfig(torch.float8_e4m3fn),
 }
 LAYERS: dict[str, Callable[..., nn.Module]] = {

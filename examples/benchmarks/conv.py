@@ -1,0 +1,147 @@
+"""Time a quantized convolution beside oneDNN's bare int8 one and float layers, in one process.
+
+    python examples/benchmarks/conv.py
+
+Each row is one layer of ResNet-50, MobileNetV2 or Wav2Vec2 and a batch, images `channels_last`. The floor is a
+compiled pass that makes codes of the input, and oneDNN's int8 convolution alone, of codes that are there already
+and a weight that is packed already. The column uint8 has asymmetric weights, which oneDNN does not convolve.
+All columns of a row are timed in turn; a cell is the median and its ratio to the floor. Below the table oneDNN
+names the kernels of one call, for a layer without groups and a depthwise one. `OMP_NUM_THREADS=1` makes it
+quieter on a machine that is shared. `--quick` takes small layers and little time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from linear import Calls, cpu, medians
+from torch import nn
+
+import bridge
+import functional_sq as fsq
+
+
+class Layer(NamedTuple):
+    """A convolution as its model calls it; behind a ReLU its input has no negative values."""
+
+    name: str
+    batch: int
+    size: tuple[int, ...]
+    conv: nn.Module
+    relu: bool = True
+
+    def input(self) -> torch.Tensor:
+        x = torch.randn(self.batch, self.conv.in_channels, *self.size)
+        x = x.relu() if self.relu else x
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def layers(batches: Sequence[int], *, small: bool) -> list[Layer]:
+    def depthwise(channels: int, stride: int = 1) -> nn.Conv2d:
+        return nn.Conv2d(channels, channels, 3, stride, 1, groups=channels)
+
+    kinds = [
+        (56, nn.Conv2d(64, 64, 3, 1, 1), True),
+        (14, depthwise(384), True),
+        (49, nn.Conv1d(512, 512, 3, 2), True),
+    ]
+    if not small:
+        kinds += [
+            (224, nn.Conv2d(3, 64, 7, 2, 3), False),
+            (56, nn.Conv2d(64, 256, 1), True),
+            (56, nn.Conv2d(256, 64, 1), True),
+            (56, nn.Conv2d(128, 128, 3, 2, 1), True),
+            (14, nn.Conv2d(256, 256, 3, 1, 1), True),
+            (7, nn.Conv2d(512, 512, 3, 1, 1), True),
+            (224, nn.Conv2d(3, 32, 3, 2, 1), False),
+            (112, depthwise(32), True),
+            (112, depthwise(96, 2), True),
+            (56, depthwise(144), True),
+            (7, depthwise(960), True),
+            (14, nn.Conv2d(576, 96, 1), True),
+            (799, nn.Conv1d(512, 512, 3, 2), True),
+            (49, nn.Conv1d(768, 768, 128, padding=64, groups=16), True),
+        ]
+    made = []
+    for batch in batches:
+        for size, conv, relu in kinds:
+            kernel, groups = "x".join(map(str, conv.kernel_size)), f" /{conv.groups}" if conv.groups > 1 else ""
+            name = f"{batch} {conv.in_channels}>{conv.out_channels}{groups} {kernel} s{conv.stride[0]} at {size}"
+            made.append(Layer(name, batch, (size,) * len(conv.kernel_size), conv.eval(), relu))
+    return made
+
+
+def quantized(conv: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    model = nn.Sequential(copy.deepcopy(conv)).eval()
+    bridge.prepare_(model, bridge.StaticQuantConfig(dtype))
+    bridge.calibrate(model, [x])
+    return bridge.convert_(model)[0]
+
+
+def bare(layer: nn.Module, codes: torch.Tensor) -> partial[torch.Tensor]:
+    """Return oneDNN's convolution of codes, a weight packed for their shape and zero point."""
+    q = (codes ^ -128).view(torch.uint8)
+    z, n = int(layer.act_zero_point) + 128, layer.out_channels
+    settings = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+    packed = torch.ops.onednn.qconv_prepack(layer.weight_codes, torch.ones(n), 1.0, z, *settings, list(q.shape))
+    zeros = torch.zeros(n, dtype=torch.int32)
+    operands = (q, 1.0, z, packed, layer.product_scale, zeros, layer.bias, *settings)
+    return partial(torch.ops.onednn.qconv_pointwise.default, *operands, 1.0, 0, torch.float32, "none", [], "")
+
+
+def columns(layer: Layer) -> Calls:
+    torch.compiler.reset()
+    x = layer.input()
+    ours, asymmetric = quantized(layer.conv, x, torch.int8), quantized(layer.conv, x, torch.uint8)
+    quantize = torch.compile(partial(fsq.quantize, ours.act_spec))
+    codes = quantize(x, ours.act_qparams)
+    last = {"memory_format": torch.channels_last} if x.ndim == 4 else {}
+    conv = copy.deepcopy(layer.conv).to(**last) if last else layer.conv
+    bf16 = copy.deepcopy(conv).bfloat16()
+    return {
+        "quantize": partial(quantize, x, ours.act_qparams),
+        "convolution": bare(ours, codes),
+        "int8, eager": partial(ours, x),
+        "int8": partial(torch.compile(ours), x),
+        "uint8": partial(torch.compile(asymmetric), x),
+        "float32": partial(torch.compile(conv), x),
+        "bfloat16": partial(torch.compile(bf16), x.bfloat16()),
+    }
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small layers, little time")
+    args = parser.parse_args()
+    rows, seconds = (layers([1], small=True), 0.1) if args.quick else (layers([1, 8], small=False), 4.0)
+    print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("compiled where not said; medians in ms, and as multiples of quantize + convolution\n")
+    modules: list[nn.Module] = []
+    shown: dict[str, Calls] = {}  # one without groups, one with
+    for i, layer in enumerate(rows):
+        calls = columns(layer)
+        if i == 0:
+            print(f"{'':34}" + "".join(f"{name:>18}" for name in calls))
+        found = medians(calls, seconds)
+        floor = found["quantize"] + found["convolution"]
+        cells = "".join(f"{ms:9.3f} ({ms / floor:5.2f}x)" for ms in found.values())
+        print(f"{layer.name:34}{cells}", flush=True)
+        if i < 2:
+            shown[layer.name] = {name: call for name, call in calls.items() if name != "quantize"}
+            modules.append(calls["int8, eager"].func)
+    print("", *modules, sep="\n", flush=True)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        for layer_name, named in shown.items():
+            for name, call in named.items():
+                print(f"\n{name}, {layer_name}:", flush=True)
+                call()
+
+
+if __name__ == "__main__":
+    main()
