@@ -7,7 +7,7 @@ which oneDNN 3.12 needs some care; each point was found by comparing with exact 
   elements that no window reaches, a step where there is a single window: each gives wrong results for some shapes,
   with one of them the process ends. Such an image is padded and cropped first, so that windows fill it
   exactly. With images that they fill, and with zeros around where 0 is the code of zero, no result was
-  wrong in 60 000 random geometries, with AMX and without.
+  wrong in 70 000 random geometries, with AMX and without.
 * Sums above 2**24, see `functional_sq.onednn.exactly`.
 * The layout of a packed weight depends on the image's shape, and on whether the zero point is 0: where it is not,
   the weight holds the sums of its rows. One in another layout is reordered in each call, which for 512 x 512 x
@@ -34,9 +34,10 @@ WORTH = 900_000 if torch.cpu._is_amx_tile_supported() else 300_000
 
 On one core, compiled, a call of oneDNN takes 90 us more than the product of windows, and less by 0.6 ns for one
 of M N results, 0.1 ns for an element of a window, 0.4 ns for one of a weight that is laid out anew. Layers of ResNet,
-MobileNet and Wav2Vec, 1 and 8 images: with AMX 3 x 3 gains 1.1 to 3.4 times, the first layers 1.1 to 3.8, 1 x 1 with
-N > K 1.2 to 3.1, with N <= K 0.9 to 1.7; with VNNI alone 3 x 3 gains 7 to 15 times, 1 x 1 1.1 to 7. Groups,
-which run as floats otherwise, gain 1.1 to 60 times, and are always taken."""
+MobileNet and Wav2Vec that reach it, 1 and 8 images: with AMX 3 x 3 gains 1.1 to 3.4 times, the first layers 1.1 to 3.8,
+windows that do not overlap 0.8 to 3.1, the least with a stride of 2 and N <= 2 K; with VNNI alone (the same core,
+limited) 3 x 3 gains 1.1 to 13 times, 1 x 1 1.0 to 7. Groups, which run as floats otherwise, gain 1.1 to 60 times, and
+are always taken."""
 
 _PACKED: Any = WeakTensorKeyDictionary()
 """A memo of `_pack`, as `functional_sq.onednn` has one: weight codes to a `_Packed`, for as long as the codes live."""
