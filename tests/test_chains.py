@@ -372,7 +372,9 @@ def test_layers_that_quantize_one_input_alike_share_its_codes() -> None:
     assert quantizations(model, x) == 3
 
 
-def test_convolutions_hand_on() -> None:
+@pytest.mark.parametrize("worth", [0, 10**18], ids=["by oneDNN", "not by oneDNN"])
+def test_convolutions_hand_on(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn_conv, "WORTH", worth)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1)).eval()
     x = torch.randn(2, 4, 6, 6)
