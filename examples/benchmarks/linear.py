@@ -165,7 +165,7 @@ def main() -> None:
     small = [(1, 384, 384), (32, 384, 384), (128, 384, 384)]
     large = [(32, 1024, 1024), (1, 1024, 4096), (1024, 1024, 4096), (4096, 384, 1536), (4096, 1536, 384)]
     shapes, seconds = (small[:2], 0.1) if args.quick else (small + large, 6.0)
-    print(f"{_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchao {torchao.__version__}")
+    print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchao {torchao.__version__}")
     print("compiled where not said; medians in ms, and as multiples of quantize + product\n")
     for i, (rows, k, n) in enumerate(shapes):
         calls = columns(rows, k, n)
@@ -183,7 +183,7 @@ def main() -> None:
             calls[name]()
 
 
-def _cpu() -> str:
+def cpu() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
