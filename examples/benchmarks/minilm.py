@@ -135,7 +135,6 @@ class OnnxRuntime:
         self.folder = tempfile.TemporaryDirectory()
         exported, fused, ready, self.path = (f"{self.folder.name}/{i}.onnx" for i in range(4))
         sample = subject.calibration()[0]
-
         torch.onnx.export(
             Positional(subject.model, list(sample)),
             tuple(sample.values()),
@@ -143,7 +142,7 @@ class OnnxRuntime:
             input_names=list(sample),
             output_names=["last_hidden_state", "pooler_output"],
             dynamic_axes={name: {0: "batch"} for name in sample},
-            dynamo=False,  # The other exporter needs one package more; quantized, its graph took the same time.
+            dynamo=False,  # The other exporter needs one package more.
         )
         options = FusionOptions("bert")
         options.enable_attention = False  # A fused attention would hide three products of each layer.
@@ -222,7 +221,7 @@ NEWEST = {
         STATIC_SETTINGS,
     ),
     "PT2E x86": Row(
-        f"uint8 and int8, {W8}, GELU on the product, one quantization for query, key and value; float32 between",
+        f"uint8 and int8, {W8}; query, key and value share codes, GELU and residual are inside the products",
         lambda s: pt2e(s.model, s.calibration()),
         FROZEN,
     ),
@@ -290,7 +289,7 @@ def counts(found: Counter[str]) -> str:
 
 
 def measure(names: list[str], quick: bool) -> dict[str, Any]:
-    """Return the figures of these rows, timed in turn in this process."""
+    """Return the figures of these rows, timed in turn in this process; as JSON can hold them."""
     tokenizer, model = load()
     if quick:
         del model.encoder.layer[1:]
@@ -299,7 +298,7 @@ def measure(names: list[str], quick: bool) -> dict[str, Any]:
     held_out = [text for i, text in enumerate(every) if i % 3]
     models = {name: ROWS[name].make(subject) for name in names}
     figures: dict[str, dict[str, Any]] = {name: {"ms": {}, "kernels": {}} for name in names}
-    alone: dict[int, float] = {}
+    alone: dict[str, float] = {}
     # All models are of one class, whose code holds what was compiled for each.
     torch._dynamo.config.recompile_limit = 8 + len(names)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -315,35 +314,33 @@ def measure(names: list[str], quick: bool) -> dict[str, Any]:
                 with torch._inductor.config.patch(ROWS[name].settings or {}):
                     calls[name]()  # Compiled here.
                 ran = kernels(calls[name]) if run is not plain else plain.kernels(batch)
-                figures[name]["kernels"][size] = ran
+                figures[name]["kernels"][str(size)] = ran
                 if size == 32:
                     figures[name]["embeddings"] = embed(run, tokenizer, held_out, "cpu")
             for name, ms in medians(calls, 1.0 if quick else 60.0).items():
-                figures[name]["ms"][size] = ms
+                figures[name]["ms"][str(size)] = ms
             floor = {"int8": products(subject.int8, size * batch["input_ids"].shape[1], "cpu")["int8"]}
-            alone[size] = medians(floor, 0.2 if quick else 5.0)["int8"]
+            alone[str(size)] = medians(floor, 0.2 if quick else 5.0)["int8"]
     reference = figures["float32"]["embeddings"]
     for figure in figures.values():
         figure["cosine"], figure["nearest"] = quality(figure.pop("embeddings"), reference)
     packages = ("torch", "torchao", "onnxruntime")
     versions = {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)}
-    # As JSON hands it over from another process.
-    return json.loads(json.dumps({"versions": versions, "rows": figures, "products alone": alone}))
+    return {"versions": versions, "rows": figures, "products alone": alone}
 
 
 def environment(folder: Path, peer: Peer) -> str:
     """Make an environment with the peer and return its interpreter."""
     home = folder / re.sub(r"\W+", "-", " ".join(peer.install))
     python = str(home / "bin" / "python")
-    if not home.exists():
-        names = tuple(re.split(r"\W", requirement)[0] for requirement in peer.install)
-        lines = (ROOT / "constraints.txt").read_text().splitlines()
-        constraints = folder / f"{home.name}.txt"
-        constraints.write_text("\n".join(line for line in lines if not line.startswith(names)))
-        print(f"making {home}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "-c", str(constraints), "-e", f"{ROOT}[examples]"]
-        subprocess.run([*pip, *peer.install], check=True)
+    names = tuple(re.split(r"\W", requirement)[0] for requirement in peer.install)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    constraints = folder / f"{home.name}.txt"
+    constraints.write_text("\n".join(line for line in lines if not line.startswith(names)))
+    print(f"installing {' '.join(peer.install)} in {home}", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "-c", str(constraints), "-e", f"{ROOT}[examples]"]
+    subprocess.run([*pip, *peer.install], check=True)
     return python
 
 
