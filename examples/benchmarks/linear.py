@@ -5,6 +5,8 @@
 Each row is one shape, tokens x K x N. The floor is a compiled pass that makes codes of the input, and
 `torch._int_mm` of codes that are there already; a packed weight goes below it. All columns of a row are timed
 in turn; a cell is the median and its ratio to the floor. Below the table oneDNN names the kernels of one call.
+Of torchao, 0.16 has AffineQuantizedTensor, 0.18 the Int8Tensor of Int8StaticActivationInt8WeightConfig and a PT2E
+that runs on torch 2.13 (X86InductorQuantizer, min/max, frozen); a column stands where the installed one has it.
 `OMP_NUM_THREADS=1` makes it quieter on a machine that is shared.
 `--quick` takes small shapes and little time.
 """
@@ -17,9 +19,11 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +37,11 @@ with warnings.catch_warnings():
     import torchao.dtypes
 
 Calls = dict[str, Callable[[], object]]
+
+PEERS = ("torchao affine", "torchao static", "PT2E x86")
+HAS_AFFINE = hasattr(torchao.dtypes, "to_affine_quantized_intx_static")
+# In 0.16 the config is symmetric only, and PT2E names an operator's overload that torch 2.13 has not.
+HAS_STATIC = tuple(map(int, torchao.__version__.split(".")[:2])) >= (0, 18)
 
 
 def medians(calls: Calls, seconds: float) -> dict[str, float]:
@@ -72,6 +81,53 @@ def torchao_linear(layer: bridge.QuantizedLinear, linear: torch.nn.Linear) -> Ca
     return forward
 
 
+def torchao_static(layer: bridge.QuantizedLinear, linear: torch.nn.Linear, rank: int) -> torch.nn.Linear:
+    """Return the layer as torchao's newest config has it, with the same range, for inputs of this rank."""
+    config = torchao.quantization.Int8StaticActivationInt8WeightConfig(
+        layer.act_scale.reshape([1] * rank),
+        layer.act_zero_point.reshape([1] * rank).to(torch.int8),
+        granularity=[torchao.quantization.PerTensor(), torchao.quantization.PerRow()],
+        act_mapping_type=torchao.quantization.MappingType.ASYMMETRIC,
+        set_inductor_config=False,  # It would stay set for every other column.
+    )
+    linear = copy.deepcopy(linear)
+    torchao.quantization.quantize_(linear, config)
+    return linear
+
+
+# What torchao's config sets where it may, and freezing besides.
+STATIC_SETTINGS = {
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "force_fuse_int_mm_with_mul": True,
+    "freezing": True,
+}
+
+
+@torch.no_grad()
+def pt2e(model: torch.nn.Module, batches: Sequence[dict[str, torch.Tensor]], *, histogram: bool = False) -> Any:
+    """Return the model by PT2E for x86, to be compiled with freezing; a first axis of any size.
+
+    Its default is a histogram; else the ranges are min/max, as everyone's here.
+    """
+    # Imported where it is used: it adds a pass to every compilation after it.
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e.observer import MinMaxObserver
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    axes = {name: {0: torch.export.Dim.AUTO} for name in batches[0]}
+    exported = torch.export.export(model, (), dict(batches[0]), dynamic_shapes=axes).module()
+    config = x86.get_default_x86_inductor_quantization_config()
+    if not histogram:
+        eps = torch.finfo(torch.float32).eps
+        activation = replace(config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=eps))
+        config = replace(config, input_activation=activation)
+    prepared = prepare_pt2e(exported, x86.X86InductorQuantizer().set_global(config))
+    for batch in batches:
+        prepared(**batch)
+    return convert_pt2e(prepared)
+
+
 def columns(rows: int, k: int, n: int) -> Calls:
     torch.compiler.reset()
     linear, x = torch.nn.Linear(k, n).eval(), torch.randn(rows, k)
@@ -90,8 +146,14 @@ def columns(rows: int, k: int, n: int) -> Calls:
         "float32": partial(torch.compile(linear), x),
         "bfloat16": partial(torch.compile(bf16), x.bfloat16()),
     }
-    if hasattr(torchao.dtypes, "to_affine_quantized_intx_static"):
-        calls["torchao"] = partial(torch.compile(torchao_linear(asymmetric, linear)), x)
+    if HAS_AFFINE:
+        calls["torchao affine"] = partial(torch.compile(torchao_linear(asymmetric, linear)), x)
+    if HAS_STATIC:
+        calls["torchao static"] = partial(torch.compile(torchao_static(ours, linear, x.ndim)), x)
+        calls["PT2E x86"] = partial(torch.compile(pt2e(linear, [{"input": x}])), input=x)
+        for name, settings in (("torchao static", STATIC_SETTINGS), ("PT2E x86", {"freezing": True})):
+            with torch._inductor.config.patch(settings):
+                calls[name]()  # Compiled here.
     return calls
 
 
@@ -116,7 +178,7 @@ def main() -> None:
 
     print(f"\n{quantized(torch.nn.Linear(k, n), torch.randn(rows, k), torch.int8)}", flush=True)
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-        for name in ("product", "int8, eager", "int8", "uint8"):
+        for name in ("product", "int8, eager", "int8", "uint8", *(n for n in PEERS if n in calls)):
             print(f"\n{name}, {rows}x{k}x{n}:", flush=True)
             calls[name]()
 
