@@ -136,7 +136,7 @@ class OnnxRuntime:
         exported, fused, ready, self.path = (f"{self.folder.name}/{i}.onnx" for i in range(4))
         sample = subject.calibration()[0]
         torch.onnx.export(
-            Positional(subject.model, list(sample)),
+            Positional(subject.model, list(sample)).eval(),  # The exporter leaves all of it in this module's mode.
             tuple(sample.values()),
             exported,
             input_names=list(sample),
