@@ -32,15 +32,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq import onednn_conv
+from functional_sq.float8_mm import float8_product
 from functional_sq.formats import REAL_DTYPES, Float8
+from functional_sq.int_mm import integer_product
 from functional_sq.linear import (
     Epilogue,
     FoldedWeight,
     apply_epilogue,
     check_operands,
     fits_operator,
-    float8_product,
-    integer_product,
     made_by,
     operand,
     unsigned,

@@ -12,13 +12,16 @@ starts with the conversion of the bracket to float32.
 
 Codes of uint8 are shifted by 128 to int8, together with their zero point, which changes no difference
 `q - z`: int8 is what the devices multiply.
+
+What multiplies is a file each: `int_mm.py` and `float8_mm.py` give the bare product of any codes on any
+device, `onednn.py` and `onednn_conv.py` the result itself, of a weight that is kept, where they say that
+they take it and are the faster ones. A backend says so from shapes, dtypes, device and machine, never from
+values, and asking it is one line in `linear` or `conv`.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -28,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq import onednn
+from functional_sq.float8_mm import float8_product
 from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.granularity import PerTensor, check_stats
-from functional_sq.onednn import INT32_TERMS
+from functional_sq.int_mm import INT32_TERMS, integer_product
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, requantize
@@ -44,9 +48,7 @@ __all__ = [
     "check_product",
     "epilogue",
     "fits_operator",
-    "float8_product",
     "fold",
-    "integer_product",
     "linear",
     "linear_reference",
     "made_by",
@@ -54,14 +56,6 @@ __all__ = [
     "unfold",
     "unsigned",
 ]
-
-_INT32_PRODUCTS = (2**31 - 1) // 128**2
-"""The largest K for which a bare int8 product stays in int32: 131071."""
-
-_SATURATES = platform.machine() in ("x86_64", "AMD64") and (
-    not torch.cpu._is_vnni_supported() or "ONEDNN_MAX_CPU_ISA" in os.environ
-)
-"""Whether oneDNN may multiply int8 without VNNI: it then adds pairs of products in int16, which saturates."""
 
 
 class FoldedWeight(NamedTuple):
@@ -464,62 +458,3 @@ def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:
 
 def _accumulator(k: int) -> torch.dtype:
     return torch.int32 if k <= INT32_TERMS else torch.int64
-
-
-def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a @ b.T` of int8 codes `(M, K)` and `(N, K)`, exactly; int32, above K = 33025 int64."""
-    k = a.shape[1]
-    if k <= INT32_TERMS:
-        return _int8_matmul(a, b)
-    cuts = tuple(range(_INT32_PRODUCTS, k, _INT32_PRODUCTS))
-    pieces = (t.tensor_split(cuts, 1) for t in (a, b))
-    return torch.stack([_int8_matmul(a, b).to(torch.int64) for a, b in zip(*pieces, strict=True)]).sum(0)
-
-
-def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a @ b.T` of int8 codes `(M, K)` and `(N, K)`, exact in int32."""
-    (m, k), n = a.shape, b.shape[0]
-    if a.is_cuda:
-        # cuBLASLt takes more than 16 rows, and K and N that are multiples of 8.
-        rows, inner, columns = max(m, 17), k + -k % 8, n + -n % 8
-    elif _SATURATES:
-        exact = torch.float32 if k * 128**2 <= 2**24 else torch.float64
-        return (a.to(exact) @ b.to(exact).t()).to(torch.int32)
-    else:
-        # oneDNN reads a pitch off the stride of an axis of size 1, which torch leaves undefined, and
-        # then returns memory that nothing was written to (pytorch/pytorch#195066).
-        rows, inner, columns = (2 if size == 1 else size for size in (m, k, n))
-    y = torch._int_mm(_zeros_to(a, rows, inner), _zeros_to(b, columns, inner).t())
-    return y if (rows, columns) == (m, n) else y.narrow(0, 0, m).narrow(1, 0, n)
-
-
-def _zeros_to(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Return `x` with rows and columns of zeros added, which change no sum; `x` itself if there are none."""
-    m, k = x.shape
-    return x if (m, k) == (rows, columns) else F.pad(x, (0, columns - k, 0, rows - m))
-
-
-def float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
-    """Return `a @ b.T` of float8 codes `(M, K)` and `(N, K)`: exact products summed in float32."""
-    if not a.is_cuda:
-        # A bfloat16 product would round its sums to bfloat16, and torch._scaled_mm takes 1.3 to 4
-        # times as long as this where the CPU has no AMX.
-        return a.to(torch.float32) @ b.to(torch.float32).t()
-    if _scaled_mm_takes(a, b):
-        one = torch.ones((), dtype=torch.float32, device=a.device)
-        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32, use_fast_accum=fast_accum)
-    # Every float8 value is a bfloat16 value, and a tensor core adds bfloat16 products in float32.
-    return torch.mm(a.to(torch.bfloat16), b.to(torch.bfloat16).t(), out_dtype=torch.float32)
-
-
-def _scaled_mm_takes(a: Tensor, b: Tensor) -> bool:
-    """Whether cuBLASLt multiplies these: two kinds of float8, not both e5m2, in multiples of 16."""
-    kinds = {a.dtype, b.dtype}
-    return (
-        kinds <= {torch.float8_e4m3fn, torch.float8_e5m2}
-        and kinds != {torch.float8_e5m2}
-        and a.shape[0] > 0
-        and a.shape[1] % 16 == 0
-        and b.shape[0] % 16 == 0
-        and torch.cuda.get_device_capability(a.device) >= (8, 9)
-    )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq.granularity import PerTensor
+from functional_sq.int_mm import INT32_TERMS
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.requantize import ACTIVATIONS, Requantization, requantize
 from functional_sq.spec import QuantSpec
@@ -33,9 +34,6 @@ AVAILABLE = (
     and "ONEDNN_MAX_CPU_ISA" not in os.environ
 )
 """Whether this CPU adds products of 8 bits in 32; without VNNI oneDNN adds pairs in 16, which saturates."""
-
-INT32_TERMS = (2**31 - 1) // 255**2
-"""The largest K for which the corrected product stays in int32: 33025."""
 
 WORTH = 1_500_000 if torch.cpu._is_amx_tile_supported() else 4_000_000
 """What N (K + 10 M) must reach. A call of oneDNN takes 40 us more; with AMX a byte of the weight takes 0.03 ns less

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
+from functional_sq.int_mm import INT32_TERMS
 from functional_sq.spec import QuantSpec
 
 __all__ = ["convolve", "is_worth", "least_windows", "requantizes", "supports"]
@@ -62,7 +63,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         and codes.dtype is torch.int8
         and codes.ndim in (3, 4)
         and codes.numel() > 0
-        and codes[0].numel() <= onednn.INT32_TERMS
+        and codes[0].numel() <= INT32_TERMS
         and zero_point is None
     )
 

@@ -1,0 +1,56 @@
+"""The bare product of int8 codes, exact, on every device: `torch._int_mm`, and floats where that saturates."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["INT32_TERMS", "integer_product"]
+
+INT32_TERMS = (2**31 - 1) // 255**2
+"""The largest K for which the corrected product stays in int32: 33025."""
+
+_INT32_PRODUCTS = (2**31 - 1) // 128**2
+"""The largest K for which a bare int8 product stays in int32: 131071."""
+
+_SATURATES = platform.machine() in ("x86_64", "AMD64") and (
+    not torch.cpu._is_vnni_supported() or "ONEDNN_MAX_CPU_ISA" in os.environ
+)
+"""Whether oneDNN may multiply int8 without VNNI: it then adds pairs of products in int16, which saturates."""
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b.T` of int8 codes `(M, K)` and `(N, K)`, exactly; int32, above K = 33025 int64."""
+    k = a.shape[1]
+    if k <= INT32_TERMS:
+        return _int8_matmul(a, b)
+    cuts = tuple(range(_INT32_PRODUCTS, k, _INT32_PRODUCTS))
+    pieces = (t.tensor_split(cuts, 1) for t in (a, b))
+    return torch.stack([_int8_matmul(a, b).to(torch.int64) for a, b in zip(*pieces, strict=True)]).sum(0)
+
+
+def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b.T` of int8 codes `(M, K)` and `(N, K)`, exact in int32."""
+    (m, k), n = a.shape, b.shape[0]
+    if a.is_cuda:
+        # cuBLASLt takes more than 16 rows, and K and N that are multiples of 8.
+        rows, inner, columns = max(m, 17), k + -k % 8, n + -n % 8
+    elif _SATURATES:
+        exact = torch.float32 if k * 128**2 <= 2**24 else torch.float64
+        return (a.to(exact) @ b.to(exact).t()).to(torch.int32)
+    else:
+        # oneDNN reads a pitch off the stride of an axis of size 1, which torch leaves undefined, and
+        # then returns memory that nothing was written to (pytorch/pytorch#195066).
+        rows, inner, columns = (2 if size == 1 else size for size in (m, k, n))
+    y = torch._int_mm(_zeros_to(a, rows, inner), _zeros_to(b, columns, inner).t())
+    return y if (rows, columns) == (m, n) else y.narrow(0, 0, m).narrow(1, 0, n)
+
+
+def _zeros_to(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Return `x` with rows and columns of zeros added, which change no sum; `x` itself if there are none."""
+    m, k = x.shape
+    return x if (m, k) == (rows, columns) else F.pad(x, (0, columns - k, 0, rows - m))
