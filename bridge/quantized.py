@@ -289,14 +289,18 @@ class Quantized(Buffers):
     def _backend(self) -> str:
         """Say what else than torch multiplies, and from what size on."""
 
+    @property
+    def path(self) -> str:
+        """How the layer multiplies, in words; what its device or weight does not allow is not in it."""
+        if self.reference:
+            return "dequantized product"
+        return f"{_short(self.weight_codes.dtype)} product{self._backend()}"
+
     def extra_repr(self) -> str:
-        path = "dequantized product" if self.reference else f"{_short(self.weight_codes.dtype)} product"
-        if not self.reference:
-            path += self._backend()
         shown = {name: value for name, value in self.arguments().items() if name not in _SWITCHES}
         return (
             f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "
-            f"activation={_summary(self.act_spec)}, weight={_summary(self.weight_spec)}, {path}"
+            f"activation={_summary(self.act_spec)}, weight={_summary(self.weight_spec)}, {self.path}"
         )
 
 

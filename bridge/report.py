@@ -10,6 +10,7 @@ import math
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from bridge import picture
 from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.inductor import capture
 from bridge.observed import Observed, ObserverModule, fit_mask, public_name
+from bridge.quantized import Quantized
 from bridge.workflow import call, mask_of, unfit, unfit_error
 from functional_sq.files import replacing
 from functional_sq.formats import REAL_DTYPES
@@ -62,6 +64,7 @@ class LayerReport:
         milliseconds: time of the quantized layer, all its calls in one forward pass; median over the
             batches in which it ran.
         time_share: the same as a share, 0 to 1, of that forward pass.
+        path: how the quantized layer multiplies, as its `repr` says it: `"int8 product, by oneDNN from 60 rows on"`.
         hands_on: once compiled, the layers that get codes from this one in place of floats, after the
             activation: `"gelu encoder.1.fc2"`; empty where it makes floats.
         recorded: the histogram of the recorded state, if it has one.
@@ -80,6 +83,7 @@ class LayerReport:
     model_sqnr: float | None
     milliseconds: float | None
     time_share: float | None
+    path: str
     hands_on: str
     recorded: picture.Recorded | None = field(default=None, repr=False, compare=False)
 
@@ -393,6 +397,7 @@ class _Layer:
             model_sqnr=self.alone.db if rank and self.calls else None,
             milliseconds=statistics.median(self.seconds) * 1e3 if self.seconds else None,
             time_share=statistics.median(self.shares) if self.shares else None,
+            path=self.twin.path if isinstance(self.twin, Quantized) else "product of a tensor subclass",
             hands_on=self.hands_on,
             recorded=picture.recorded(self.spec, state, self.qp),
         )
@@ -594,6 +599,8 @@ def _table(found: Report) -> str:
         numbers += [layer.output_sqnr, layer.weight_sqnr, layer.input_sqnr, layer.predicted_input_sqnr]
         cells = (*map(_number, numbers), *map(_share, (layer.clipping, layer.saturated, layer.time_share)))
         lines.append(name + "".join(f"{cell:>{columns}}" for cell, (_, columns) in zip(cells, heads, strict=True)))
+    paths = Counter(layer.path.partition(" from ")[0] for layer in found.layers)
+    lines += ["", *(f"{count} x {path}" for path, count in paths.most_common())]
     half = _WIDTH // 2 - 2
     handing = [
         f"{picture.short(layer.name, half)} -> {picture.short(layer.hands_on, half)}"
@@ -601,7 +608,7 @@ def _table(found: Report) -> str:
         if layer.hands_on
     ]
     if handing:
-        lines += ["", "Compiled, codes are handed on, no floats between:", *sorted(handing)]
+        lines += ["compiled, codes are handed on, no floats between:", *sorted(handing)]
     lines += [
         "",
         f"SQNR in dB. {_LEGEND[found.rank]}",

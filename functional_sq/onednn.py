@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from functional_sq.blocks import is_traced
 from functional_sq.granularity import PerTensor
-from functional_sq.int_mm import INT32_TERMS
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.requantize import ACTIVATIONS, Requantization, requantize
 from functional_sq.spec import QuantSpec
@@ -39,6 +39,10 @@ WORTH = 1_500_000 if torch.cpu._is_amx_tile_supported() else 4_000_000
 """What N (K + 10 M) must reach. A call of oneDNN takes 40 us more; with AMX a byte of the weight takes 0.03 ns less
 and one of M N results 0.3 ns, measured on one core for K, N from 384 to 4096, compiled, GELU behind it or not. With
 VNNI alone (the same core, limited) a layer followed by GELU stays within 5 %, one that writes its result gains."""
+
+WHOLE = 5000
+"""The largest K whose product is one: above, the codes of a trained weight too would be cut, see `exactly`, and two
+products take 2 to 3 times as long as `torch._int_mm` and an epilogue."""
 
 _POST_OPS = {
     "none": ("none", ""),
@@ -69,6 +73,8 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         zero_point: the weight's; None where it is 0. Any other needs each token's sum, which oneDNN
             does not give.
 
+    A weight that was made in inference mode counts no versions, so it would be packed at each call: not taken.
+
     Example:
         >>> import torch
         >>> from functional_sq import onednn
@@ -81,8 +87,9 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         and codes.dtype is torch.int8
         and codes.ndim == 2
         and codes.numel() > 0
-        and codes.shape[1] <= INT32_TERMS
+        and codes.shape[1] <= WHOLE
         and zero_point is None
+        and (is_traced(codes) or not codes.is_inference())
     )
 
 
@@ -247,7 +254,7 @@ def exactly(
 
     With AMX, oneDNN 3.12 rounds on the way where a zero point is subtracted from sums above 2**24. Where those of q
     could get there, its codes are cut into two parts of 4 bits, or four of 2, which cannot; their sums are integers,
-    and are added as such. A trained layer stays below: normal weights, 4 deviations to each side, reach it at K = 5000.
+    and are added as such. Normal weights, 4 deviations to each side, get there at K = 5000, uniform ones at 1900.
 
     Args:
         multiply: takes codes, zero point, scale, bias and what an operator of oneDNN ends with.

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
+from functional_sq.blocks import is_traced
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.spec import QuantSpec
 
@@ -65,6 +66,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         and codes.numel() > 0
         and codes[0].numel() <= INT32_TERMS
         and zero_point is None
+        and (is_traced(codes) or not codes.is_inference())
     )
 
 

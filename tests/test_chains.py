@@ -131,6 +131,7 @@ def test_codes_of_a_convolution_are_those_of_float64_within_the_rounding(
 def test_codes_of_sums_above_the_integers_of_float32(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the product is cut, and the steps behind it are torch's."""
     monkeypatch.setattr(onednn, "WORTH", 0)
+    monkeypatch.setattr(onednn, "WHOLE", 9216)
     case = symmetric(3, 9216, 5, fill=("all", "high"))
     y = case.corrected() * case.scale(np.dtype(np.float64)) + case.bias_array()
     folded = case.folded()
@@ -426,7 +427,11 @@ def test_the_report_tells() -> None:
     bridge.calibrate(model, [x])
     report = bridge.report(model, [x])
     assert {layer.name: layer.hands_on for layer in report.layers} == {"a": "gelu b", "b": "", "c": ""}
-    assert "a -> gelu b" in str(report).splitlines()
+    lines = str(report).splitlines()
+    assert "a -> gelu b" in lines
+    path = report.layers[0].path
+    assert f"3 x {path.partition(' from ')[0]}" in lines
+    assert path in repr(bridge.convert_(model).a)
 
 
 class Theirs(CustomGraphPass):

@@ -38,8 +38,9 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import functional_sq as fsq
-from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, onednn
+from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, onednn, onednn_conv
 from functional_sq.formats import REAL_DTYPES, Float8, Integer
+from functional_sq.int_mm import INT32_TERMS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
@@ -121,7 +122,7 @@ class Product:
         """Multiply as a layer does that keeps its weight: with the epilogue computed before."""
         folded = self.folded()
         known = fsq.epilogue(self.act, self.qp, folded, dtype=torch.promote_types(dtype, torch.float32))
-        with mock.patch.object(onednn, "WORTH", 0):  # by oneDNN, however small it is
+        with mock.patch.multiple(onednn, WORTH=0, WHOLE=INT32_TERMS):  # by oneDNN, however small or long it is
             return fsq.linear(self.act, self.q, self.qp, folded, self.bias, dtype=dtype, epilogue=known)
 
     def corrected(self) -> np.ndarray:
@@ -354,6 +355,7 @@ def symmetric(rows: int, k: int, n: int, dtype: torch.dtype = torch.int8, **kwar
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The results that oneDNN gave, which is asked for small products too."""
     monkeypatch.setattr(onednn, "WORTH", 0)
+    monkeypatch.setattr(onednn, "WHOLE", INT32_TERMS)
     found: list[Tensor] = []
     multiply = onednn.product
 
@@ -503,6 +505,16 @@ def test_a_weight_packed_in_inference_mode_serves_outside_of_it_and_one_made_in_
         y = case.kept()
         assert torch.equal(fsq.linear(case.act, case.q, case.qp, folded, case.bias, epilogue=known), y)
     assert torch.equal(fsq.linear(case.act, case.q, case.qp, folded, case.bias, epilogue=known), y)
+
+
+@needs_onednn
+def test_a_weight_made_in_inference_mode_is_not_packed_at_each_call_and_a_long_one_not_cut() -> None:
+    with torch.inference_mode():
+        codes = torch.ones(4, 4, dtype=torch.int8)
+    assert not onednn.supports(codes, None)
+    assert not onednn_conv.supports(codes[..., None], None)
+    assert onednn.supports(torch.ones(1, onednn.WHOLE, dtype=torch.int8), None)
+    assert not onednn.supports(torch.ones(1, onednn.WHOLE + 1, dtype=torch.int8), None)
 
 
 @needs_onednn

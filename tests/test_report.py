@@ -507,7 +507,18 @@ def found() -> Report:
 
 def layer(name: str, **changes: Any) -> LayerReport:
     values = dict.fromkeys((f.name for f in dataclasses.fields(LayerReport)), 12.25)
-    return LayerReport(**{**values, "name": name, "calls": 1, "values": 8, "hands_on": "", "recorded": None, **changes})
+    return LayerReport(
+        **{
+            **values,
+            "name": name,
+            "calls": 1,
+            "values": 8,
+            "path": "int8 product",
+            "hands_on": "",
+            "recorded": None,
+            **changes,
+        }
+    )
 
 
 ODD = Report(
@@ -581,7 +592,8 @@ def test_json_and_csv_give_back_every_number(found: Report, odd: bool) -> None:
     assert float(read["model_sqnr"]) == found.model_sqnr
     for layer, *texts in zip(found.layers, read["layers"], rows, strict=True):
         for text in texts:
-            assert (text.pop("name"), text.pop("hands_on")) == (layer.name, layer.hands_on)
+            words = ("name", "path", "hands_on")
+            assert [text.pop(word) for word in words] == [getattr(layer, word) for word in words]
             for key, value in text.items():
                 # NaN is not equal to itself; its text is.
                 assert repr(floats(value)) == repr(floats(getattr(layer, key))), key

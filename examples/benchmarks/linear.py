@@ -60,11 +60,21 @@ def medians(calls: Calls, seconds: float) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def normal(k: int, n: int) -> torch.nn.Linear:
+    """Return a layer with normal weights, as trained ones are; torch's own are uniform."""
+    linear = torch.nn.Linear(k, n).eval()
+    torch.nn.init.normal_(linear.weight, std=k**-0.5)
+    return linear
+
+
 def quantized(linear: torch.nn.Linear, x: torch.Tensor, dtype: torch.dtype) -> bridge.QuantizedLinear:
-    model = torch.nn.Sequential(copy.deepcopy(linear)).eval()
+    return calibrated(torch.nn.Sequential(copy.deepcopy(linear)).eval(), x, dtype)[0]
+
+
+def calibrated(model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Any:
     bridge.prepare_(model, bridge.StaticQuantConfig(dtype))
     bridge.calibrate(model, [x])
-    return bridge.convert_(model)[0]
+    return bridge.convert_(model)
 
 
 def torchao_linear(layer: bridge.QuantizedLinear, linear: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -128,9 +138,29 @@ def pt2e(model: torch.nn.Module, batches: Sequence[dict[str, torch.Tensor]], *, 
     return convert_pt2e(prepared)
 
 
+def chain(rows: int, k: int, n: int) -> Calls:
+    """Return linear, GELU, linear, beside the two bare products that it cannot go below."""
+    torch.compiler.reset()
+    model = torch.nn.Sequential(normal(k, n), torch.nn.GELU(), normal(n, k)).eval()
+    x = torch.randn(rows, k)
+    ours, asymmetric = (calibrated(copy.deepcopy(model), x, dtype) for dtype in (torch.int8, torch.uint8))
+    apart = copy.deepcopy(ours)
+    apart[0].hand_on = apart[2].hand_on = False
+    shapes = ((rows, k), (n, k)), ((rows, n), (k, n))
+    operands = [[torch.randint(-128, 128, shape, dtype=torch.int8) for shape in pair] for pair in shapes]
+    return {
+        "two products": lambda: [torch._int_mm(a, b.t()) for a, b in operands],
+        "int8": partial(torch.compile(ours), x),
+        "int8, apart": partial(torch.compile(apart), x),
+        "uint8": partial(torch.compile(asymmetric), x),
+        "float32": partial(torch.compile(model), x),
+        "bfloat16": partial(torch.compile(copy.deepcopy(model).bfloat16()), x.bfloat16()),
+    }
+
+
 def columns(rows: int, k: int, n: int) -> Calls:
     torch.compiler.reset()
-    linear, x = torch.nn.Linear(k, n).eval(), torch.randn(rows, k)
+    linear, x = normal(k, n), torch.randn(rows, k)
     ours, asymmetric = quantized(linear, x, torch.int8), quantized(linear, x, torch.uint8)
     quantize = torch.compile(partial(fsq.quantize, ours.act_spec))
     codes = quantize(x, ours.act_qparams)
@@ -157,6 +187,20 @@ def columns(rows: int, k: int, n: int) -> Calls:
     return calls
 
 
+def table(
+    shapes: Sequence[tuple[int, int, int]], make: Callable[..., Calls], floor: Sequence[str], seconds: float
+) -> None:
+    """Print a row for each shape: medians, and as multiples of the sum of the columns that are the floor."""
+    for i, shape in enumerate(shapes):
+        calls = make(*shape)
+        if i == 0:
+            print(f"{'':16}" + "".join(f"{name:>17}" for name in calls))
+        found = medians(calls, seconds)
+        least = sum(found[name] for name in floor)
+        cells = "".join(f"{ms:9.3f} ({ms / least:4.2f}x)" for ms in found.values())
+        print(f"{'x'.join(map(str, shape)):16}{cells}", flush=True)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,15 +211,13 @@ def main() -> None:
     shapes, seconds = (small[:2], 0.1) if args.quick else (small + large, 6.0)
     print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchao {torchao.__version__}")
     print("compiled where not said; medians in ms, and as multiples of quantize + product\n")
-    for i, (rows, k, n) in enumerate(shapes):
-        calls = columns(rows, k, n)
-        if i == 0:
-            print(f"{'':16}" + "".join(f"{name:>17}" for name in calls))
-        found = medians(calls, seconds)
-        floor = found["quantize"] + found["product"]
-        cells = "".join(f"{ms:9.3f} ({ms / floor:4.2f}x)" for ms in found.values())
-        print(f"{f'{rows}x{k}x{n}':16}{cells}", flush=True)
+    table(shapes, columns, ("quantize", "product"), seconds)
+    print("\nlinear, GELU, linear, as multiples of their two products; `apart` hands no codes on\n")
+    chains = shapes[:1] if args.quick else [(128, 384, 1536), (512, 768, 3072), (4096, 384, 1536)]
+    table(chains, chain, ("two products",), seconds)
 
+    rows, k, n = shapes[-1]
+    calls = columns(rows, k, n)
     print(f"\n{quantized(torch.nn.Linear(k, n), torch.randn(rows, k), torch.int8)}", flush=True)
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
         for name in ("product", "int8, eager", "int8", "uint8", *(n for n in PEERS if n in calls)):
