@@ -52,8 +52,11 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+@torch.compiler.assume_constant_result  # Dynamo calls it while it captures a layer, just before the pass is looked for.
 def install() -> None:
     """Set the pass, after one that is set already. A list of passes, which newer versions take, gets it at its end.
+
+    Called for each layer that is captured, as others may set theirs at any time.
 
     Example:
         >>> from torch._inductor import config

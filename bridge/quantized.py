@@ -87,7 +87,6 @@ class Quantized(Buffers):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        inductor.install()
         check_static(act, shape)
         if not reference:
             fsq.check_product(act, weight, shape)
@@ -250,6 +249,7 @@ class Quantized(Buffers):
         x, qp, bias = input, self.act_qparams, self.bias
         captured = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if captured and self.hand_on and not self.reference and x.dtype is not torch.float64:
+            inductor.install()
             known = fsq.Epilogue(self.product_scale, self.product_offset)
             return chains.layer(
                 self._described,
