@@ -253,7 +253,10 @@ def _writes(node: fx.Node) -> bool:
     if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if getattr(target, "__module__", None) == "torch.nn.functional":
+    module = getattr(target, "__module__", None) or "torch"
+    if module.partition(".")[0] not in ("torch", "_operator", "builtins", "math"):
+        return True  # somebody's own
+    if module == "torch.nn.functional":
         given = inspect.signature(target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
         return bool(given.get("inplace")) or name.endswith("_")
     in_place = name.startswith("i") and hasattr(operator, name[1:]) and hasattr(operator, name)

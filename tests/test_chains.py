@@ -208,6 +208,14 @@ HANDS_ON: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "residual around": ("b -> gelu c", lambda m, x: x + m.c(F.gelu(m.b(m.norm(x + m.a(x)))))),
     "writes elsewhere": ("a -> b", lambda m, x: inplace(torch.zeros(6, 16), m.b(m.a(x)))),
 }
+
+
+@torch.compiler.allow_in_graph
+def doubled(x: Tensor) -> None:
+    """Nothing but its code says that it writes."""
+    x.mul_(2)
+
+
 KEEPS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "another function": lambda m, x: m.b(torch.sigmoid(m.a(x))),
     "a norm": lambda m, x: m.b(m.norm(m.a(x))),
@@ -220,6 +228,7 @@ KEEPS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "an activation into a tensor": lambda m, x: m.b(torch.tanh(m.a(x), out=(y := torch.empty(6, 16)))) + y,
     "a view": lambda m, x: m.b(m.a(x).view(3, 2, 16)),
     "the last layer": lambda m, x: F.relu(m.a(x)),
+    "a function that nobody knows between": lambda m, x: m.b((m.a(x), doubled(x))[0]),
     "a write to the input between": lambda m, x: m.b((m.a(x), x.mul_(2))[0]),
 }
 
