@@ -48,7 +48,7 @@ from functional_sq.linear import (
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
-from functional_sq.requantize import Requantization, requantize
+from functional_sq.requantize import Requantization, check_requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["conv", "conv_reference", "fold_batch_norm"]
@@ -117,6 +117,8 @@ def conv(
     check_spec(spec)
     if dtype not in REAL_DTYPES:
         raise TypeError(f"conv to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    if then is not None:
+        check_requantization(then)
     if qp.scale.numel() != 1:
         raise ValueError(
             f"the activations have scales of shape {tuple(qp.scale.shape)}, and the windows of a convolution mix them; "

@@ -37,7 +37,7 @@ from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import INT32_TERMS, integer_product
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import dequantize
-from functional_sq.requantize import Requantization, requantize
+from functional_sq.requantize import Requantization, check_requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = [
@@ -306,6 +306,8 @@ def linear(
         )
     if dtype not in REAL_DTYPES:
         raise TypeError(f"linear to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    if then is not None:
+        check_requantization(then)
     wide = torch.promote_types(dtype, torch.float32)
     scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     check_operands(spec, q, weight)

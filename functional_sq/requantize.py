@@ -15,7 +15,7 @@ from functional_sq.qparams import QParams
 from functional_sq.quantize import quantize
 from functional_sq.spec import QuantSpec
 
-__all__ = ["ACTIVATIONS", "Requantization", "requantize"]
+__all__ = ["ACTIVATIONS", "Requantization", "check_requantization", "requantize"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -55,8 +55,7 @@ def requantize(x: Tensor, then: Requantization) -> Tensor:
         codes in the storage dtype of `then.spec`, shape of `x`.
 
     Raises:
-        ValueError: `then.activation` is not one of `ACTIVATIONS`.
-        TypeError, ValueError: as `quantize`.
+        TypeError, ValueError: as `check_requantization` and `quantize`.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -65,6 +64,13 @@ def requantize(x: Tensor, then: Requantization) -> Tensor:
         >>> fsq.requantize(torch.tensor([-1.0, 1.0]), then)
         tensor([0, 2], dtype=torch.int8)
     """
+    check_requantization(then)
+    return quantize(then.spec, ACTIVATIONS[then.activation](x), then.qp)
+
+
+def check_requantization(then: object) -> None:
+    """Raise TypeError unless `then` is a Requantization, ValueError unless its activation is one of `ACTIVATIONS`."""
+    if not isinstance(then, Requantization):
+        raise TypeError(f"then is {then!r}; give a Requantization(spec, qp, activation)")
     if then.activation not in ACTIVATIONS:
         raise ValueError(f"activation={then.activation!r}; use one of {', '.join(map(repr, ACTIVATIONS))}")
-    return quantize(then.spec, ACTIVATIONS[then.activation](x), then.qp)

@@ -146,9 +146,17 @@ def test_an_activation_that_is_none_is_refused() -> None:
     spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
     one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
     weight = fsq.fold(spec, torch.ones(2, 2, dtype=torch.int8), one)
-    then = fsq.Requantization(spec, one, "swish")
-    with pytest.raises(ValueError, match=r"activation='swish'; use one of 'none', 'relu', 'gelu'"):
-        fsq.linear(spec, torch.ones(1, 2, dtype=torch.int8), one, weight, then=then)
+    q = torch.ones(1, 2, dtype=torch.int8)
+    window = fsq.FoldedWeight(weight.codes[..., None], *weight[1:])
+    for multiply in (
+        lambda then: fsq.linear(spec, q, one, weight, then=then),
+        lambda then: fsq.conv(spec, q[..., None], one, window, then=then),
+        lambda then: fsq.requantize(torch.ones(2), then),
+    ):
+        with pytest.raises(ValueError, match=r"activation='swish'; use one of 'none', 'relu', 'gelu'"):
+            multiply(fsq.Requantization(spec, one, "swish"))
+        with pytest.raises(TypeError, match=r"then is 'relu'; give a Requantization\(spec, qp, activation\)"):
+            multiply("relu")
 
 
 # --- where a graph has chains ----------------------------------------------------------------------
