@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from linear import Calls, cpu, medians
+from linear import Calls, cpu, quantized, table
 from torch import nn
 
-import bridge
 import functional_sq as fsq
 
 
@@ -76,13 +75,6 @@ def layers(batches: Sequence[int], *, small: bool) -> list[Layer]:
     return made
 
 
-def quantized(conv: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> nn.Module:
-    model = nn.Sequential(copy.deepcopy(conv)).eval()
-    bridge.prepare_(model, bridge.StaticQuantConfig(dtype))
-    bridge.calibrate(model, [x])
-    return bridge.convert_(model)[0]
-
-
 def bare(layer: nn.Module, codes: torch.Tensor) -> partial[torch.Tensor]:
     """Return oneDNN's convolution of codes, a weight packed for their shape and zero point."""
     q = (codes ^ -128).view(torch.uint8)
@@ -124,17 +116,16 @@ def main() -> None:
     print("compiled where not said; medians in ms, and as multiples of quantize + convolution\n")
     modules: list[nn.Module] = []
     shown: dict[str, Calls] = {}  # one without groups, one with
-    for i, layer in enumerate(rows):
-        calls = columns(layer)
-        if i == 0:
-            print(f"{'':34}" + "".join(f"{name:>18}" for name in calls))
-        found = medians(calls, seconds)
-        floor = found["quantize"] + found["convolution"]
-        cells = "".join(f"{ms:9.3f} ({ms / floor:5.2f}x)" for ms in found.values())
-        print(f"{layer.name:34}{cells}", flush=True)
-        if i < 2:
-            shown[layer.name] = {name: call for name, call in calls.items() if name != "quantize"}
-            modules.append(calls["int8, eager"].func)
+
+    def calls() -> Iterator[tuple[str, Calls]]:
+        for layer in rows:
+            calls = columns(layer)
+            if len(shown) < 2:
+                shown[layer.name] = {name: call for name, call in calls.items() if name != "quantize"}
+                modules.append(calls["int8, eager"].func)
+            yield layer.name, calls
+
+    table(calls(), ("quantize", "convolution"), seconds)
     print("", *modules, sep="\n", flush=True)
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
         for layer_name, named in shown.items():

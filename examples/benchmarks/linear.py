@@ -19,7 +19,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,8 +67,8 @@ def normal(k: int, n: int) -> torch.nn.Linear:
     return linear
 
 
-def quantized(linear: torch.nn.Linear, x: torch.Tensor, dtype: torch.dtype) -> bridge.QuantizedLinear:
-    return calibrated(torch.nn.Sequential(copy.deepcopy(linear)).eval(), x, dtype)[0]
+def quantized(layer: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Any:
+    return calibrated(torch.nn.Sequential(copy.deepcopy(layer)).eval(), x, dtype)[0]
 
 
 def calibrated(model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Any:
@@ -187,18 +187,19 @@ def columns(rows: int, k: int, n: int) -> Calls:
     return calls
 
 
-def table(
-    shapes: Sequence[tuple[int, int, int]], make: Callable[..., Calls], floor: Sequence[str], seconds: float
-) -> None:
-    """Print a row for each shape: medians, and as multiples of the sum of the columns that are the floor."""
-    for i, shape in enumerate(shapes):
-        calls = make(*shape)
+def table(rows: Iterable[tuple[str, Calls]], floor: Sequence[str], seconds: float) -> None:
+    """Print a row for each: medians, and as multiples of the sum of the columns that are the floor."""
+    for i, (row, calls) in enumerate(rows):
         if i == 0:
-            print(f"{'':16}" + "".join(f"{name:>17}" for name in calls))
+            print(f"{'':34}" + "".join(f"{name:>18}" for name in calls))
         found = medians(calls, seconds)
         least = sum(found[name] for name in floor)
-        cells = "".join(f"{ms:9.3f} ({ms / least:4.2f}x)" for ms in found.values())
-        print(f"{'x'.join(map(str, shape)):16}{cells}", flush=True)
+        cells = "".join(f"{ms:9.3f} ({ms / least:5.2f}x)" for ms in found.values())
+        print(f"{row:34}{cells}", flush=True)
+
+
+def of_shapes(shapes: Sequence[tuple[int, int, int]], make: Callable[..., Calls]) -> Iterator[tuple[str, Calls]]:
+    return (("x".join(map(str, shape)), make(*shape)) for shape in shapes)
 
 
 @torch.no_grad()
@@ -211,10 +212,10 @@ def main() -> None:
     shapes, seconds = (small[:2], 0.1) if args.quick else (small + large, 6.0)
     print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchao {torchao.__version__}")
     print("compiled where not said; medians in ms, and as multiples of quantize + product\n")
-    table(shapes, columns, ("quantize", "product"), seconds)
+    table(of_shapes(shapes, columns), ("quantize", "product"), seconds)
     print("\nlinear, GELU, linear, as multiples of their two products; `apart` hands no codes on\n")
     chains = shapes[:1] if args.quick else [(128, 384, 1536), (512, 768, 3072), (4096, 384, 1536)]
-    table(chains, chain, ("two products",), seconds)
+    table(of_shapes(chains, chain), ("two products",), seconds)
 
     rows, k, n = shapes[-1]
     calls = columns(rows, k, n)

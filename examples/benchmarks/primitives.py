@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from linear import Calls, cpu, medians, torchao
+from linear import Calls, cpu, table, torchao
 from torchao.quantization.quant_primitives import dequantize_affine, quantize_affine
 
 import functional_sq as fsq
@@ -63,11 +63,7 @@ def main() -> None:
     shape, seconds = ((64, 64), 0.1) if args.quick else ((4096, 1024), 5.0)
     print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchao {torchao.__version__}")
     print(f"{shape[0]}x{shape[1]} float32 and int8; medians in ms, and as multiples of the floor\n")
-    for i, (name, calls) in enumerate(tasks(shape)):
-        if i == 0:
-            print(f"{'':26}" + "".join(f"{column:>18}" for column in calls))
-        found = medians(calls, seconds)
-        print(f"{name:26}" + "".join(f"{ms:9.3f} ({ms / found['floor']:5.2f}x)" for ms in found.values()), flush=True)
+    table(tasks(shape), ("floor",), seconds)
 
 
 if __name__ == "__main__":
