@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import functional_sq as fsq
-from bridge.observed import LAYERS, Observed, ObserverModule, observed_type
-from bridge.quantized import QUANTIZED, QuantizedLinear
+from bridge.observed import LAYERS, Observed, ObserverModule, observed_type, settings_of
+from bridge.quantized import QUANTIZED, SWITCHES, QuantizedLinear
 from bridge.torchao import AOBaseConfig, register_quantize_module_handler
 from functional_sq.serialize import spec_from_json, spec_to_json
 
@@ -82,6 +82,9 @@ class StaticQuantConfig(AOBaseConfig):
         for name, choices in (("step", ("prepare", "convert")), ("form", ("module", "tensor"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}; use one of {', '.join(map(repr, choices))}")
+        for name, value in settings_of(self, SWITCHES).items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r}; use True or False")
         if self.form == "tensor" and self.reference:
             raise ValueError(
                 "form='tensor' with reference=True: the tensor subclass multiplies codes; use form='module'"
@@ -201,9 +204,7 @@ def _plain(config: StaticQuantConfig | None) -> dict[str, Any] | None:
         "activation": json.loads(spec_to_json(config.activation)),
         "weight": json.loads(spec_to_json(config.weight)),
         "form": config.form,
-        "reference": config.reference,
-        "hand_on": config.hand_on,
-        "fast_accum": config.fast_accum,
+        **settings_of(config, SWITCHES),
         "rules": [[{"name": k} if isinstance(k, str) else {"class": _key(k)}, _plain(v)] for k, v in config.rules],
     }
 
@@ -304,8 +305,7 @@ def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.
                 f"the config quantizes the {what} as {spec}, but they were observed for {observer.spec}; "
                 f"call reread_(model, config) before, which reads the record so"
             )
-    switches = {"reference": config.reference, "hand_on": config.hand_on, "fast_accum": config.fast_accum}
-    quantized = kind.from_observed(observed, **switches)
+    quantized = kind.from_observed(observed, **settings_of(config, SWITCHES))
     if config.form == "module":
         return quantized
     if not isinstance(quantized, QuantizedLinear):

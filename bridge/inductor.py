@@ -15,6 +15,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import functional_sq
+from bridge.buffers import check_module
 from functional_sq.chains import hand_on
 
 __all__ = ["Chain", "HandOn", "capture", "chains", "install"]
@@ -87,9 +88,14 @@ class Chain:
     activation: str
     consumers: tuple[str, ...]
 
+    @property
+    def to(self) -> str:
+        """What the codes go to: `"gelu encoder.1.fc2"`."""
+        through = "" if self.activation == "none" else f"{self.activation} "
+        return f"{through}{', '.join(self.consumers)}"
+
     def __str__(self) -> str:
-        through = "" if self.activation == "none" else f" {self.activation}"
-        return f"{self.producer} ->{through} {', '.join(self.consumers)}"
+        return f"{self.producer} -> {self.to}"
 
 
 def chains(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Chain, ...]:
@@ -104,6 +110,9 @@ def chains(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Chain, ...]:
     Returns:
         a Chain for each layer that hands on, in the order in which they run.
 
+    Raises:
+        TypeError: `model` is no module.
+
     Example:
         >>> import torch, bridge
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8)).eval()
@@ -113,6 +122,7 @@ def chains(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Chain, ...]:
         >>> print(*bridge.chains(model, torch.randn(16, 8)))
         0 -> gelu 2
     """
+    check_module(model)
     names = {module: name for name, module in model.named_modules()}
     return capture(lambda: model(*args, **kwargs), names)
 

@@ -468,9 +468,9 @@ def float_reason(module: nn.Module) -> str | None:
     return f"no quantized layer does what {kind} does"
 
 
-def settings_of(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    """Return what the constructor of `module` took, by name."""
-    return {name: getattr(module, name) for name in names}
+def settings_of(made: object, names: Sequence[str]) -> dict[str, Any]:
+    """Return what the constructor of a module or a config took, by name."""
+    return {name: getattr(made, name) for name in names}
 
 
 def _check_observers(act_obs: object, weight_obs: object) -> None:

@@ -33,9 +33,9 @@ from bridge.observed import (
 from functional_sq import chains, onednn, onednn_conv
 from functional_sq.formats import Float8
 
-__all__ = ["Quantized", "QuantizedConv1d", "QuantizedConv2d", "QuantizedLinear"]
+__all__ = ["SWITCHES", "Quantized", "QuantizedConv1d", "QuantizedConv2d", "QuantizedLinear"]
 
-_SWITCHES = ("reference", "hand_on", "fast_accum")
+SWITCHES = ("reference", "hand_on", "fast_accum")
 """What a constructor takes beside what the float layer's takes; attributes that may be changed at any time."""
 
 
@@ -145,7 +145,7 @@ class Quantized(Buffers):
         return {
             **settings_of(self, self.settings),
             "bias": self.bias is not None,
-            **settings_of(self, _SWITCHES),
+            **settings_of(self, SWITCHES),
         }
 
     @classmethod
@@ -297,7 +297,7 @@ class Quantized(Buffers):
         return f"{_short(self.weight_codes.dtype)} product{self._backend()}"
 
     def extra_repr(self) -> str:
-        shown = {name: value for name, value in self.arguments().items() if name not in _SWITCHES}
+        shown = {name: value for name, value in self.arguments().items() if name not in SWITCHES}
         return (
             f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "
             f"activation={_summary(self.act_spec)}, weight={_summary(self.weight_spec)}, {self.path}"

@@ -465,7 +465,7 @@ class _Whole:
         names = {layer.twin: layer.name for layer in self.layers}
         with torch.compiler.set_stance("default"), torch.random.fork_rng(self.devices):
             for chain in capture(lambda: call(self.model, batch), names):
-                by_name[chain.producer].hands_on = str(chain).partition(" -> ")[2]
+                by_name[chain.producer].hands_on = chain.to
 
     def run(self, batch: Any, forms: Mapping[_Layer, str]) -> Tensor:
         """Run one batch with each layer in the form that is asked for; return the compared output."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import functional_sq as fsq
-from bridge.buffers import write
+from bridge.buffers import check_module, write
 from bridge.config import PRESETS, StaticQuantConfig, check_reread, observed_layer, quantized_layer, reread_layer
 from bridge.observed import LAYERS, Observed, ObserverModule, float_reason, observed_type, public_name, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
@@ -410,8 +410,7 @@ def _convert(
 
 def _check_kinds(model: object, *configs: object) -> None:
     """Raise TypeError unless these are a module and StaticQuantConfigs."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     for config in configs:
         if not isinstance(config, StaticQuantConfig):
             name = config if isinstance(config, str) and config in PRESETS else "int8"

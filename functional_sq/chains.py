@@ -177,12 +177,12 @@ def hand_on(graph: fx.Graph) -> list[Link]:
     seen: dict[tuple[Any, ...], fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         x, _, _, spec, values = node.args
-        first = seen.setdefault((x, spec, values), node)
-        if first is not node and values and not written(first, node):
+        first = seen.get((x, spec, values))
+        if first is None or not values or written(first, node):
+            seen[x, spec, values] = node
+        else:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
-        else:
-            seen[x, spec, values] = node
 
     links = []
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):

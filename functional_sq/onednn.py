@@ -26,7 +26,17 @@ from functional_sq.qparams import MappingType, QParams
 from functional_sq.requantize import ACTIVATIONS, Requantization, requantize
 from functional_sq.spec import QuantSpec
 
-__all__ = ["exactly", "is_worth", "largest_sum", "least_rows", "product", "reaches", "requantizes", "supports"]
+__all__ = [
+    "exactly",
+    "is_worth",
+    "largest_sum",
+    "least_rows",
+    "looped",
+    "product",
+    "reaches",
+    "requantizes",
+    "supports",
+]
 
 AVAILABLE = (
     hasattr(torch.ops.onednn, "qlinear_prepack")
@@ -222,17 +232,22 @@ def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.float32 if to_scale is None else torch.uint8)
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
-    def at(i: int) -> list[Any]:
-        pairs = zip(operands, in_dims, strict=True)
-        return [t if dim is None else t.select(dim, i) for t, dim in pairs]
+def looped(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """Return the vmap rule of an operator without a batch: `call` for each element."""
 
-    return torch.stack([product(*at(i)) for i in range(info.batch_size)]), 0
+    def rule(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Tensor, int]:
+        def at(i: int) -> list[Any]:
+            pairs = zip(operands, in_dims, strict=True)
+            return [t.select(dim, i) if isinstance(t, Tensor) and dim is not None else t for t, dim in pairs]
+
+        return torch.stack([call(*at(i)) for i in range(info.batch_size)]), 0
+
+    return rule
 
 
 torch.library.impl(_NAME, "cpu", _product)
 torch.library.register_fake(_NAME, _fake)
-torch.library.register_vmap(_NAME, _vmap)
+torch.library.register_vmap(_NAME, looped(product))
 
 
 Tail = tuple[float, int, torch.dtype, str, list[float], str]
@@ -265,11 +280,11 @@ def exactly(
     """
     name, algorithm = _POST_OPS[activation]
     bits = 8 if z == 0 else next(b for b in (8, 4, 2) if (2**b - 1) * largest <= 2**24)
-    if bits == 8 and to_scale is not None and to_zero_point is not None:
-        to = to_scale.item(), int(to_zero_point.item())
-        return multiply(q, z, scale, bias, (*to, torch.uint8, name, [], algorithm))
+    to: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32)
+    if to_scale is not None and to_zero_point is not None:
+        to = to_scale.item(), int(to_zero_point.item()), torch.uint8
     if bits == 8:
-        return multiply(q, z, scale, bias, (1.0, 0, torch.float32, name, [], algorithm))
+        return multiply(q, z, scale, bias, (*to, name, [], algorithm))
     mask, one = 2**bits - 1, torch.ones_like(scale)
     sums: Tail = (1.0, 0, torch.float32, "none", [], "")
     parts = [multiply(q >> i & mask, z >> i & mask, one, None, sums).to(torch.int32) << i for i in range(0, 8, bits)]

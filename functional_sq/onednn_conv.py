@@ -226,17 +226,9 @@ def _empty(
     return torch.empty(size, dtype=dtype, device=q.device, memory_format=torch.channels_last)
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Tensor, int]:
-    def at(i: int) -> list[Any]:
-        pairs = zip(operands, in_dims, strict=True)
-        return [t.select(dim, i) if isinstance(t, Tensor) and dim is not None else t for t, dim in pairs]
-
-    return torch.stack([convolve(*at(i)) for i in range(info.batch_size)]), 0
-
-
 torch.library.impl(_NAME, "cpu", _conv)
 torch.library.register_fake(_NAME, _fake)
-torch.library.register_vmap(_NAME, _vmap)
+torch.library.register_vmap(_NAME, onednn.looped(convolve))
 
 
 def _kernel(codes: Tensor) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_conv import FORMATS, GEOMETRIES, UNFIT, draw
-from test_linear import symmetric
+from test_linear import needs_onednn, symmetric
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
@@ -35,8 +35,6 @@ import bridge
 import functional_sq as fsq
 from bridge import StaticQuantConfig, inductor
 from functional_sq import chains, onednn, onednn_conv
-
-needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="this CPU multiplies int8 in 16 bits, or not by oneDNN")
 
 ASYMMETRIC = fsq.MappingType.ASYMMETRIC
 erf = np.vectorize(math.erf, otypes=[float])
@@ -85,8 +83,6 @@ def test_every_activation_has_a_reference_here() -> None:
 def test_codes_are_those_of_float64_within_the_rounding(
     activation: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if by_onednn and not onednn.AVAILABLE:
-        pytest.skip("this CPU multiplies int8 in 16 bits, or not by oneDNN")
     monkeypatch.setattr(onednn, "WORTH", 0 if by_onednn else 10**18)
     rows, k, n = 33, 40, 65
     rng = np.random.default_rng(0)
@@ -436,6 +432,14 @@ def test_the_switch_is_in_the_config_the_layer_and_the_saved_file(tmp_path: Path
     assert list(map(str, bridge.chains(again, x))) == ["a -> gelu b"]
     rules = StaticQuantConfig(torch.int8, rules={"a": config})
     assert bridge.chains(*converted(HANDS_ON["gelu"][1], rules)) == ()
+
+
+def test_what_is_no_switch_and_no_model_is_refused() -> None:
+    for name in ("reference", "hand_on", "fast_accum"):
+        with pytest.raises(TypeError, match=f"{name}='no'; use True or False"):
+            StaticQuantConfig(torch.int8, **{name: "no"})
+    with pytest.raises(TypeError, match=r"model is a str; give a torch\.nn\.Module"):
+        bridge.chains("model", torch.ones(1))
 
 
 def test_the_report_tells() -> None:

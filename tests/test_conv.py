@@ -21,7 +21,18 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_linear import ARRAYS, FLOAT8S, array, assert_within, bound, codes, epilogue, float8_codes, qparams
+from test_linear import (
+    ARRAYS,
+    FLOAT8S,
+    array,
+    assert_within,
+    bound,
+    codes,
+    epilogue,
+    float8_codes,
+    needs_onednn,
+    qparams,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -340,8 +351,6 @@ def test_the_reference_has_the_bits_of_torch_on_dequantized_operands(name: str, 
 
 
 # --- a weight that is kept: oneDNN -----------------------------------------------------------------
-
-needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
 
 
 @pytest.fixture
