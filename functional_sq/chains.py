@@ -97,7 +97,7 @@ def layer(
     """
     q = torch.ops.functional_sq.quantize.default(x, *qp, spec, values)
     y: Tensor = torch.ops.functional_sq.product.default(
-        q, *qp, spec, *weight, bias, *epilogue, geometry, dtype, fast_accum, "none", None, None, ""
+        q, *qp, spec, *weight, bias, *epilogue, geometry, dtype, fast_accum, None, "none", None, None, ""
     )
     return y
 
@@ -107,11 +107,13 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: str, values: s
 
 
 def _product(*given: Any) -> Tensor:
-    q, scale, zero_point, spec, *weight, bias, s, offset, geometry, dtype, fast_accum = given[:-4]
+    q, scale, zero_point, spec, *weight, bias, s, offset, geometry, dtype, fast_accum, residual = given[:-4]
     activation, to_s, to_z, to_spec = given[-4:]
     arguments = _spec(spec), q, QParams(scale, zero_point), FoldedWeight(*weight), bias
     then = Requantization(_spec(to_spec), QParams(to_s, to_z), activation) if to_spec else None
     multiply: Callable[..., Tensor] = partial(conv, **json.loads(geometry)) if geometry else linear
+    if residual is not None:  # of linear layers alone
+        multiply = partial(multiply, residual=residual)
     return multiply(*arguments, dtype=dtype, epilogue=Epilogue(s, offset), then=then, fast_accum=fast_accum)
 
 
@@ -120,7 +122,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "product": (
         "(Tensor q, Tensor scale, Tensor zero_point, str spec, Tensor codes, Tensor weight_scale, "
         "Tensor? weight_zero_point, Tensor? weight_sum, Tensor? bias, Tensor product_scale, Tensor? product_offset, "
-        "str geometry, ScalarType dtype, bool fast_accum, "
+        "str geometry, ScalarType dtype, bool fast_accum, Tensor? residual, "
         "str activation, Tensor? to_scale, Tensor? to_zero_point, str to_spec) -> Tensor",
         _product,
     ),
@@ -131,6 +133,9 @@ for _name, (_schema, _function) in _SCHEMAS.items():
 
 _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default
+_GEOMETRY, _RESIDUAL = (
+    [argument.name for argument in _PRODUCT._schema.arguments].index(name) for name in ("geometry", "residual")
+)
 
 
 class Link(NamedTuple):
@@ -186,7 +191,7 @@ def hand_on(graph: fx.Graph) -> list[Link]:
 
     links = []
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
-        found = _source(node)
+        found = _source(node.args[0])
         if found is None:
             continue
         producer, activation, passed = found
@@ -200,9 +205,23 @@ def hand_on(graph: fx.Graph) -> list[Link]:
         node.replace_all_uses_with(producer)
         for done in (node, *passed):
             graph.erase_node(done)
+
+    for node in order:
+        term = _addition(node, order) if node.target in _ADDITIONS else None
+        if term is None:
+            continue
+        (producer, passed), residual = term
+        if written(producer, node, (node, *passed)):
+            continue
+        producer.args = (*producer.args[:-5], residual, *producer.args[-4:])
+        node.append(producer)
+        node.replace_all_uses_with(producer)
+        for done in (node, *passed):
+            graph.erase_node(done)
     return sorted(links, key=lambda link: order[link.producer])
 
 
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ACTIVATION_OF: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
     **dict.fromkeys((F.silu,), "silu"),
@@ -211,11 +230,10 @@ _ACTIVATION_OF: dict[Any, str] = {
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
-def _source(node: fx.Node) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
-    """Return the layer whose result alone a node quantizes, its activation, and the nodes between."""
+def _source(x: object) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
+    """Return the layer whose result a value is made of alone, its activation, and the nodes between."""
     activation = "none"
     passed: list[fx.Node] = []
-    x = node.args[0]
     while isinstance(x, fx.Node) and len(x.users) == 1:
         if x.target is _PRODUCT:
             return x, activation, tuple(passed)
@@ -226,6 +244,40 @@ def _source(node: fx.Node) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
         passed.append(x)
         x = x.args[0]
     return None
+
+
+def _addition(node: fx.Node, order: dict[fx.Node, int]) -> tuple[tuple[fx.Node, tuple[fx.Node, ...]], fx.Node] | None:
+    """Return the linear layer whose result is a term of a sum, the nodes between, and the other term: of one kind."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    in_place = node.target in (operator.iadd, "add_")
+    pairs = [(first, second)] if in_place else [(first, second), (second, first)]
+    found = []
+    for x, residual in pairs:
+        source = _source(x)
+        if source is None or not isinstance(residual, fx.Node) or not _alike(x, residual):
+            continue
+        producer, activation, passed = source
+        if activation == "none" and producer.args[_GEOMETRY] == "" and producer.args[_RESIDUAL] is None:
+            found.append(((producer, tuple(passed)), residual))
+    # Of two layers the later one adds to the earlier one's result.
+    return max(found, key=lambda each: order[each[0][0]], default=None)
+
+
+def _alike(x: object, y: fx.Node) -> bool:
+    """Whether two nodes are known to be tensors of one shape and dtype."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    assert isinstance(x, fx.Node)
+    a, b = (each.meta.get("example_value") for each in (x, y))
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.dtype is b.dtype
+        and a.ndim == b.ndim
+        and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+    )
 
 
 def _activation(node: fx.Node) -> str | None:

@@ -38,7 +38,6 @@ from functional_sq.int_mm import integer_product
 from functional_sq.linear import (
     Epilogue,
     FoldedWeight,
-    apply_epilogue,
     check_operands,
     fits_operator,
     made_by,
@@ -48,7 +47,7 @@ from functional_sq.linear import (
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
-from functional_sq.requantize import Requantization, check_requantization, requantize
+from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["conv", "conv_reference", "fold_batch_norm"]

@@ -37,13 +37,12 @@ from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import INT32_TERMS, integer_product
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import dequantize
-from functional_sq.requantize import Requantization, check_requantization, requantize
+from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = [
     "Epilogue",
     "FoldedWeight",
-    "apply_epilogue",
     "check_operands",
     "check_product",
     "epilogue",
@@ -255,12 +254,13 @@ def linear(
     *,
     dtype: torch.dtype = torch.float32,
     epilogue: Epilogue | None = None,
+    residual: Tensor | None = None,
     then: Requantization | None = None,
     fast_accum: bool = False,
 ) -> Tensor:
     """Multiply the codes of activations with a folded weight.
 
-    Integers: exact in int32 (int64 above K = 33025), converted to float32 once, scaled, the bias
+    Integers: exact in int32 (int64 above K = 33025), converted to float32 once, scaled, bias and residual
     added, rounded to `dtype`. Float8: products exact, accumulated in float32, then the same.
 
     Args:
@@ -273,6 +273,7 @@ def linear(
         epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits. The weight counts
             as one that is kept: where `functional_sq.onednn` is the faster one, it is packed at the first
             call, one byte an element more for as long as `weight.codes` live.
+        residual: `(..., N)` in `dtype`, or None: what is added to the result before it is rounded to `dtype`.
         then: return the next layer's codes, `requantize(linear(...), then)`. Where oneDNN makes them, the
             result is not rounded to `dtype` before, and a code may differ by one where a value lies on the
             border of two.
@@ -283,7 +284,7 @@ def linear(
         `(..., N)` in `dtype`; with `then`, in the storage dtype of `then.spec`.
 
     Raises:
-        TypeError: integer codes meet float8 codes.
+        TypeError: integer codes meet float8 codes, or `residual` has another dtype.
         ValueError: shapes do not fit, the activations have scales along K, or `then` is no activation's.
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), equation 7.
@@ -308,6 +309,7 @@ def linear(
         raise TypeError(f"linear to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
     if then is not None:
         check_requantization(then)
+    check_residual(residual, (*lead, n), dtype)
     wide = torch.promote_types(dtype, torch.float32)
     scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     check_operands(spec, q, weight)
@@ -320,9 +322,12 @@ def linear(
         )
     if epilogue is not None and scale.ndim == 1 and _on_onednn(flat, weight, scale, bias, wide):
         operands = *unsigned(flat, qp.zero_point), weight.codes, scale, None if bias is None else bias.to(wide)
-        if then is not None and onednn.requantizes(then.spec, then.qp.scale, then.activation):
+        if then is not None and residual is None and onednn.requantizes(then.spec, then.qp.scale, then.activation):
             return made_by(partial(onednn.product, *operands), then).reshape(*lead, n)
-        y = onednn.product(*operands).to(dtype).reshape(*lead, n)
+        if residual is None:
+            y = onednn.product(*operands, dtype=dtype).reshape(*lead, n)
+        else:
+            y = onednn.plus(residual, *operands)
         return y if then is None else requantize(y, then)
     codes = operand(spec, flat)
     if offset is None:
@@ -333,7 +338,8 @@ def linear(
             token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
             product = product - weight.zero_point.reshape(-1) * token_sum
         product = product - offset
-    y = apply_epilogue(product, scale, bias, dtype).reshape(*lead, n)
+    rest = None if residual is None else residual.reshape(-1, n)
+    y = apply_epilogue(product, scale, bias, dtype, rest).reshape(*lead, n)
     return y if then is None else requantize(y, then)
 
 
@@ -368,15 +374,6 @@ def linear_reference(
         tensor([[12.]])
     """
     return F.linear(dequantize(spec, q, qp, dtype=weight.dtype), weight, bias)
-
-
-def apply_epilogue(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Scale an exact product, add the bias, round once to `dtype`; in float32, or wider where it is."""
-    wide = torch.promote_types(dtype, torch.float32)
-    y = product.to(wide) * scale.to(wide)
-    if bias is not None:
-        y = y + bias.to(wide)
-    return y.to(dtype)
 
 
 def check_operands(spec: QuantSpec, q: Tensor, weight: FoldedWeight) -> None:
@@ -444,6 +441,20 @@ def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool
     """Whether an epilogue may be left to an operator of ours; an exported program has torch's own alone."""
     learned = scale.requires_grad or (bias is not None and bias.requires_grad)
     return scale.dtype is wide is torch.float32 and not learned and not torch.compiler.is_exporting()
+
+
+def check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise unless what is added to a result has its shape and dtype."""
+    if residual is None:
+        return
+    if residual.shape != tuple(shape):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}, and the result {tuple(shape)}; expand it to the result's"
+        )
+    if residual.dtype is not dtype:
+        raise TypeError(
+            f"residual is {residual.dtype}, and the result {dtype}; cast it, or ask for dtype={residual.dtype}"
+        )
 
 
 def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from functional_sq.blocks import is_traced
 from functional_sq.granularity import PerTensor
 from functional_sq.qparams import MappingType, QParams
-from functional_sq.requantize import ACTIVATIONS, Requantization, requantize
+from functional_sq.requantize import ACTIVATIONS, Requantization, apply_epilogue, requantize
 from functional_sq.spec import QuantSpec
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "largest_sum",
     "least_rows",
     "looped",
+    "made",
+    "plus",
     "product",
     "reaches",
     "requantizes",
@@ -164,6 +166,8 @@ def product(
     activation: str = "none",
     to_scale: Tensor | None = None,
     to_zero_point: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return `(q - zero_point) @ codes.T * scale + bias`: the sum exact, rounded to float32, then as written.
 
@@ -179,9 +183,10 @@ def product(
             oneDNN adds the zero point before it rounds, and has its own polynomials for activations: beside
             `functional_sq.quantize` a code differs by one where the value lies on the border of two, give
             or take a few units in the last place.
+        dtype: what the result is rounded to, once, where it is no codes.
 
     Returns:
-        `(M, N)` float32, or uint8 with `to_scale`.
+        `(M, N)` in `dtype`, or uint8 with `to_scale`.
 
     Example:
         >>> import torch
@@ -191,9 +196,42 @@ def product(
         tensor([[ 9.0000, 13.5000]])
     """
     y: Tensor = torch.ops.functional_sq.onednn_product.default(
-        q, zero_point, codes, scale, bias, activation, to_scale, to_zero_point
+        q, zero_point, codes, scale, bias, activation, to_scale, to_zero_point, made(dtype)
     )
+    return y if to_scale is not None else y.to(dtype)
+
+
+def plus(residual: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `product(...) + residual`, rounded once to the residual's dtype.
+
+    oneDNN adds to what lies in memory already. Here that is a copy of the residual; where nothing reads the residual
+    later, as mostly in a network, Inductor leaves the copy out.
+
+    Args:
+        residual: `(..., N)`, in all M rows of any real dtype.
+        q, zero_point, codes, scale, bias: as `product`.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import onednn
+        >>> q, w = torch.tensor([[10, 1]], dtype=torch.uint8), torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
+        >>> z, x = torch.tensor([1], dtype=torch.int32), torch.tensor([[0.5, 100.0]])
+        >>> onednn.plus(x, q, z, w, torch.tensor([1.0, 0.5]), None)
+        tensor([[  9.5000, 113.5000]])
+    """
+    operands = q, zero_point, codes, scale, bias
+    # A batch of vmap is no memory to write to, and an operator of ours has no gradient.
+    batched = any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in (residual, *operands))
+    if batched or residual.requires_grad or made(residual.dtype) is not residual.dtype:
+        return (product(*operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
+    y = residual.clone(memory_format=torch.contiguous_format)
+    torch.ops.functional_sq.onednn_add_product.default(y.reshape(-1, codes.shape[0]), *operands)
     return y
+
+
+def made(dtype: torch.dtype) -> torch.dtype:
+    """Return what oneDNN rounds to where `dtype` is wanted."""
+    return dtype if dtype is torch.bfloat16 else torch.float32
 
 
 # An operator of its own: a compiled graph takes no packed weight, so its code must not see one. Not
@@ -202,7 +240,11 @@ _NAME = "functional_sq::onednn_product"
 torch.library.define(
     _NAME,
     "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias, str activation, Tensor? to_scale, "
-    "Tensor? to_zero_point) -> Tensor",
+    "Tensor? to_zero_point, ScalarType dtype) -> Tensor",
+)
+_ADD = "functional_sq::onednn_add_product"
+torch.library.define(
+    _ADD, "(Tensor(a!) y, Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias) -> ()"
 )
 
 
@@ -215,21 +257,41 @@ def _product(
     activation: str,
     to_scale: Tensor | None,
     to_zero_point: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    packed, zero, largest = _pack(codes)
-
-    def multiplied(q: Tensor, z: int, scale: Tensor, bias: Tensor | None, tail: Tail) -> Tensor:
-        y: Tensor = torch.ops.onednn.qlinear_pointwise.default(_plain(q), 1.0, z, packed, scale, zero, bias, *tail)
-        return y
-
+    multiply, largest = _multiply(codes)
     return exactly(
-        multiplied, q, int(zero_point), scale.contiguous(), bias, largest, activation, to_scale, to_zero_point
+        multiply, q, int(zero_point), scale.contiguous(), bias, largest, activation, to_scale, to_zero_point, dtype
     )
 
 
+def _add_product(y: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    multiply, largest = _multiply(codes)
+    result = exactly(multiply, q, int(zero_point), scale.contiguous(), bias, largest, dtype=y.dtype, onto=_plain(y))
+    if result.data_ptr() != y.data_ptr():
+        y.copy_(result)
+
+
+def _multiply(codes: Tensor) -> tuple[Callable[..., Tensor], int]:
+    """Return what `exactly` calls, and `largest_sum`."""
+    packed, zero, largest = _pack(codes)
+
+    def multiply(q: Tensor, z: int, scale: Tensor, bias: Tensor | None, tail: Tail, onto: Tensor | None) -> Tensor:
+        known = _plain(q), 1.0, z, packed, scale, zero
+        op = torch.ops.onednn.qlinear_pointwise
+        y: Tensor
+        if onto is None:
+            y = op.default(*known, bias, *tail)
+        else:
+            y = op.binary(*known, onto, bias, *tail[:3], 1.0, 0, "sum", 1.0, *tail[3:])
+        return y
+
+    return multiply, largest
+
+
 def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
-    to_scale = rest[3]
-    return q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.float32 if to_scale is None else torch.uint8)
+    *_, to_scale, _, dtype = rest
+    return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
 
 
 def looped(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
@@ -247,7 +309,9 @@ def looped(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
 
 torch.library.impl(_NAME, "cpu", _product)
 torch.library.register_fake(_NAME, _fake)
-torch.library.register_vmap(_NAME, looped(product))
+torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_product.default))
+torch.library.impl(_ADD, "cpu", _add_product)
+torch.library.register_fake(_ADD, lambda *_: None)
 
 
 Tail = tuple[float, int, torch.dtype, str, list[float], str]
@@ -255,45 +319,49 @@ Tail = tuple[float, int, torch.dtype, str, list[float], str]
 
 
 def exactly(
-    multiply: Callable[[Tensor, int, Tensor, Tensor | None, Tail], Tensor],
+    multiply: Callable[[Tensor, int, Tensor, Tensor | None, Tail, Tensor | None], Tensor],
     q: Tensor,
     z: int,
     scale: Tensor,
     bias: Tensor | None,
     largest: int,
-    activation: str,
-    to_scale: Tensor | None,
-    to_zero_point: Tensor | None,
+    activation: str = "none",
+    to_scale: Tensor | None = None,
+    to_zero_point: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """Return `multiply(q, z, scale, bias, ...)`, a call of oneDNN, such that its sum is exact.
+    """Return `multiply(q, z, scale, bias, ..., onto)`, a call of oneDNN, such that its sum is exact.
 
     With AMX, oneDNN 3.12 rounds on the way where a zero point is subtracted from sums above 2**24. Where those of q
     could get there, its codes are cut into two parts of 4 bits, or four of 2, which cannot; their sums are integers,
     and are added as such. Normal weights, 4 deviations to each side, get there at K = 5000, uniform ones at 1900.
 
     Args:
-        multiply: takes codes, zero point, scale, bias and what an operator of oneDNN ends with.
+        multiply: takes codes, zero point, scale, bias, what an operator of oneDNN ends with, and what the result is
+            added to, in place, or None.
         q, z: uint8 codes and the zero point.
         scale, bias: `(N,)`.
         largest: `largest_sum` of the weight.
-        activation, to_scale, to_zero_point: as `product`.
+        activation, to_scale, to_zero_point, dtype: as `product`.
+        onto: what the result is added to before the activation, or None.
     """
     name, algorithm = _POST_OPS[activation]
     bits = 8 if z == 0 else next(b for b in (8, 4, 2) if (2**b - 1) * largest <= 2**24)
-    to: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32)
+    to: tuple[float, int, torch.dtype] = (1.0, 0, dtype)
     if to_scale is not None and to_zero_point is not None:
         to = to_scale.item(), int(to_zero_point.item()), torch.uint8
     if bits == 8:
-        return multiply(q, z, scale, bias, (*to, name, [], algorithm))
+        return multiply(q, z, scale, bias, (*to, name, [], algorithm), onto)
     mask, one = 2**bits - 1, torch.ones_like(scale)
     sums: Tail = (1.0, 0, torch.float32, "none", [], "")
-    parts = [multiply(q >> i & mask, z >> i & mask, one, None, sums).to(torch.int32) << i for i in range(0, 8, bits)]
-    y = torch.stack(parts).sum(0, dtype=torch.int32).to(torch.float32)
-    along = (-1, *(1,) * (y.ndim - 2))
-    y = y * scale.reshape(along)
-    y = y if bias is None else y + bias.reshape(along)
+    cut = ((i, multiply(q >> i & mask, z >> i & mask, one, None, sums, None)) for i in range(0, 8, bits))
+    product = torch.stack([part.to(torch.int32) << i for i, part in cut]).sum(0, dtype=torch.int32)
+    along = (-1, *(1,) * (product.ndim - 2))
+    bias = None if bias is None else bias.reshape(along)
+    y = apply_epilogue(product, scale.reshape(along), bias, torch.float32, onto)
     if to_scale is None or to_zero_point is None:
-        return ACTIVATIONS[activation](y)
+        return ACTIVATIONS[activation](y).to(dtype)
     return requantize(y, Requantization(_UINT8, QParams(to_scale, to_zero_point), activation))
 
 

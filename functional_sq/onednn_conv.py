@@ -124,6 +124,8 @@ def convolve(
     activation: str = "none",
     to_scale: Tensor | None = None,
     to_zero_point: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the sums of `(q - zero_point) codes` over windows, times `scale`, plus `bias`; each rounded as written.
 
@@ -138,10 +140,10 @@ def convolve(
         padding: above, below, left and right.
         groups: as `functional_sq.conv`.
         activation: applied to the result, if `requantizes` takes it.
-        to_scale, to_zero_point: as `functional_sq.onednn.product`.
+        to_scale, to_zero_point, dtype: as `functional_sq.onednn.product`.
 
     Returns:
-        `(B, N, height, width)` float32, or uint8 with `to_scale`; the channels last in memory.
+        `(B, N, height, width)` in `dtype`, or uint8 with `to_scale`; the channels last in memory.
 
     Example:
         >>> import torch
@@ -152,9 +154,21 @@ def convolve(
         tensor([[[[2., 1., 0.]]]])
     """
     y: Tensor = torch.ops.functional_sq.onednn_conv.default(
-        q, zero_point, codes, scale, bias, stride, padding, dilation, groups, activation, to_scale, to_zero_point
+        q,
+        zero_point,
+        codes,
+        scale,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        to_scale,
+        to_zero_point,
+        onednn.made(dtype),
     )
-    return y
+    return y if to_scale is not None else y.to(dtype)
 
 
 # An operator of its own, defined as that of functional_sq.onednn and for its reasons.
@@ -162,7 +176,7 @@ _NAME = "functional_sq::onednn_conv"
 torch.library.define(
     _NAME,
     "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, int groups, str activation, Tensor? to_scale, Tensor? to_zero_point) -> Tensor",
+    "int[] dilation, int groups, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
 )
 
 
@@ -190,27 +204,30 @@ def _conv(
     activation: str,
     to_scale: Tensor | None,
     to_zero_point: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     if q.shape[0] == 0:
-        return _empty(q, codes, stride, padding, dilation, to_scale)
+        return _empty(q, codes, stride, padding, dilation, dtype if to_scale is None else torch.uint8)
     z = int(zero_point)
     q = q.contiguous(memory_format=torch.channels_last)
     q, steps, around = _fitted(q, z, codes, stride, padding, dilation)
     packed = _pack(codes, (q.shape, z == 0, steps, around, tuple(dilation), groups))
 
-    def convolved(q: Tensor, z: int, scale: Tensor, bias: Tensor | None, tail: onednn.Tail) -> Tensor:
+    def convolved(
+        q: Tensor, z: int, scale: Tensor, bias: Tensor | None, tail: onednn.Tail, onto: Tensor | None
+    ) -> Tensor:
         y: Tensor = torch.ops.onednn.qconv_pointwise.default(
             q, 1.0, z, packed.weight, scale, packed.zero, bias, steps, around, dilation, groups, *tail
         )
         return y
 
-    then = activation, to_scale, to_zero_point
+    then = activation, to_scale, to_zero_point, dtype
     return onednn.exactly(convolved, q, z, scale.contiguous(), bias, packed.largest, *then)
 
 
 def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    stride, padding, dilation, _, _, to_scale, _ = rest
-    return _empty(q, codes, stride, padding, dilation, to_scale)
+    stride, padding, dilation, _, _, to_scale, _, dtype = rest
+    return _empty(q, codes, stride, padding, dilation, dtype if to_scale is None else torch.uint8)
 
 
 def _empty(
@@ -219,16 +236,15 @@ def _empty(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    to_scale: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     size = (q.shape[0], codes.shape[0], *(axis.windows for axis in _axes(q, codes, stride, padding, dilation)))
-    dtype = torch.float32 if to_scale is None else torch.uint8
     return torch.empty(size, dtype=dtype, device=q.device, memory_format=torch.channels_last)
 
 
 torch.library.impl(_NAME, "cpu", _conv)
 torch.library.register_fake(_NAME, _fake)
-torch.library.register_vmap(_NAME, onednn.looped(convolve))
+torch.library.register_vmap(_NAME, onednn.looped(torch.ops.functional_sq.onednn_conv.default))
 
 
 def _kernel(codes: Tensor) -> tuple[int, ...]:

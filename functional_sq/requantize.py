@@ -1,4 +1,4 @@
-"""From the result of one layer to the codes that the next one multiplies."""
+"""What follows an exact product: scale, bias and residual, then an activation and the next layer's codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from functional_sq.qparams import QParams
 from functional_sq.quantize import quantize
 from functional_sq.spec import QuantSpec
 
-__all__ = ["ACTIVATIONS", "Requantization", "check_requantization", "requantize"]
+__all__ = ["ACTIVATIONS", "Requantization", "apply_epilogue", "check_requantization", "requantize"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -66,6 +66,17 @@ def requantize(x: Tensor, then: Requantization) -> Tensor:
     """
     check_requantization(then)
     return quantize(then.spec, ACTIVATIONS[then.activation](x), then.qp)
+
+
+def apply_epilogue(
+    product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
+) -> Tensor:
+    """Scale an exact product, add the bias and a residual, round once to `dtype`; in float32, or wider where it is."""
+    wide = torch.promote_types(dtype, torch.float32)
+    y = product.to(wide) * scale.to(wide)
+    for term in (bias, residual):
+        y = y if term is None else y + term.to(wide)
+    return y.to(dtype)
 
 
 def check_requantization(then: object) -> None:

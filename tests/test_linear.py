@@ -359,8 +359,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     found: list[Tensor] = []
     multiply = onednn.product
 
-    def recorded(*operands: Tensor) -> Tensor:
-        found.append(multiply(*operands))
+    def recorded(*operands: Tensor, dtype: torch.dtype) -> Tensor:
+        found.append(multiply(*operands, dtype=dtype))
         return found[-1]
 
     monkeypatch.setattr(onednn, "product", recorded)
