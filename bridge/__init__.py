@@ -14,11 +14,23 @@ from bridge.observed import (
     AffineQuantizedMinMaxObserver,
     ObservedConv1d,
     ObservedConv2d,
+    ObservedConv3d,
+    ObservedConvTranspose1d,
+    ObservedConvTranspose2d,
+    ObservedConvTranspose3d,
     ObservedLinear,
     ObserverModule,
     insert_observers_,
 )
-from bridge.quantized import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
+from bridge.quantized import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+    QuantizedLinear,
+)
 from bridge.report import LayerReport, Report, report
 from bridge.saving import load, save
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
@@ -38,6 +50,10 @@ __all__ = [
     "MappingType",
     "ObservedConv1d",
     "ObservedConv2d",
+    "ObservedConv3d",
+    "ObservedConvTranspose1d",
+    "ObservedConvTranspose2d",
+    "ObservedConvTranspose3d",
     "ObservedLinear",
     "ObserverModule",
     "PerAxis",
@@ -47,6 +63,10 @@ __all__ = [
     "PerToken",
     "QuantizedConv1d",
     "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedConvTranspose1d",
+    "QuantizedConvTranspose2d",
+    "QuantizedConvTranspose3d",
     "QuantizedLinear",
     "Report",
     "StaticQuantConfig",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import functional_sq as fsq
-from bridge.observed import LAYERS, Observed, ObserverModule, observed_type, settings_of
+from bridge.observed import LAYERS, Observed, ObserverModule, observed_type, settings_of, weight_of
 from bridge.quantized import QUANTIZED, SWITCHES, QuantizedLinear
 from bridge.torchao import AOBaseConfig, register_quantize_module_handler
 from functional_sq.serialize import spec_from_json, spec_to_json
@@ -40,7 +40,7 @@ class StaticQuantConfig(AOBaseConfig):
             observed.
         activation: quantization of inputs, in place of the default.
         weight: quantization of weights, in place of the default.
-        form: what a converted layer is: `"module"`, a QuantizedLinear or QuantizedConv2d, or `"tensor"`,
+        form: what a converted layer is: `"module"`, such as a QuantizedLinear or QuantizedConv2d, or `"tensor"`,
             for linear layers alone: a `torch.nn.Linear` whose weight is a tensor subclass.
         reference: dequantize and multiply floats, as AffineQuantizedTensor did; slow, and takes any
             format and granularity.
@@ -253,7 +253,7 @@ def observed_layer(config: StaticQuantConfig, layer: nn.Module) -> Observed:
     if kind is None:
         raise TypeError(f"a {type(layer).__name__} cannot be observed; give one of {LAYERS}")
     if not config.reference:
-        fsq.check_product(config.activation, config.weight, layer.weight.shape)
+        fsq.check_product(config.activation, config.weight, weight_of(layer).shape)
     observed = kind.from_float(layer, ObserverModule(config.activation), ObserverModule(config.weight))
     observed.config = config
     return observed
@@ -266,10 +266,11 @@ def check_reread(config: StaticQuantConfig, observed: Observed) -> None:
         raise ValueError(
             f"recorded for {observer.spec.granularity}, which cannot be read as {spec.granularity}; calibrate again"
         )
+    shape = weight_of(observed).shape
     if not config.reference:
-        fsq.check_product(spec, config.weight, observed.weight.shape)
+        fsq.check_product(spec, config.weight, shape)
     spec.observer.stat_shape(observer.state, exact=False)
-    config.weight.granularity.stat_shape(observed.weight.shape)
+    config.weight.granularity.stat_shape(shape)
 
 
 def reread_layer(config: StaticQuantConfig, observed: Observed) -> None:

@@ -18,10 +18,15 @@ __all__ = [
     "Observed",
     "ObservedConv1d",
     "ObservedConv2d",
+    "ObservedConv3d",
+    "ObservedConvTranspose1d",
+    "ObservedConvTranspose2d",
+    "ObservedConvTranspose3d",
     "ObservedLinear",
     "ObserverModule",
     "insert_observers_",
     "observed_type",
+    "weight_of",
 ]
 
 
@@ -212,7 +217,7 @@ class Observed(nn.Module):
             ValueError: a granularity does not apply.
         """
         _check_observers(act_obs, weight_obs)
-        shape = tuple(self.weight.shape)
+        shape = tuple(weight_of(self).shape)
         check_static(act_obs.spec, shape)
         weight_obs.spec.granularity.stat_shape(shape)
         if not act_obs.state:
@@ -238,12 +243,12 @@ class Observed(nn.Module):
                 f"{cls.__name__}.from_float got a {type(module).__name__}; give a torch.nn.{cls.float_type.__name__}"
             )
         _check_plain(module)
-        weight = module.weight
-        check_static(act_obs.spec, weight.shape)
+        weight, shape = module.weight, tuple(weight_of(module).shape)
+        check_static(act_obs.spec, shape)
         if act_obs.state:
             act_obs.to(weight.device)
         else:
-            act_obs.reset(tuple(weight.shape[1:2]), weight.device)
+            act_obs.reset(shape[1:2], weight.device)
         observed = cls(
             **settings_of(module, cls.settings),
             act_obs=act_obs,
@@ -278,9 +283,10 @@ class Observed(nn.Module):
         module.weight, module.bias = self.weight, self.bias
         return module.train(self.training)
 
-    def forward(self, input: Tensor) -> Tensor:  # the float layer's name for it: it may be given by name
+    # `input` is the float layer's name for it, which it may be given by; the rest is what that one takes beside it.
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.act_obs(input if self.act_obs.mask is None else self.positions(input))
-        return super().forward(input)
+        return super().forward(input, *args, **kwargs)
 
     def positions(self, x: Tensor) -> Tensor:
         """Return an input or output of the layer with the axes that a mask is for in front."""
@@ -293,8 +299,9 @@ class Observed(nn.Module):
 
     def observe_weight(self) -> None:
         """Record the weight as it is now, and nothing that it was before."""
-        self.weight_obs.reset(tuple(self.weight.shape), self.weight.device)
-        self.weight_obs(self.weight)
+        weight = weight_of(self)
+        self.weight_obs.reset(tuple(weight.shape), weight.device)
+        self.weight_obs(weight)
 
 
 class ObservedLinear(Observed, nn.Linear):
@@ -417,8 +424,83 @@ class ObservedConv2d(_ObservedConv, nn.Conv2d):
     float_type = nn.Conv2d
 
 
+class ObservedConv3d(_ObservedConv, nn.Conv3d):
+    """As ObservedConv2d, over three dimensions.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import ObservedConv3d, ObserverModule
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> layer = ObservedConv3d.from_float(torch.nn.Conv3d(4, 2, 3), ObserverModule(spec), ObserverModule(spec))
+        >>> _ = layer(torch.ones(1, 4, 5, 5, 5)); layer.act_obs.state["max"]
+        tensor([1.])
+    """
+
+    float_type = nn.Conv3d
+
+
+class _ObservedConvTranspose(_ObservedConv):
+    """What the transposed ones share: the weight is torch's, and is observed in the layout of `weight_of`."""
+
+    settings = (*CONV_SETTINGS, "output_padding")
+
+
+class ObservedConvTranspose1d(_ObservedConvTranspose, nn.ConvTranspose1d):
+    """As ObservedConv1d, of a `torch.nn.ConvTranspose1d`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import ObservedConvTranspose1d, ObserverModule
+        >>> observers = (ObserverModule(fsq.QuantSpec(torch.int8, fsq.PerTensor())) for _ in range(2))
+        >>> layer = ObservedConvTranspose1d.from_float(torch.nn.ConvTranspose1d(4, 2, 3), *observers)
+        >>> _ = layer(torch.ones(1, 4, 9)); layer.act_obs.state["max"]
+        tensor([1.])
+    """
+
+    float_type = nn.ConvTranspose1d
+
+
+class ObservedConvTranspose2d(_ObservedConvTranspose, nn.ConvTranspose2d):
+    """As ObservedConv2d, of a `torch.nn.ConvTranspose2d`; PerAxis(0) of its weight is a scale for each output channel.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import ObservedConvTranspose2d, ObserverModule
+        >>> observers = (ObserverModule(fsq.QuantSpec(torch.int8, each)) for each in (fsq.PerTensor(), fsq.PerAxis(0)))
+        >>> layer = ObservedConvTranspose2d.from_float(torch.nn.ConvTranspose2d(4, 2, 3), *observers)
+        >>> layer.weight.shape, layer.weight_obs.state["max"].shape
+        (torch.Size([4, 2, 3, 3]), torch.Size([2, 1, 1, 1]))
+    """
+
+    float_type = nn.ConvTranspose2d
+
+
+class ObservedConvTranspose3d(_ObservedConvTranspose, nn.ConvTranspose3d):
+    """As ObservedConv3d, of a `torch.nn.ConvTranspose3d`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import ObservedConvTranspose3d, ObserverModule
+        >>> observers = (ObserverModule(fsq.QuantSpec(torch.int8, fsq.PerTensor())) for _ in range(2))
+        >>> layer = ObservedConvTranspose3d.from_float(torch.nn.ConvTranspose3d(4, 2, 3), *observers)
+        >>> layer(torch.ones(1, 4, 5, 5, 5)).shape
+        torch.Size([1, 2, 7, 7, 7])
+    """
+
+    float_type = nn.ConvTranspose3d
+
+
 OBSERVED: dict[type[nn.Module], type[Observed]] = {
-    observed.float_type: observed for observed in (ObservedLinear, ObservedConv1d, ObservedConv2d)
+    observed.float_type: observed
+    for observed in (
+        ObservedLinear,
+        ObservedConv1d,
+        ObservedConv2d,
+        ObservedConv3d,
+        ObservedConvTranspose1d,
+        ObservedConvTranspose2d,
+        ObservedConvTranspose3d,
+    )
 }
 """Which observed type takes the place of a float one."""
 
@@ -443,7 +525,7 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     if isinstance(module, (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.modules.lazy.LazyModuleMixin)):
         return None
     for kind, observed in OBSERVED.items():
-        own = ("forward", "_conv_forward") if hasattr(kind, "_conv_forward") else ("forward",)
+        own = [name for name in ("forward", "_conv_forward", "_output_padding") if hasattr(kind, name)]
         if isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in own):
             return observed
     return None
@@ -466,6 +548,19 @@ def float_reason(module: nn.Module) -> str | None:
     if isinstance(module, tuple(OBSERVED)):
         return f"{kind} has a forward of its own, which a quantized layer would not run"
     return f"no quantized layer does what {kind} does"
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return the weight of a float or observed layer as it is quantized: its output channels first.
+
+    Example:
+        >>> import torch
+        >>> from bridge.observed import weight_of
+        >>> weight_of(torch.nn.ConvTranspose1d(6, 8, 3, groups=2)).shape
+        torch.Size([8, 3, 3])
+    """
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    return fsq.transpose_weight(layer.weight, layer.groups) if transposed else layer.weight
 
 
 def settings_of(made: object, names: Sequence[str]) -> dict[str, Any]:
@@ -501,7 +596,7 @@ def check_static(spec: fsq.QuantSpec, shape: Sequence[int]) -> None:
 
     Args:
         spec: the activations' quantization.
-        shape: shape of the weight, of a linear layer or a convolution.
+        shape: shape of the weight as it is quantized, of a linear layer or a convolution.
     """
     granularity = spec.granularity
     if len(shape) > 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -22,18 +22,32 @@ from bridge.aqt import (
 )
 from bridge.buffers import Buffers
 from bridge.observed import (
-    CONV_SETTINGS,
     Observed,
     ObservedConv1d,
     ObservedConv2d,
+    ObservedConv3d,
+    ObservedConvTranspose1d,
+    ObservedConvTranspose2d,
+    ObservedConvTranspose3d,
     ObservedLinear,
     check_static,
     settings_of,
+    weight_of,
 )
 from functional_sq import chains, onednn, onednn_conv
 from functional_sq.formats import Float8
 
-__all__ = ["SWITCHES", "Quantized", "QuantizedConv1d", "QuantizedConv2d", "QuantizedLinear"]
+__all__ = [
+    "SWITCHES",
+    "Quantized",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedConvTranspose1d",
+    "QuantizedConvTranspose2d",
+    "QuantizedConvTranspose3d",
+    "QuantizedLinear",
+]
 
 SWITCHES = ("reference", "hand_on", "fast_accum")
 """What a constructor takes beside what the float layer's takes; attributes that may be changed at any time."""
@@ -70,6 +84,12 @@ class Quantized(Buffers):
     product_offset: Tensor | None
     observed: ClassVar[type[Observed]]
     settings: ClassVar[tuple[str, ...]]
+    _product: ClassVar[Callable[..., Tensor]]
+    """Multiplies codes."""
+    _reference: ClassVar[Callable[..., Tensor]]
+    """Multiplies the floats that codes stand for."""
+    _geometry: Mapping[str, Any] = {}
+    """What both take by name."""
     _settings = ""
     """What `chains.layer` takes as the geometry."""
 
@@ -170,7 +190,7 @@ class Quantized(Buffers):
             CalibrationError: the weight has NaN or Inf.
             ValueError: as the constructor.
         """
-        w = module.weight.detach()
+        w = weight_of(module).detach()
         quantized = cls(
             **settings_of(module, cls.settings),
             act=act,
@@ -232,7 +252,7 @@ class Quantized(Buffers):
 
     @property
     def qweight(self) -> AffineQuantizedTensor:
-        """The quantized weight as a tensor: codes, scale, zero point, `.dequantize()`."""
+        """The quantized weight as a tensor, its output channels first: codes, scale, zero point, `.dequantize()`."""
         spec = self.weight_spec
         codes, (scale, zero_point) = fsq.unfold(spec, self.folded)
         return AffineQuantizedTensor(
@@ -246,9 +266,13 @@ class Quantized(Buffers):
         )
 
     def forward(self, input: Tensor) -> Tensor:  # the float layer's name for it: it may be given by name
-        x, qp, bias = input, self.act_qparams, self.bias
+        return self._run(input, {})
+
+    def _run(self, x: Tensor, changed: Mapping[str, Any]) -> Tensor:
+        """Return the result; `changed` is what this call alone has in place of the layer's geometry."""
+        qp, bias = self.act_qparams, self.bias
         captured = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if captured and self.hand_on and not self.reference and x.dtype is not torch.float64:
+        if captured and self.hand_on and not self.reference and x.dtype is not torch.float64 and not changed:
             inductor.install()
             known = fsq.Epilogue(self.product_scale, self.product_offset)
             return chains.layer(
@@ -263,27 +287,19 @@ class Quantized(Buffers):
                 dtype=x.dtype,
                 fast_accum=self.fast_accum,
             )
-        q = fsq.quantize(self.act_spec, self._padded(x), qp)
+        q, geometry = fsq.quantize(self.act_spec, self._padded(x), qp), {**self._geometry, **changed}
         if self.reference:
             w = fsq.dequantize(self.weight_spec, *fsq.unfold(self.weight_spec, self.folded), dtype=x.dtype)
-            return self._reference(q, qp, w, None if bias is None else bias.to(x.dtype))
+            bias = None if bias is None else bias.to(x.dtype)
+            return self._reference(self.act_spec, q, qp, w, bias, **geometry)
         # A float64 model wants the scales' product in float64.
         known = None if x.dtype is torch.float64 else fsq.Epilogue(self.product_scale, self.product_offset)
-        return self._product(q, qp, bias, x.dtype, known)
+        how = {"dtype": x.dtype, "epilogue": known, "fast_accum": self.fast_accum}
+        return self._product(self.act_spec, q, qp, self.folded, bias, **geometry, **how)
 
     def _padded(self, x: Tensor) -> Tensor:
         """Return the input with what a product of codes cannot add."""
         return x
-
-    @abstractmethod
-    def _product(
-        self, q: Tensor, qp: fsq.QParams, bias: Tensor | None, dtype: torch.dtype, known: fsq.Epilogue | None
-    ) -> Tensor:
-        """Multiply codes."""
-
-    @abstractmethod
-    def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply the floats that codes stand for."""
 
     @abstractmethod
     def _backend(self) -> str:
@@ -347,6 +363,8 @@ class QuantizedLinear(Quantized):
 
     observed = ObservedLinear
     settings = ("in_features", "out_features")
+    _product = staticmethod(fsq.linear)
+    _reference = staticmethod(fsq.linear_reference)
 
     def __init__(
         self,
@@ -397,25 +415,22 @@ class QuantizedLinear(Quantized):
         linear.extra_repr = MethodType(_repr_of_weight, linear)
         return linear.train(self.training)
 
-    def _product(
-        self, q: Tensor, qp: fsq.QParams, bias: Tensor | None, dtype: torch.dtype, known: fsq.Epilogue | None
-    ) -> Tensor:
-        settings = {"dtype": dtype, "epilogue": known, "fast_accum": self.fast_accum}
-        return fsq.linear(self.act_spec, q, qp, self.folded, bias, **settings)
-
-    def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return fsq.linear_reference(self.act_spec, q, qp, weight, bias)
-
     def _backend(self) -> str:
         if not onednn.supports(self.weight_codes, self.weight_zero_point):
             return ""
         return f", by oneDNN from {onednn.least_rows(self.weight_codes)} rows on"
 
 
+_GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups")
+"""What `conv` or `conv_transpose` takes of the settings."""
+
+
 class _QuantizedConv(Quantized):
     """What the convolutions share; `kernel_size` and the like are tuples, as in `torch.nn.Conv2d`."""
 
-    settings = CONV_SETTINGS
+    settings = ObservedConv2d.settings
+    _product = staticmethod(fsq.conv)
+    _reference = staticmethod(fsq.conv_reference)
 
     def __init__(
         self,
@@ -425,33 +440,18 @@ class _QuantizedConv(Quantized):
         *,
         act: fsq.QuantSpec,
         weight: fsq.QuantSpec,
-        stride: int | Sequence[int] = 1,
-        padding: int | str | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        padding_mode: str = "zeros",
         bias: bool = True,
         reference: bool = False,
         hand_on: bool = True,
         fast_accum: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **settings: Any,
     ) -> None:
         # The float layer checks its settings, and says what it makes of them.
-        made = self.observed.float_type(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            padding_mode=padding_mode,
-            bias=False,
-            device="meta",
-        )
+        made = self.observed.float_type(in_channels, out_channels, kernel_size, **settings, bias=False, device="meta")
         super().__init__(
-            tuple(made.weight.shape),
+            tuple(weight_of(made).shape),
             act,
             weight,
             bias=bias,
@@ -463,32 +463,21 @@ class _QuantizedConv(Quantized):
         )
         for name, value in settings_of(made, self.settings).items():
             setattr(self, name, value)
-        zeros = padding_mode == "zeros"
-        self._around = [] if zeros else made._reversed_padding_repeated_twice
-        self._geometry = {
-            "stride": made.stride,
-            "padding": made.padding if zeros else 0,
-            "dilation": made.dilation,
-            "groups": groups,
-        }
+        self._around = [] if self.padding_mode == "zeros" else made._reversed_padding_repeated_twice
+        self._geometry = settings_of(self, [name for name in self.settings if name in _GEOMETRY])
+        if self._around:
+            self._geometry["padding"] = 0
         self._settings = json.dumps(self._geometry)
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, self._around, mode=self.padding_mode) if self._around else x
 
-    def _product(
-        self, q: Tensor, qp: fsq.QParams, bias: Tensor | None, dtype: torch.dtype, known: fsq.Epilogue | None
-    ) -> Tensor:
-        settings = {**self._geometry, "dtype": dtype, "epilogue": known, "fast_accum": self.fast_accum}
-        return fsq.conv(self.act_spec, q, qp, self.folded, bias, **settings)
-
-    def _reference(self, q: Tensor, qp: fsq.QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return fsq.conv_reference(self.act_spec, q, qp, weight, bias, **self._geometry)
-
     def _backend(self) -> str:
         if not onednn_conv.supports(self.weight_codes, self.weight_zero_point):
             return ""
-        least = onednn_conv.least_windows(self.weight_codes, self.stride, self.dilation, self.groups)
+        # A transposed one is a convolution of codes that were spread, by windows at each step.
+        steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
+        least = onednn_conv.least_windows(self.weight_codes, steps, self.dilation, self.groups)
         return f", by oneDNN from {least} windows on"
 
 
@@ -556,8 +545,97 @@ class QuantizedConv2d(_QuantizedConv):
     observed = ObservedConv2d
 
 
+class QuantizedConv3d(_QuantizedConv):
+    """As QuantizedConv2d, over three dimensions.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import QuantizedConv3d
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> qp = fsq.QParams(torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32))
+        >>> layer = QuantizedConv3d.from_float(torch.nn.Conv3d(8, 4, 3, padding=1), spec, qp, spec)
+        >>> layer(torch.zeros(2, 8, 5, 5, 5)).shape
+        torch.Size([2, 4, 5, 5, 5])
+    """
+
+    observed = ObservedConv3d
+
+
+class _QuantizedConvTranspose(_QuantizedConv):
+    """What the transposed ones share: codes of the weight lie as those of a convolution, `fsq.transpose_weight`."""
+
+    settings = ObservedConvTranspose2d.settings
+    _product = staticmethod(fsq.conv_transpose)
+    _reference = staticmethod(fsq.conv_transpose_reference)
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Return the result; with `output_size`, as torch's layer takes it, the layer takes part in no chain."""
+        if output_size is None:
+            return self._run(input, {})
+        lengths = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
+        added = self.observed.float_type._output_padding(self, input, output_size, *lengths)
+        return self._run(input, {"output_padding": added})
+
+
+class QuantizedConvTranspose1d(_QuantizedConvTranspose):
+    """As QuantizedConv1d, transposed.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import QuantizedConvTranspose1d
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> qp = fsq.QParams(torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32))
+        >>> layer = QuantizedConvTranspose1d.from_float(torch.nn.ConvTranspose1d(8, 4, 2, 2), spec, qp, spec)
+        >>> layer(torch.zeros(2, 8, 5)).shape, layer(torch.zeros(2, 8, 5), output_size=[11]).shape
+        (torch.Size([2, 4, 10]), torch.Size([2, 4, 11]))
+    """
+
+    observed = ObservedConvTranspose1d
+
+
+class QuantizedConvTranspose2d(_QuantizedConvTranspose):
+    """As QuantizedConv2d, transposed.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import QuantizedConvTranspose2d
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> qp = fsq.QParams(torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32))
+        >>> layer = QuantizedConvTranspose2d.from_float(torch.nn.ConvTranspose2d(8, 4, 2, 2), spec, qp, spec)
+        >>> layer(torch.zeros(2, 8, 5, 5)).shape, layer.qweight.shape
+        (torch.Size([2, 4, 10, 10]), torch.Size([4, 8, 2, 2]))
+    """
+
+    observed = ObservedConvTranspose2d
+
+
+class QuantizedConvTranspose3d(_QuantizedConvTranspose):
+    """As QuantizedConv3d, transposed.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from bridge import QuantizedConvTranspose3d
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> qp = fsq.QParams(torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32))
+        >>> layer = QuantizedConvTranspose3d.from_float(torch.nn.ConvTranspose3d(8, 4, 2, 2), spec, qp, spec)
+        >>> layer(torch.zeros(2, 8, 3, 3, 3)).shape
+        torch.Size([2, 4, 6, 6, 6])
+    """
+
+    observed = ObservedConvTranspose3d
+
+
 QUANTIZED: dict[type[Observed], type[Quantized]] = {
-    quantized.observed: quantized for quantized in (QuantizedLinear, QuantizedConv1d, QuantizedConv2d)
+    quantized.observed: quantized
+    for quantized in (
+        QuantizedLinear,
+        QuantizedConv1d,
+        QuantizedConv2d,
+        QuantizedConv3d,
+        QuantizedConvTranspose1d,
+        QuantizedConvTranspose2d,
+        QuantizedConvTranspose3d,
+    )
 }
 """Which quantized type an observed one becomes."""
 

@@ -24,7 +24,7 @@ import functional_sq as fsq
 from bridge import picture
 from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.inductor import capture
-from bridge.observed import Observed, ObserverModule, fit_mask, public_name
+from bridge.observed import Observed, ObserverModule, fit_mask, public_name, weight_of
 from bridge.quantized import Quantized
 from bridge.workflow import call, mask_of, unfit, unfit_error
 from functional_sq.files import replacing
@@ -351,7 +351,7 @@ class _Layer:
         # The observers are silent, so this records nothing.
         y = self.exact(*args, **kwargs)
         if self.form == "measure":
-            x = next(iter((*args, *kwargs.values())))
+            x = args[0] if args else kwargs["input"]
             self.calls += 1
             self.ran = True
             if x.numel():
@@ -372,7 +372,7 @@ class _Layer:
 
     def result(self, rank: Rank | None) -> LayerReport:
         error = self.clipping + self.rounding
-        weight, spec = self.observed.weight.detach(), self.observed.weight_obs.spec
+        weight, spec = weight_of(self.observed).detach(), self.observed.weight_obs.spec
         # As conversion does it: the weight's range is that of the weight as it is now.
         qp = fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, weight.shape, device=weight.device), weight))
         of_weight = _Ratio()

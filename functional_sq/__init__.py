@@ -2,6 +2,7 @@
 
 from functional_sq.calibration import calc_qparams, check, init, merge, observe
 from functional_sq.conv import conv, conv_reference, fold_batch_norm
+from functional_sq.conv_transpose import conv_transpose, conv_transpose_reference, transpose_weight
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
 from functional_sq.linear import (
@@ -67,6 +68,8 @@ __all__ = [
     "check_product",
     "conv",
     "conv_reference",
+    "conv_transpose",
+    "conv_transpose_reference",
     "dequantize",
     "epilogue",
     "expected_error",
@@ -82,5 +85,6 @@ __all__ = [
     "quantize",
     "requantize",
     "saturates",
+    "transpose_weight",
     "unfold",
 ]

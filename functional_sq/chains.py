@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from functional_sq.conv import conv
+from functional_sq.conv_transpose import conv_transpose
 from functional_sq.formats import Integer
 from functional_sq.linear import Epilogue, FoldedWeight, linear
 from functional_sq.observers.min_max import MinMax
@@ -67,7 +68,7 @@ def layer(
     dtype: torch.dtype = torch.float32,
     fast_accum: bool = False,
 ) -> Tensor:
-    """Return `linear` or `conv` of `quantize(x)`; in a captured graph, as the operators that `hand_on` reads.
+    """Return `linear`, `conv` or `conv_transpose` of `quantize(x)`; captured, as the operators that `hand_on` reads.
 
     Args:
         spec: `describe` of the activations' quantization; one scale.
@@ -76,14 +77,14 @@ def layer(
         weight: the folded weight.
         bias: `(N,)` or None.
         epilogue: `epilogue(spec, qp, weight)`.
-        geometry: JSON of the settings that `conv` takes; "" for `linear`.
+        geometry: JSON of the settings that `conv` or `conv_transpose` takes; "" for `linear`.
         values: the same text only for layers whose `qp` hold the same values, which may share the codes of
             one `x`; "" where that is not known.
         dtype: dtype of the result.
         fast_accum: as `linear`.
 
     Returns:
-        what `linear` or `conv` returns.
+        what that function returns.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -111,7 +112,9 @@ def _product(*given: Any) -> Tensor:
     activation, to_s, to_z, to_spec = given[-4:]
     arguments = _spec(spec), q, QParams(scale, zero_point), FoldedWeight(*weight), bias
     then = Requantization(_spec(to_spec), QParams(to_s, to_z), activation) if to_spec else None
-    multiply: Callable[..., Tensor] = partial(conv, **json.loads(geometry)) if geometry else linear
+    settings = json.loads(geometry) if geometry else {}
+    function = conv_transpose if "output_padding" in settings else conv if settings else linear
+    multiply: Callable[..., Tensor] = partial(function, **settings)
     if residual is not None:  # of linear layers alone
         multiply = partial(multiply, residual=residual)
     return multiply(*arguments, dtype=dtype, epilogue=Epilogue(s, offset), then=then, fast_accum=fast_accum)

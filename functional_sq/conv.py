@@ -15,7 +15,8 @@ rounds to the integer. So groups are exact, and no faster than floats.
 
 A symmetric int8 weight that is kept (`epilogue=`) is convolved by oneDNN where that is the faster one, groups
 always: neither windows nor floats are written, and the bits are the same. `functional_sq.onednn_conv` is
-that backend. An asymmetric weight needs each window's sum, which oneDNN does not give.
+that backend. An asymmetric weight needs each window's sum, which oneDNN does not give; three dimensions it
+is not asked for.
 """
 
 from __future__ import annotations
@@ -50,7 +51,15 @@ from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
 
-__all__ = ["conv", "conv_reference", "fold_batch_norm"]
+__all__ = [
+    "check_channels",
+    "check_conv",
+    "conv",
+    "conv_reference",
+    "each",
+    "fold_batch_norm",
+    "is_channels_last",
+]
 
 _FLOAT32_TERMS = 2**24 // 255**2
 """The largest K for which a sum of products of differences stays exact in float32: 258."""
@@ -72,7 +81,7 @@ def conv(
     then: Requantization | None = None,
     fast_accum: bool = False,
 ) -> Tensor:
-    """Convolve the codes of activations with a folded weight, in one or two dimensions.
+    """Convolve the codes of activations with a folded weight, in one to three dimensions.
 
     Integers: exact for every code, size and device, converted to float32 once, scaled, the bias
     added, rounded to `dtype`. Float8: products exact, accumulated in float32, then the same. Fastest
@@ -80,7 +89,7 @@ def conv(
 
     Args:
         spec: the activations' quantization; at most 8 bits, one scale.
-        q: codes `(B, C, length)` or `(B, C, height, width)` from `quantize(spec, x, qp)`, or without B.
+        q: codes `(B, C, *space)` from `quantize(spec, x, qp)`, or without B.
         qp: scale and zero point of `q`; the zero point is a code.
         weight: `fold` of an `(N, C / groups, *kernel)` weight; its rank says how many dimensions.
         bias: `(N,)` or None, output units.
@@ -113,20 +122,10 @@ def conv(
         >>> fsq.conv(spec, torch.tensor([[1, 0, 0, 10]], dtype=torch.int8), one, weight, padding="same")
         tensor([[ 2.,  1., 30., 20.]])
     """
-    check_spec(spec)
-    if dtype not in REAL_DTYPES:
-        raise TypeError(f"conv to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
-    if then is not None:
-        check_requantization(then)
-    if qp.scale.numel() != 1:
-        raise ValueError(
-            f"the activations have scales of shape {tuple(qp.scale.shape)}, and the windows of a convolution mix them; "
-            f"use PerTensor()"
-        )
+    check_conv(spec, q, qp, weight, groups, dtype, then)
     shape = weight.codes.shape
     geometry = _geometry(shape[2:], stride, padding, dilation)
-    size = _check_shapes(q.shape, shape, geometry, groups)
-    check_operands(spec, q, weight)
+    size = _check_windows(q.shape, shape, geometry)
     x = q if q.ndim == len(shape) else q[None]
     wide = torch.promote_types(dtype, torch.float32)
     windows = x.shape[0] * math.prod(size)
@@ -141,7 +140,7 @@ def conv(
         if then is not None and onednn_conv.requantizes(then.spec, then.qp.scale, then.activation):
             y, then = made_by(convolve, then), None
         else:
-            y = convolve().to(dtype)
+            y = convolve(dtype=dtype)
     else:
         if epilogue is None:
             epilogue = _epilogue(spec, qp, weight, dtype=wide)
@@ -152,7 +151,7 @@ def conv(
             product = _gathered(spec, x, qp, weight, geometry, epilogue.offset, fast_accum)
         along = (-1, *(1 for _ in shape[2:]))
         y = apply_epilogue(product, epilogue.scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
-    if not _is_channels_last(x):
+    if not is_channels_last(x):
         y = y.contiguous()
     y = y if q.ndim == len(shape) else y[0]
     return y if then is None else requantize(y, then)
@@ -174,7 +173,7 @@ def conv_reference(
 
     Args:
         spec: the activations' quantization.
-        q: codes `(B, C, length)` or `(B, C, height, width)`, or without B.
+        q: codes `(B, C, *space)`, or without B.
         qp: scale and zero point of `q`.
         weight: real values `(N, C / groups, *kernel)`: a dequantized weight. Its dtype is the result's.
         bias: `(N,)` or None.
@@ -191,8 +190,9 @@ def conv_reference(
         >>> fsq.conv_reference(spec, torch.tensor([[1, 0, 10]], dtype=torch.int8), one, weight)
         tensor([[ 1., 20.]])
     """
+    check_channels(q.shape, weight.shape, groups)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation)
-    _check_shapes(q.shape, weight.shape, geometry, groups)
+    _check_windows(q.shape, weight.shape, geometry)
     return _convolve(dequantize(spec, q, qp, dtype=weight.dtype), weight, bias, geometry, groups)
 
 
@@ -212,7 +212,8 @@ def fold_batch_norm(
     one that is quantized.
 
     Args:
-        weight: `(N, ...)`, of a linear layer or a convolution (its output channels first).
+        weight: `(N, ...)`, of a linear layer or a convolution (its output channels first; of a transposed one
+            as `transpose_weight` lays it out).
         bias: `(N,)` or None.
         running_mean: `(N,)`, of the batch norm, as the three below.
         running_var: `(N,)`.
@@ -267,44 +268,73 @@ def _geometry(
     dilation: int | Sequence[int],
 ) -> _Geometry:
     rank = len(kernel)
-    steps, gaps = _each("stride", stride, rank, 1), _each("dilation", dilation, rank, 1)
+    steps, gaps = each("stride", stride, rank, 1), each("dilation", dilation, rank, 1)
     if padding == "same":
         if any(step != 1 for step in steps):
             raise ValueError(f"padding='same' with stride={stride}: the size cannot stay; use stride=1, or numbers")
         missing = [gap * (size - 1) for size, gap in zip(kernel, gaps, strict=True)]
         return _Geometry(steps, tuple((m // 2, m - m // 2) for m in missing), gaps)
-    sides = _each("padding", 0 if padding == "valid" else padding, rank, 0)
+    sides = each("padding", 0 if padding == "valid" else padding, rank, 0, " or 'same' or 'valid'")
     return _Geometry(steps, tuple((side, side) for side in sides), gaps)
 
 
-def _each(name: str, value: int | str | Sequence[int], rank: int, least: int) -> tuple[int, ...]:
-    """Return a setting for each dimension, or raise ValueError."""
+def each(name: str, value: int | str | Sequence[int], rank: int, least: int, words: str = "") -> tuple[int, ...]:
+    """Return a setting for each dimension, or raise ValueError; `words` are what else may be given."""
     values = (value,) * rank if isinstance(value, int) else tuple(value)
     whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
     if len(values) != rank or not whole:
-        words = " or 'same' or 'valid'" if name == "padding" else ""
         raise ValueError(
             f"{name}={value!r}; give an int from {least}{words}, or {rank} of them, one for each dimension"
         )
     return values  # type: ignore[return-value]
 
 
-def _check_shapes(q: Sequence[int], weight: Sequence[int], geometry: _Geometry, groups: int) -> tuple[int, ...]:
-    """Return how many windows fit along each axis, or raise ValueError where the weight has none."""
-    rank = len(weight) - 2
-    if rank not in (1, 2):
+def check_conv(
+    spec: QuantSpec,
+    q: Tensor,
+    qp: QParams,
+    weight: FoldedWeight,
+    groups: int,
+    dtype: torch.dtype,
+    then: Requantization | None,
+) -> None:
+    """Raise unless these are the operands of a convolution; how its windows lie is not looked at."""
+    check_spec(spec)
+    if dtype not in REAL_DTYPES:
+        raise TypeError(f"conv to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    if then is not None:
+        check_requantization(then)
+    if qp.scale.numel() != 1:
         raise ValueError(
-            f"conv got a weight of shape {tuple(weight)}; that of a convolution is (out, in / groups, *kernel) "
-            f"with one or two dimensions; use linear for a matrix"
+            f"the activations have scales of shape {tuple(qp.scale.shape)}, and the windows of a convolution mix them; "
+            f"use PerTensor()"
+        )
+    check_channels(q.shape, weight.codes.shape, groups)
+    check_operands(spec, q, weight)
+
+
+def check_channels(q: Sequence[int], weight: Sequence[int], groups: int) -> None:
+    """Raise ValueError unless activations have the rank and the channels that a weight takes."""
+    rank = len(weight) - 2
+    if rank not in (1, 2, 3):
+        raise ValueError(
+            f"got a weight of shape {tuple(weight)}; that of a convolution is (out, in / groups, *kernel) "
+            f"with one to three dimensions; use linear for a matrix"
         )
     if groups < 1 or weight[0] % groups:
         raise ValueError(f"groups={groups} and {weight[0]} output channels; use a divisor of {weight[0]}")
     if len(q) - rank not in (1, 2) or q[-rank - 1] != weight[1] * groups:
+        space = ("length", "height, width", "depth, height, width")[rank - 1]
         raise ValueError(
             f"activations of shape {tuple(q)} meet a weight of shape {tuple(weight)} in groups={groups}; "
-            f"give (batch, {weight[1] * groups}, {'length' if rank == 1 else 'height, width'}), or without the batch"
+            f"give (batch, {weight[1] * groups}, {space}), or without the batch"
         )
-    padded = [n + before + after for n, (before, after) in zip(q[-rank:], geometry.padding, strict=True)]
+
+
+def _check_windows(q: Sequence[int], weight: Sequence[int], geometry: _Geometry) -> tuple[int, ...]:
+    """Return how many windows fit along each axis, or raise ValueError where the weight has none."""
+    space = q[2 - len(weight) :]
+    padded = [n + before + after for n, (before, after) in zip(space, geometry.padding, strict=True)]
     size = _sizes(padded, weight[2:], geometry)
     if any(n < 1 for n in size):
         raise ValueError(
@@ -321,9 +351,9 @@ def _sizes(space: Sequence[int], kernel: Sequence[int], geometry: _Geometry) -> 
     return tuple((n - extent) // step + 1 for n, extent, step in each)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether an image lies so in memory. The strides say it under vmap too, where the format cannot be asked."""
-    return x.ndim == 4 and x.stride(1) == 1 and x.stride(3) > 1
+def is_channels_last(x: Tensor) -> bool:
+    """Whether images lie so in memory. The strides say it under vmap too, where the format cannot be asked."""
+    return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
 
 
 def _flat(padding: Sequence[tuple[int, int]]) -> list[int]:
@@ -361,17 +391,18 @@ def _packed(
     geometry: _Geometry,
     groups: int,
     *then: Any,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return the convolution with a kept weight, by oneDNN: `(B, N, *size)` float32, or uint8 codes."""
+    """Return the convolution with a kept weight, by oneDNN: `(B, N, *size)` in `dtype`, or uint8 codes."""
     q, zero_point = unsigned(q, qp.zero_point)
     # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
     q = q.movedim(1, -1).contiguous().movedim(-1, 1)
     stride, padding, dilation = geometry
     if len(stride) == 2:
         settings = stride, [*chain(*padding)], dilation, groups
-        return onednn_conv.convolve(q, zero_point, codes, scale, bias, *settings, *then)
+        return onednn_conv.convolve(q, zero_point, codes, scale, bias, *settings, *then, dtype=dtype)
     wide = (1, *stride), [0, 0, *padding[0]], (1, *dilation), groups
-    return onednn_conv.convolve(q.unsqueeze(2), zero_point, codes, scale, bias, *wide, *then).squeeze(2)
+    return onednn_conv.convolve(q.unsqueeze(2), zero_point, codes, scale, bias, *wide, *then, dtype=dtype).squeeze(2)
 
 
 def _gathered(

@@ -99,10 +99,10 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
         tensor([ 6, 15], dtype=torch.int32)
     """
     check_spec(spec)
-    if not 2 <= q.ndim <= 4:
+    if not 2 <= q.ndim <= 5:
         raise ValueError(
             f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in), "
-            f"that of a convolution (out, in / groups, length) or (out, in / groups, height, width)"
+            f"that of a convolution (out, in / groups, *kernel) with one to three dimensions"
         )
     shape = check_stats(spec, "the weight's scale", qp.scale.shape, q.shape)
     codes, shift = operand(spec, q), _shift(spec)

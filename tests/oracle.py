@@ -256,3 +256,29 @@ def convolve(
             group = window[:, g * per_group : (g + 1) * per_group].reshape(len(x), terms)
             y[(slice(None), rows, *index)] = group @ w[rows].reshape(outputs, terms).T
     return y
+
+
+def convolve_transposed(
+    x: Array,
+    w: Array,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Array:
+    """Scatter each element of `x`, times the kernel, into the result, in the dtype of `x`; what is padding is cut off.
+
+    `x` is (B, C, *space), `w` (C, N / groups, *kernel), as torch holds it, the result (B, N, *size).
+    """
+    (channels, per_group, *kernel), inputs = w.shape, w.shape[0] // groups
+    axes = zip(x.shape[2:], kernel, stride, dilation, output_padding, strict=True)
+    whole = [(a - 1) * s + d * (k - 1) + 1 + more for a, k, s, d, more in axes]
+    y = np.zeros((len(x), per_group * groups, *whole), x.dtype)
+    for c, index in itertools.product(range(channels), itertools.product(*map(range, x.shape[2:]))):
+        for tap in itertools.product(*map(range, kernel)):
+            where = tuple(i * s + t * d for i, s, t, d in zip(index, stride, tap, dilation, strict=True))
+            rows = slice(c // inputs * per_group, (c // inputs + 1) * per_group)
+            y[(slice(None), rows, *where)] += np.outer(x[(slice(None), c, *index)], w[(c, slice(None), *tap)])
+    return y[(..., *(slice(p, n - p) for p, n in zip(padding, whole, strict=True)))]

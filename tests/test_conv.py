@@ -48,17 +48,18 @@ with warnings.catch_warnings():
     from bridge import (
         ObservedConv1d,
         ObservedConv2d,
+        ObservedConv3d,
         ObservedLinear,
         ObserverModule,
-        QuantizedConv1d,
         QuantizedConv2d,
         QuantizedLinear,
         StaticQuantConfig,
     )
     from bridge.observed import observed_type
-    from bridge.quantized import Quantized
+    from bridge.quantized import QUANTIZED, Quantized
 
 ASYMMETRIC, SYMMETRIC = MappingType.ASYMMETRIC, MappingType.SYMMETRIC
+CONVS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 # --- the cases -------------------------------------------------------------------------------------
@@ -119,6 +120,9 @@ GEOMETRIES = {
     "2d-depthwise-same-even": Geometry((2, 3, 7, 6), (3, 1, 2, 2), groups=3, padding="same", pads=((0, 1), (0, 1))),
     "2d-unbatched": Geometry((5, 7, 6), (4, 5, 3, 3), padding=1),
     "2d-no-images": Geometry((0, 5, 7, 6), (4, 5, 3, 3), padding=1),
+    "3d": Geometry((2, 3, 5, 4, 6), (4, 3, 3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 2), dilation=(1, 1, 3)),
+    "3d-groups": Geometry((2, 4, 4, 3, 5), (6, 2, 2, 3, 3), groups=2, padding=1, stride=2),
+    "3d-unbatched-same": Geometry((2, 3, 4, 3), (3, 2, 2, 3, 1), padding="same", pads=((0, 1), (1, 1), (0, 0))),
 }
 
 PER_TENSOR, PER_CHANNEL = fsq.PerTensor(), fsq.PerAxis(0)
@@ -236,15 +240,22 @@ def test_the_sum_is_exact_and_then_rounded_as_numpy_rounds(name: str, formats: s
         assert_exact(y, case)
 
 
-@pytest.mark.parametrize("name", ["2d-padded", "2d-uneven", "2d-same-even", "2d-groups", "2d-depthwise"])
+def last(x: Tensor) -> Tensor:
+    """Return images with their channels last in memory."""
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+@pytest.mark.parametrize(
+    "name", ["2d-padded", "2d-uneven", "2d-same-even", "2d-groups", "2d-depthwise", "3d", "3d-groups"]
+)
 def test_an_image_with_its_channels_last_gives_the_same_bits_in_that_order(name: str) -> None:
     for formats in FORMATS.values():
         case = draw(GEOMETRIES[name], *formats)
-        y = case.conv(q=case.q.contiguous(memory_format=torch.channels_last))
-        assert y.is_contiguous(memory_format=torch.channels_last)
+        y = case.conv(q=last(case.q))
+        assert y.stride() == last(y).stride()
         assert_exact(y, case)
         # A view that is neither, of a larger tensor.
-        assert torch.equal(case.conv(q=torch.cat([case.q, case.q], 3)[..., : case.q.shape[3]]), y)
+        assert torch.equal(case.conv(q=torch.cat([case.q, case.q], -1)[..., : case.q.shape[-1]]), y)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +322,7 @@ def test_unfold_gives_back_what_fold_took_and_a_known_epilogue_changes_no_bit(na
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch._int_mm has no batching rule
-@pytest.mark.parametrize("name", ["1d-padded", "2d-same-even", "2d-groups"])
+@pytest.mark.parametrize("name", ["1d-padded", "2d-same-even", "2d-groups", "3d"])
 @pytest.mark.parametrize("formats", ["uint8-uint8", "int8-int8"])
 def test_vmap_is_the_loop(name: str, formats: str) -> None:
     """Over experts: each has codes, qparams and weights of its own."""
@@ -345,7 +356,7 @@ def test_the_reference_has_the_bits_of_torch_on_dequantized_operands(name: str, 
     ours = fsq.conv_reference(case.act, case.q, case.qp, w, bias, **geometry.settings())
     sides = [side for pair in reversed(geometry.pads) for side in pair]
     settings = geometry.settings() | ({"padding": 0} if sides else {})
-    theirs = (F.conv1d if w.ndim == 3 else F.conv2d)(F.pad(x, sides) if any(sides) else x, w, bias, **settings)
+    theirs = CONVS[w.ndim - 3](F.pad(x, sides) if any(sides) else x, w, bias, **settings)
     assert ours.dtype is dtype
     assert torch.equal(ours, theirs)
 
@@ -360,8 +371,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     found: list[Tensor] = []
     convolve = onednn_conv.convolve
 
-    def recorded(*operands: object) -> Tensor:
-        found.append(convolve(*operands))
+    def recorded(*operands: object, dtype: torch.dtype) -> Tensor:
+        found.append(convolve(*operands, dtype=dtype))
         return found[-1]
 
     monkeypatch.setattr(onednn_conv, "convolve", recorded)
@@ -397,7 +408,8 @@ def test_onednn_has_the_integers_and_roundings_of_numpy(calls: list[Tensor], nam
         assert_exact(y, case)
         without = dataclasses.replace(case, bias=None)
         assert_exact(without.kept(torch.bfloat16), without)
-    assert len(calls) == (2 * len(SYMMETRIC_WEIGHT) if geometry.shape[0] else 0)
+    taken = geometry.shape[0] > 0 and len(geometry.weight) < 5
+    assert len(calls) == (2 * len(SYMMETRIC_WEIGHT) if taken else 0)
 
 
 @needs_onednn
@@ -431,6 +443,7 @@ def test_the_largest_window_that_stays_in_int32_is_the_last_that_onednn_takes() 
         assert onednn_conv.supports(codes, None) == (onednn.AVAILABLE and k == 33025)
     assert not onednn_conv.supports(codes[:, :8], torch.ones(2, 1, 1, dtype=torch.int32))
     assert not onednn_conv.supports(codes[:, :8, 0], None)
+    assert not onednn_conv.supports(codes[:, :8, None, None], None)
     assert not onednn_conv.supports(codes[:, :8].to("meta"), None)
 
 
@@ -507,8 +520,9 @@ def operands(name: str, batch: int | None = None) -> tuple[object, ...]:
 @pytest.mark.parametrize("name", ["2d", "2d-uneven", "2d-one-channel", "2d-to-one-position", "2d-depthwise", *UNFIT])
 def test_what_the_compiler_expects_of_the_operator_is_what_it_returns(name: str) -> None:
     """Shape, dtype, strides, and that nothing else is written."""
-    codes = "relu", torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)
-    for batch, then in itertools.product((None, 0, 1), (("none", None, None), codes)):
+    codes = "relu", torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32), torch.float32
+    floats = ("none", None, None, torch.float32), ("none", None, None, torch.bfloat16)
+    for batch, then in itertools.product((None, 0, 1), (*floats, codes)):
         torch.library.opcheck(
             torch.ops.functional_sq.onednn_conv.default,
             (*operands(name, batch), *then),
@@ -783,7 +797,8 @@ REFUSALS = [
     ("int16-groups", lambda: call(act=INT16, w=(6, 2, 3, 3), groups=2), ValueError, "16-bit codes have no integer"),
     ("reference", lambda: fsq.conv_reference(ACT, torch.zeros(1, 3, 9, dtype=torch.int8), ONE, torch.zeros(2, 4, 3)),
      ValueError, r"give \(batch, 4, length\)"),
-    ("fold", lambda: call(w=(6, 4, 3, 3, 3)), ValueError, r"that of a convolution \(out, in / groups, length\)"),
+    ("depth", lambda: call(w=(6, 4, 3, 3, 3)), ValueError, r"give \(batch, 4, depth, height, width\)"),
+    ("fold", lambda: call(w=(6, 4, 3, 3, 3, 3)), ValueError, r"convolution \(out, in / groups, \*kernel\) with one to"),
     ("check-kernel", lambda: fsq.check_product(ACT, QuantSpec(torch.int8, fsq.PerRow()), (6, 4, 3)), ValueError,
      r"PerRow\(dim=-1\) gives several scales along .* use PerAxis\(0\) or PerTensor\(\) for the weight"),
     ("check-channels", lambda: fsq.check_product(QuantSpec(torch.int8, fsq.PerAxis(1)), WEIGHT, (6, 4, 3)), ValueError,
@@ -818,13 +833,16 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "2d-reflect": partial(nn.Conv2d, 6, 8, 3, padding=(1, 2), padding_mode="reflect"),
     "2d-circular": partial(nn.Conv2d, 6, 8, 3, padding="same", padding_mode="circular"),
     "1d-replicate": partial(nn.Conv1d, 6, 8, 3, padding=2, padding_mode="replicate"),
+    "3d": partial(nn.Conv3d, 6, 8, (3, 2, 3), padding=1, stride=(1, 2, 1)),
+    "3d-groups": partial(nn.Conv3d, 6, 4, 3, groups=2, bias=False),
+    "3d-reflect": partial(nn.Conv3d, 6, 8, (1, 3, 2), padding=(0, 1, 1), padding_mode="reflect"),
 }
+SPACE = (9, 8, 5)
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def images(layer: nn.Module, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    rank = 1 if isinstance(layer, (nn.Conv1d, QuantizedConv1d)) else 2
-    return torch.randn(batch, 6, *(9, 8)[:rank], dtype=dtype)
+    return torch.randn(batch, 6, *SPACE[: len(layer.kernel_size)], dtype=dtype)
 
 
 def observed(config: StaticQuantConfig, layer: nn.Module) -> nn.Module:
@@ -834,15 +852,15 @@ def observed(config: StaticQuantConfig, layer: nn.Module) -> nn.Module:
 
 
 def quantized(config: StaticQuantConfig, layer: nn.Module, *, reference: bool = False) -> Quantized:
-    kind = QuantizedConv1d if isinstance(layer, nn.Conv1d) else QuantizedConv2d
-    return kind.from_observed(observed(config, layer), reference=reference)
+    made = observed(config, layer)
+    return QUANTIZED[type(made)].from_observed(made, reference=reference)
 
 
 @every_layer
 def test_an_observed_layer_has_the_bits_and_the_parameters_of_the_float_layer(name: str) -> None:
     layer = LAYERS[name]()
     made = observed(SCHEMES["int8"], layer)
-    assert type(made) is (ObservedConv1d if isinstance(layer, nn.Conv1d) else ObservedConv2d)
+    assert type(made) is getattr(bridge, f"Observed{type(layer).__name__}")
     assert {n: id(p) for n, p in made.named_parameters()} == {n: id(p) for n, p in layer.named_parameters()}
     x = images(layer)
     assert torch.equal(made(x), layer(x))
@@ -906,8 +924,8 @@ class Doubled(nn.Linear):
         (partial(Doubled, 6, 8), None),
         (partial(nn.LazyConv2d, 8, 3), None),
         (partial(nn.LazyLinear, 8), None),
-        (partial(nn.ConvTranspose2d, 6, 8, 3), None),
-        (partial(nn.Conv3d, 6, 8, 3), None),
+        (partial(nn.Conv3d, 6, 8, 3), ObservedConv3d),
+        (partial(nn.LazyConv3d, 8, 3), None),
         (lambda: nn.MultiheadAttention(4, 2).out_proj, None),
         (lambda: observed(SCHEMES["int8"], nn.Conv2d(6, 8, 3)), None),
         (nn.ReLU, None),
@@ -935,7 +953,7 @@ def magnitudes(layer: Quantized, x: Tensor) -> Tensor:
     q = fsq.quantize(layer.act_spec, layer._padded(x), qp)
     x_hat = fsq.dequantize(layer.act_spec, q, qp, dtype=torch.float64)
     w_hat = fsq.dequantize(layer.weight_spec, *fsq.unfold(layer.weight_spec, layer.folded), dtype=torch.float64)
-    op = F.conv1d if isinstance(layer, QuantizedConv1d) else F.conv2d
+    op = CONVS[w_hat.ndim - 3]
     return op(x_hat.abs(), w_hat.abs(), None if layer.bias is None else layer.bias.double().abs(), **layer._geometry)
 
 
@@ -1084,7 +1102,7 @@ class Every(nn.Module):
 
 
 def windows(rank: int) -> Every:
-    names = ("1d", "1d-replicate") if rank == 1 else ("2d", "2d-valid", "2d-reflect")
+    names = (("1d", "1d-replicate"), ("2d", "2d-valid", "2d-reflect"), ("3d", "3d-reflect"))[rank - 1]
     return Every([quantized(SCHEMES[scheme], LAYERS[name]()) for scheme in ("int8", "uint8") for name in names])
 
 
@@ -1101,24 +1119,26 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "rank", "last", "compilations"),
+    ("make", "rank", "channels_last", "compilations"),
     [
         pytest.param(partial(windows, 1), 1, False, 1, id="1d"),
         pytest.param(partial(windows, 2), 2, False, 1, id="2d"),
         pytest.param(partial(windows, 2), 2, True, 1, id="2d-channels-last"),
+        pytest.param(partial(windows, 3), 3, False, 1, id="3d"),
+        pytest.param(partial(windows, 3), 3, True, 1, id="3d-channels-last"),
         # torch chooses another convolution of floats from a batch of 16 on, for a float layer too.
         pytest.param(directs, 2, False, 2, id="directs"),
         pytest.param(directs, 2, True, 2, id="directs-channels-last"),
     ],
 )
 def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_batch(
-    make: Callable[[], Every], rank: int, last: bool, compilations: int
+    make: Callable[[], Every], rank: int, channels_last: bool, compilations: int
 ) -> None:
     model, counter = make(), CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for batch in (5, 2, 17, 16, 3):
-        x = torch.randn(batch, 6, *(9, 8)[:rank])
-        x = x.to(memory_format=torch.channels_last) if last else x
+        x = torch.randn(batch, 6, *SPACE[:rank])
+        x = last(x) if channels_last else x
         torch._dynamo.mark_dynamic(x, 0)
         with torch.no_grad():
             assert_same(compiled(x), model(x))
@@ -1288,13 +1308,13 @@ def converted(config: StaticQuantConfig) -> nn.Module:
         pytest.param(
             lambda: bridge.prepare_(nn.Sequential(nn.ReLU()), StaticQuantConfig(torch.int8)),
             ValueError,
-            "no module of Sequential is one of torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d that the filter takes",
+            "no module of Sequential is one of torch.nn.Linear, .*, torch.nn.ConvTranspose3d that the filter takes",
             id="prepare_(no layer)",
         ),
         pytest.param(
             lambda: bridge.prepare_(nn.Conv2d(6, 8, 3), StaticQuantConfig(torch.int8)),
             ValueError,
-            "the model is itself one of .*, torch.nn.Conv2d and cannot be replaced in place; wrap it",
+            "the model is itself one of .*, torch.nn.Conv2d, .* and cannot be replaced in place; wrap it",
             id="prepare_(Conv2d)",
         ),
     ],

@@ -261,11 +261,16 @@ def test_what_the_user_leaves_in_float_is_not_listed() -> None:
     bridge.prepare_(encoder().eval(), INT8, lambda module, name: "self_attn" not in name)
 
 
+class Mixed(nn.modules.conv._ConvNd):
+    """A convolution of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3, (2,), (1,), (0,), (1,), False, (0,), 1, True, "zeros")
+
+
 def test_a_kind_that_has_no_quantized_layer_is_listed() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ConvTranspose2d(3, 3, 2), "c": nn.LazyLinear(3)})
-    with pytest.warns(
-        UserWarning, match=r"b: no quantized layer does what ConvTranspose2d does\n  c: LazyLinear has no"
-    ):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": Mixed(), "c": nn.LazyLinear(3)})
+    with pytest.warns(UserWarning, match=r"b: no quantized layer does what Mixed does\n  c: LazyLinear has no"):
         bridge.prepare_(model.eval(), INT8)
 
 
