@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import functional_sq
 from bridge.buffers import check_module
+from functional_sq import onednn, onednn_conv
 from functional_sq.chains import hand_on
 
 __all__ = ["Chain", "HandOn", "capture", "chains", "install"]
@@ -39,12 +40,13 @@ class HandOn(CustomGraphPass):
     def uuid(self) -> Any:
         """Name what a graph becomes, for Inductor's caches on disk; None: not cached.
 
-        Composed operators are part of it: the caches know them by their names alone.
+        Composed operators are part of it, which the caches know by their names alone, and what they choose by.
         """
+        ours = _sources(), onednn.AVAILABLE, onednn.WORTH, onednn.WHOLE, onednn_conv.WORTH
         if self.first is None:
-            return _sources()
+            return ours
         theirs = self.first.uuid() if isinstance(self.first, CustomGraphPass) else None
-        return None if theirs is None else (theirs, _sources())
+        return None if theirs is None else (theirs, ours)
 
 
 @cache

@@ -3,7 +3,7 @@
 Between two layers with static ranges there is an activation, or nothing, and the second one's quantization
 is known before any input: `requantize` is one more step on each result of the first layer. `hand_on` finds
 such layers in a graph and gives them that step; it also lets layers that quantize one input alike share
-its codes.
+its codes, and linear layers add the residual that goes around them.
 
 In the graph that `torch.compile` captures, a layer is two operators: `functional_sq::quantize` and
 `functional_sq::product`. They are composed of other operators, so a compiler that knows nothing of them sees
@@ -156,11 +156,12 @@ class Link(NamedTuple):
 
 
 def hand_on(graph: fx.Graph) -> list[Link]:
-    """Let the layers of a captured graph hand codes on, and share those of one input. Changes the graph.
+    """Let the layers of a captured graph hand codes on, share those of one input, and add residuals. Changes the graph.
 
     A layer hands on where all that is done with its result is one of `ACTIVATIONS` or none, dropouts in
     evaluation, and the quantization of the next layers. What differs from the graph as it was is said at
-    `then` of `linear`.
+    `then` of `linear`. A linear layer whose result, through dropouts, only goes into a sum of its shape and dtype
+    adds the other term itself, in the dtype in which it scales; the sum is rounded once.
 
     Args:
         graph: as Dynamo captures it: functions of torch, in-place ones too, and the operators of `layer`.
@@ -210,10 +211,10 @@ def hand_on(graph: fx.Graph) -> list[Link]:
             graph.erase_node(done)
 
     for node in order:
-        term = _addition(node, order) if node.target in _ADDITIONS else None
+        term = _addition(node) if node.target in _ADDITIONS else None
         if term is None:
             continue
-        (producer, passed), residual = term
+        producer, passed, residual = term
         if written(producer, node, (node, *passed)):
             continue
         producer.args = (*producer.args[:-5], residual, *producer.args[-4:])
@@ -249,23 +250,21 @@ def _source(x: object) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
     return None
 
 
-def _addition(node: fx.Node, order: dict[fx.Node, int]) -> tuple[tuple[fx.Node, tuple[fx.Node, ...]], fx.Node] | None:
+def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | None:
     """Return the linear layer whose result is a term of a sum, the nodes between, and the other term: of one kind."""
     if len(node.args) != 2 or node.kwargs:
         return None
     first, second = node.args
     in_place = node.target in (operator.iadd, "add_")
     pairs = [(first, second)] if in_place else [(first, second), (second, first)]
-    found = []
     for x, residual in pairs:
         source = _source(x)
-        if source is None or not isinstance(residual, fx.Node) or not _alike(x, residual):
+        if source is None or not isinstance(residual, fx.Node) or residual is x or not _alike(x, residual):
             continue
         producer, activation, passed = source
         if activation == "none" and producer.args[_GEOMETRY] == "" and producer.args[_RESIDUAL] is None:
-            found.append(((producer, tuple(passed)), residual))
-    # Of two layers the later one adds to the earlier one's result.
-    return max(found, key=lambda each: order[each[0][0]], default=None)
+            return producer, passed, residual
+    return None
 
 
 def _alike(x: object, y: fx.Node) -> bool:

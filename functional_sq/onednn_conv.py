@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
-from functional_sq.blocks import is_traced
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.spec import QuantSpec
 
@@ -66,7 +65,6 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         and codes.numel() > 0
         and codes[0].numel() <= INT32_TERMS
         and zero_point is None
-        and (is_traced(codes) or not codes.is_inference())
     )
 
 
@@ -181,7 +179,8 @@ torch.library.define(
 
 
 class _Packed(NamedTuple):
-    version: int
+    state: int | Tensor
+    """As `functional_sq.onednn.state` gives it."""
     form: tuple[Any, ...]
     """What the layout was chosen for."""
     asked: tuple[Any, ...]
@@ -299,26 +298,23 @@ def _fitted(
 
 
 def _pack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
-    # A tensor made in inference mode counts no versions; it is packed each time.
-    if codes.is_inference():
-        return _made(codes, 0, form)
     known: _Packed | None = _PACKED.get(codes)
     # Another layout is chosen when it is asked for twice in a row: sizes that always change cost no packing.
-    if known is None or known.version != codes._version or (form == known.asked and form != known.form):
-        known = _PACKED[codes] = _made(codes, codes._version, form)
+    if known is None or not onednn.is_state(known.state, codes) or (form == known.asked and form != known.form):
+        known = _PACKED[codes] = _made(codes, form)
     elif form != known.asked:
         known = _PACKED[codes] = known._replace(asked=form)
     return known
 
 
-def _made(codes: Tensor, version: int, form: tuple[Any, ...]) -> _Packed:
+def _made(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
     # Which layout fits is remembered in torch without the zero point: of two layers with one form but for it, the
     # second gets the layout of the first, and is reordered in each call.
     shape, is_zero, *settings = form
     with torch.inference_mode(False):  # what is kept serves calls outside of it too
         weight = codes.reshape(*codes.shape[:2], *_kernel(codes))
         return _Packed(
-            version,
+            onednn.state(codes),
             form,
             form,
             torch.ops.onednn.qconv_prepack(weight, torch.ones(1), 1.0, int(not is_zero), *settings, shape),

@@ -345,6 +345,16 @@ INVALID: dict[str, tuple[object, ...]] = {
         f"{E4M3} meet a weight of torch.int8",
         "quantize both alike",
     ),
+    "linear(tensor, q, qp, folded, residual=torch.ones(4, 1))": (
+        ValueError,
+        "residual has shape (4, 1), and the result (4, 4)",
+        "expand it",
+    ),
+    "linear(tensor, q, qp, folded, residual=torch.ones(4, 4).half())": (
+        TypeError,
+        "residual is torch.float16, and the result torch.float32",
+        "cast it, or ask for dtype=torch.float16",
+    ),
     "linear(tensor, q, qp, folded, dtype=torch.int32)": (TypeError, "linear to torch.int32", REALS),
 }
 

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import ml_dtypes
@@ -38,7 +39,7 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import functional_sq as fsq
-from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, onednn, onednn_conv
+from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, onednn
 from functional_sq.formats import REAL_DTYPES, Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
 
@@ -64,12 +65,16 @@ def corrected(q: np.ndarray, z_x: np.ndarray, w: np.ndarray, z_w: np.ndarray) ->
     return (q.astype(np.int64) - z_x) @ (w.astype(np.int64) - z_w).T
 
 
-def epilogue(total: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
-    """Scale, add the bias, round to `dtype`; in float32, or float64 where `dtype` is."""
+def epilogue(
+    total: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, dtype: np.dtype, residual: np.ndarray | None = None
+) -> np.ndarray:
+    """Scale, add the bias and a residual, round to `dtype`; in float32, or float64 where `dtype` is."""
     wide = np.promote_types(dtype, np.float32) if dtype.kind == "f" else np.dtype(np.float32)
     assert scale.dtype == wide
     y = total.astype(wide) * scale
-    return (y if bias is None else y + bias.astype(wide)).astype(dtype)
+    for term in (bias, residual):
+        y = y if term is None else y + term.astype(wide)
+    return y.astype(dtype)
 
 
 def bound(exact: np.ndarray, bias: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
@@ -118,12 +123,12 @@ class Product:
         bias = None if self.bias is None else self.bias.to(device)
         return fsq.linear(self.act, self.q.to(device), qp, self.folded(device), bias, dtype=dtype)
 
-    def kept(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def kept(self, dtype: torch.dtype = torch.float32, **then: Any) -> Tensor:
         """Multiply as a layer does that keeps its weight: with the epilogue computed before."""
         folded = self.folded()
         known = fsq.epilogue(self.act, self.qp, folded, dtype=torch.promote_types(dtype, torch.float32))
         with mock.patch.multiple(onednn, WORTH=0, WHOLE=INT32_TERMS):  # by oneDNN, however small or long it is
-            return fsq.linear(self.act, self.q, self.qp, folded, self.bias, dtype=dtype, epilogue=known)
+            return fsq.linear(self.act, self.q, self.qp, folded, self.bias, dtype=dtype, epilogue=known, **then)
 
     def corrected(self) -> np.ndarray:
         return corrected(*map(array, (self.q, self.qp.zero_point, self.w, self.w_qp.zero_point)))
@@ -398,6 +403,81 @@ def test_onednn_has_the_integers_and_roundings_of_numpy(
     assert len(calls) == (3 if rows else 0)
 
 
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "fill"),
+    [
+        (17, 513, 33, ("all", "all")),
+        (49, 9216, 16, ("high", "low")),  # cut into parts, see onednn.exactly
+        (1, 384, 384, ("ends", "ends")),
+        (0, 8, 5, ("all", "all")),
+    ],
+)
+def test_a_residual_is_added_before_the_one_rounding(
+    rows: int, k: int, n: int, fill: tuple[str, str], dtype: torch.dtype, by_onednn: bool
+) -> None:
+    case = symmetric(rows, k, n, fill=fill)
+    case = dataclasses.replace(case, qp=QParams(case.qp.scale / 64, case.qp.zero_point))  # float16 overflows otherwise
+    for bias in (case.bias, None):
+        case = dataclasses.replace(case, bias=bias)
+        total, scale = case.corrected(), case.scale(np.promote_types(np.float32, ARRAYS[dtype]))
+        # Of the result's magnitude: then each rounding counts.
+        size = float(np.abs(total * scale).max()) if rows else 1.0
+        residual = torch.from_numpy(np.random.default_rng(n).normal(scale=size, size=(rows, n))).to(dtype)
+        before = residual.clone()
+        with mock.patch.object(onednn, "AVAILABLE", onednn.AVAILABLE and by_onednn):
+            y = case.kept(dtype, residual=residual)
+        assert y.dtype is dtype
+        assert torch.equal(residual, before)
+        np.testing.assert_array_equal(array(y), epilogue(total, scale, case.bias_array(), ARRAYS[dtype], array(before)))
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_a_residual_of_any_rank_and_stride_with_a_gradient_and_under_vmap(by_onednn: bool) -> None:
+    case = symmetric(12, 16, 8)
+    case = dataclasses.replace(case, q=case.q.reshape(2, 6, 16))
+    residual = torch.randn(8, 6, 2)[..., :1].expand(8, 6, 2).permute(2, 1, 0)
+    with mock.patch.object(onednn, "AVAILABLE", onednn.AVAILABLE and by_onednn):
+        expected = case.kept() + residual
+        assert torch.equal(case.kept(residual=residual), expected)
+        learned = residual.clone().requires_grad_()
+        y = case.kept(residual=learned)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+        assert torch.equal(learned.grad, torch.ones_like(residual))
+        both = torch.stack([residual, -residual])
+        y = torch.vmap(lambda each: case.kept(residual=each))(both)
+        assert torch.equal(y, torch.stack([case.kept(residual=each) for each in both]))
+
+
+def test_a_residual_and_then_codes() -> None:
+    """The residual is part of what the activation and the quantization take."""
+    case = symmetric(7, 16, 8)
+    residual = torch.randn(7, 8)
+    qp = QParams(torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32))
+    then = fsq.Requantization(QuantSpec(torch.int8, fsq.PerTensor()), qp, "relu")
+    assert torch.equal(case.kept(residual=residual, then=then), fsq.requantize(case.kept(residual=residual), then))
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_compiler_expects_of_the_operators_is_what_they_do(dtype: torch.dtype) -> None:
+    """Shape, dtype, strides, and that nothing else is written."""
+    ops = torch.ops.functional_sq
+    for rows, n in ((5, 8), (0, 8), (1, 1)):
+        q, w = torch.randint(0, 256, (rows, 16), dtype=torch.uint8), torch.randint(-128, 128, (n, 16), dtype=torch.int8)
+        known = q, torch.tensor([3], dtype=torch.int32), w, torch.rand(n), torch.randn(n)
+        to = torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)
+        calls = [
+            (ops.onednn_product.default, (*known, "none", None, None, dtype)),
+            (ops.onednn_product.default, (*known, "gelu", *to, dtype)),
+            (ops.onednn_add_product.default, (torch.randn(rows, n).to(dtype), *known)),
+        ]
+        for op, operands in calls:
+            torch.library.opcheck(op, operands, test_utils=("test_schema", "test_faketensor"))
+
+
 @needs_onednn
 def test_results_below_the_normal_numbers(calls: list[Tensor]) -> None:
     """They are exact, but for bfloat16 by oneDNN: the instruction that writes it makes 0 of them on some CPUs."""
@@ -512,11 +592,26 @@ def test_a_weight_packed_in_inference_mode_serves_outside_of_it_and_one_made_in_
 
 
 @needs_onednn
-def test_a_weight_made_in_inference_mode_is_not_packed_at_each_call_and_a_long_one_not_cut() -> None:
+@pytest.mark.usefixtures("calls")
+def test_a_weight_made_in_inference_mode_is_packed_once_too_and_again_when_it_changes() -> None:
+    """It counts no versions."""
     with torch.inference_mode():
-        codes = torch.ones(4, 4, dtype=torch.int8)
-    assert not onednn.supports(codes, None)
-    assert not onednn_conv.supports(codes[..., None], None)
+        case = symmetric(4, 16, 8, bias=False)
+        folded = case.folded()
+        folded = folded._replace(codes=folded.codes.clone())
+        assert folded.codes.is_inference()
+        known = fsq.epilogue(case.act, case.qp, folded)
+        multiply = partial(fsq.linear, case.act, case.q, case.qp, folded, epilogue=known)
+        y = multiply()
+        packed = onednn._PACKED[folded.codes]
+        assert torch.equal(multiply(), y)
+        assert onednn._PACKED[folded.codes] is packed
+        folded.codes.zero_()
+        assert not multiply().any()
+
+
+@needs_onednn
+def test_a_long_weight_is_not_cut() -> None:
     assert onednn.supports(torch.ones(1, onednn.WHOLE, dtype=torch.int8), None)
     assert not onednn.supports(torch.ones(1, onednn.WHOLE + 1, dtype=torch.int8), None)
 
