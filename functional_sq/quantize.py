@@ -18,7 +18,7 @@ from functional_sq.spec import QuantSpec, check_spec
 __all__ = ["dequantize", "fake_quantize", "quantize", "saturates"]
 
 _PIECE = 2**17
-"""How many elements an eager pass takes at a time, so that the steps of one piece meet in the cache."""
+"""How many elements an eager pass takes at a time on each thread, so that the steps of one piece meet in the cache."""
 
 
 def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
@@ -187,19 +187,21 @@ class _StraightThrough(torch.autograd.Function):
 def _elementwise(op: Callable[..., Tensor], x: Tensor, qp: QParams) -> Tensor:
     """Apply `op(x, scale, zero_point)`. Eager steps over a large tensor on a CPU go piece by piece: each reads
     what the one before wrote from the cache, and takes memory that is there already."""
-    whole = is_traced(x) or x.device.type != "cpu" or x.numel() < 2 * _PIECE
-    if whole or qp.scale.numel() != 1:
+    if is_traced(x) or x.device.type != "cpu" or qp.scale.numel() != 1:
+        return blockwise(op, x, *qp)
+    size = _PIECE * torch.get_num_threads()
+    if x.numel() < 2 * size:
         return blockwise(op, x, *qp)
     if not x.is_contiguous():
         last = x.movedim(1, -1) if x.ndim > 2 else x  # channels_last
         return _elementwise(op, last, qp).movedim(-1, 1) if last.is_contiguous() else blockwise(op, x, *qp)
     scale, zero_point = (value.reshape(1) for value in qp)
-    pieces = torch.split(x.view(-1), _PIECE)
+    pieces = torch.split(x.view(-1), size)
     first = op(pieces[0], scale, zero_point)
     # From the first piece, so that it has a batch of its own where vmap gives one to qp alone.
     y = first.new_empty(x.shape)
     each = chain([first], (op(piece, scale, zero_point) for piece in pieces[1:]))
-    for to, piece in zip(torch.split(y.view(-1), _PIECE), each, strict=True):
+    for to, piece in zip(torch.split(y.view(-1), size), each, strict=True):
         to.copy_(piece)
     return y
 

@@ -39,7 +39,7 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import functional_sq as fsq
-from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, onednn
+from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, float8_mm, onednn
 from functional_sq.formats import REAL_DTYPES, Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
 
@@ -728,6 +728,34 @@ def test_the_float8_product_is_within_the_bound_of_a_float32_sum(
     case = float8_product(np.random.default_rng(rows), act, weight, rows=rows, k=71)
     for dtype in (torch.float32, torch.bfloat16):
         assert_float8_product(case.linear(dtype), case, 2.0**-24)
+
+
+def test_float8_products_under_vmap_compiled_and_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU oneDNN multiplies the floats, in an operator that an exported program has not."""
+    cases = [
+        float8_product(np.random.default_rng(i), torch.float8_e4m3fn, torch.float8_e5m2, rows=5, k=16) for i in range(2)
+    ]
+    folded = cases[0].folded()
+
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, qp: QParams) -> Tensor:
+            return fsq.linear(cases[0].act, q, qp, folded, cases[0].bias)
+
+    forward = Layer()
+    loop = torch.stack([forward(case.q, case.qp) for case in cases])
+    qps = QParams(*map(torch.stack, zip(*(case.qp for case in cases), strict=True)))
+    bits = torch.stack([case.q.view(torch.uint8) for case in cases])
+    batch = torch.vmap(lambda q, qp: forward(q.view(torch.float8_e4m3fn), qp))(bits, qps)
+    assert torch.equal(batch, loop)
+    given = cases[1].q, cases[1].qp
+    y, (source,) = run_and_get_code(torch.compile(forward, fullgraph=True, dynamic=True), *given)
+    assert ("onednn_float_product" in source) == float8_mm.HAS_ONEDNN
+    assert torch.equal(y, loop[1])
+    exported = torch.export.export(forward, given)
+    assert not [node for node in exported.graph.nodes if "functional_sq" in str(node.target)]
+    torch.testing.assert_close(exported.module()(*given), y)
+    monkeypatch.setattr(float8_mm, "HAS_ONEDNN", False)
+    assert_float8_product(cases[0].linear(), cases[0], 2.0**-24)
 
 
 # --- folding ---------------------------------------------------------------------------------------

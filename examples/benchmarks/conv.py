@@ -19,7 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from linear import Calls, cpu, quantized, table
+from linear import Calls, cpu, keep_memory, quantized, table
 from torch import nn
 
 import functional_sq as fsq
@@ -111,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small layers, little time")
     args = parser.parse_args()
+    keep_memory()
     rows, seconds = (layers([1], small=True), 0.1) if args.quick else (layers([1, 8], small=False), 4.0)
     print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("compiled where not said; medians in ms, and as multiples of quantize + convolution\n")

@@ -9,6 +9,7 @@ is timed is also what embeds the 512 passages that are compared with float32 (me
 passage's ten nearest neighbours stay). Ranges are min/max except where said. torchao's rows have the very ranges
 of ours; PT2E and ONNX Runtime calibrate by themselves, and padding tokens count there. A part of the table is one
 process, whose rows are timed in turn, with float32 and our int8 among them; speedups are against its own float32.
+All keep the memory that they free, see `keep_memory` of linear.py.
 Below the table: each row's numerics, and the products that ran, as counted by oneDNN or ONNX Runtime in one call.
 
 `--environments FOLDER` keeps the environments there. They are made with `python -m venv` and pip.
@@ -36,7 +37,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from linear import HAS_AFFINE, HAS_STATIC, STATIC_SETTINGS, medians, pt2e, torchao_linear, torchao_static
+from linear import (
+    HAS_AFFINE,
+    HAS_STATIC,
+    STATIC_SETTINGS,
+    keep_memory,
+    medians,
+    pt2e,
+    torchao_linear,
+    torchao_static,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import transformers
@@ -382,6 +392,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="these rows alone, to --json")
     parser.add_argument("--json", type=Path, help="write figures here instead of a table")
     args = parser.parse_args()
+    keep_memory()
     transformers.utils.logging.disable_progress_bar()
     if args.rows:
         args.json.write_text(json.dumps(measure(args.rows, args.quick)))

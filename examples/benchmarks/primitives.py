@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from linear import Calls, cpu, table, torchao
+from linear import Calls, cpu, keep_memory, table, torchao
 from torchao.quantization.quant_primitives import dequantize_affine, quantize_affine
 
 import functional_sq as fsq
@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small tensor, little time")
     args = parser.parse_args()
+    keep_memory()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     shape, seconds = ((64, 64), 0.1) if args.quick else ((4096, 1024), 5.0)
     print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchao {torchao.__version__}")
