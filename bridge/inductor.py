@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import functional_sq
 from bridge.buffers import check_module
-from functional_sq import onednn, onednn_conv
+from functional_sq import backends
 from functional_sq.chains import hand_on
 
 __all__ = ["Chain", "HandOn", "capture", "chains", "install"]
@@ -42,7 +42,7 @@ class HandOn(CustomGraphPass):
 
         Composed operators are part of it, which the caches know by their names alone, and what they choose by.
         """
-        ours = _sources(), onednn.AVAILABLE, onednn.WORTH, onednn.WHOLE, onednn_conv.WORTH
+        ours = _sources(), *((each.NAME, each.key()) for each in (*backends.PRODUCTS, *backends.CONVOLUTIONS))
         if self.first is None:
             return ours
         theirs = self.first.uuid() if isinstance(self.first, CustomGraphPass) else None

@@ -34,7 +34,7 @@ from bridge.observed import (
     settings_of,
     weight_of,
 )
-from functional_sq import chains, onednn, onednn_conv
+from functional_sq import backends, chains
 from functional_sq.formats import Float8
 
 __all__ = [
@@ -416,9 +416,9 @@ class QuantizedLinear(Quantized):
         return linear.train(self.training)
 
     def _backend(self) -> str:
-        if not onednn.supports(self.weight_codes, self.weight_zero_point):
-            return ""
-        return f", by oneDNN from {onednn.least_rows(self.weight_codes)} rows on"
+        codes = self.weight_codes
+        taken = (each for each in backends.PRODUCTS if each.supports(codes, self.weight_zero_point))
+        return "".join(f", by {each.NAME} from {each.least_rows(codes)} rows on" for each in taken)
 
 
 _GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups")
@@ -473,12 +473,11 @@ class _QuantizedConv(Quantized):
         return F.pad(x, self._around, mode=self.padding_mode) if self._around else x
 
     def _backend(self) -> str:
-        if not onednn_conv.supports(self.weight_codes, self.weight_zero_point):
-            return ""
         # A transposed one is a convolution of codes that were spread, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
-        least = onednn_conv.least_windows(self.weight_codes, steps, self.dilation, self.groups)
-        return f", by oneDNN from {least} windows on"
+        codes, settings = self.weight_codes, (steps, self.dilation, self.groups)
+        taken = (each for each in backends.CONVOLUTIONS if each.supports(codes, self.weight_zero_point))
+        return "".join(f", by {each.NAME} from {each.least_windows(codes, *settings)} windows on" for each in taken)
 
 
 class QuantizedConv1d(_QuantizedConv):

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq import onednn_conv
+from functional_sq.backends import Convolution, convolution_for
 from functional_sq.float8_mm import float8_product
 from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.int_mm import integer_product
@@ -100,7 +100,7 @@ def conv(
         groups: the channels are cut into so many groups that do not mix.
         dtype: dtype of the result.
         epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits. The weight counts
-            as one that is kept: where `functional_sq.onednn_conv` is the faster one, it is packed at the first
+            as one that is kept: where a backend is the faster one, oneDNN packs it at the first
             call, one byte an element more for as long as `weight.codes` live.
         then: return the next layer's codes, `requantize(conv(...), then)`, as `linear` does.
         fast_accum: as `linear`.
@@ -129,15 +129,14 @@ def conv(
     x = q if q.ndim == len(shape) else q[None]
     wide = torch.promote_types(dtype, torch.float32)
     windows = x.shape[0] * math.prod(size)
-    if (
-        epilogue is not None
-        and onednn_conv.supports(weight.codes, weight.zero_point)
-        and fits_operator(epilogue.scale, bias, wide)
-        and onednn_conv.is_worth(windows, weight.codes, geometry.stride, geometry.dilation, groups)
-    ):
+    backend = None
+    if epilogue is not None and fits_operator(epilogue.scale, bias, wide):
+        backend = convolution_for(windows, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
+    if backend is not None:
+        assert epilogue is not None
         known = None if bias is None else bias.to(wide)
-        convolve = partial(_packed, x, qp, weight.codes, epilogue.scale, known, geometry, groups)
-        if then is not None and onednn_conv.requantizes(then.spec, then.qp.scale, then.activation):
+        convolve = partial(_by, backend, x, qp, weight.codes, epilogue.scale, known, geometry, groups)
+        if then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
             y, then = made_by(convolve, then), None
         else:
             y = convolve(dtype=dtype)
@@ -382,7 +381,8 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Ge
     return windows.reshape(batch, *size, math.prod(kernel) * channels).contiguous().view(q.dtype)
 
 
-def _packed(
+def _by(
+    backend: Convolution,
     q: Tensor,
     qp: QParams,
     codes: Tensor,
@@ -393,16 +393,16 @@ def _packed(
     *then: Any,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return the convolution with a kept weight, by oneDNN: `(B, N, *size)` in `dtype`, or uint8 codes."""
+    """Return the convolution with a kept weight, by a backend: `(B, N, *size)` in `dtype`, or uint8 codes."""
     q, zero_point = unsigned(q, qp.zero_point)
     # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
     q = q.movedim(1, -1).contiguous().movedim(-1, 1)
     stride, padding, dilation = geometry
     if len(stride) == 2:
         settings = stride, [*chain(*padding)], dilation, groups
-        return onednn_conv.convolve(q, zero_point, codes, scale, bias, *settings, *then, dtype=dtype)
+        return backend.convolve(q, zero_point, codes, scale, bias, *settings, *then, dtype=dtype)
     wide = (1, *stride), [0, 0, *padding[0]], (1, *dilation), groups
-    return onednn_conv.convolve(q.unsqueeze(2), zero_point, codes, scale, bias, *wide, *then, dtype=dtype).squeeze(2)
+    return backend.convolve(q.unsqueeze(2), zero_point, codes, scale, bias, *wide, *then, dtype=dtype).squeeze(2)
 
 
 def _gathered(

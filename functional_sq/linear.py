@@ -14,9 +14,8 @@ Codes of uint8 are shifted by 128 to int8, together with their zero point, which
 `q - z`: int8 is what the devices multiply.
 
 What multiplies is a file each: `int_mm.py` and `float8_mm.py` give the bare product of any codes on any
-device, `onednn.py` and `onednn_conv.py` the result itself, of a weight that is kept, where they say that
-they take it and are the faster ones. A backend says so from shapes, dtypes, device and machine, never from
-values, and asking it is one line in `linear` or `conv`.
+device, the backends of `functional_sq.backends` the result itself, of a weight that is kept, where they say
+that they take it and are the faster ones.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq import onednn
+from functional_sq.backends import product_for
 from functional_sq.float8_mm import float8_product
 from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.granularity import PerTensor, check_stats
@@ -271,7 +270,7 @@ def linear(
         bias: `(N,)` or None, output units.
         dtype: dtype of the result.
         epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits. The weight counts
-            as one that is kept: where `functional_sq.onednn` is the faster one, it is packed at the first
+            as one that is kept: where a backend is the faster one, oneDNN packs it at the first
             call, one byte an element more for as long as `weight.codes` live.
         residual: `(..., N)` in `dtype`, or None: what is added to the result before it is rounded to `dtype`.
         then: return the next layer's codes, `requantize(linear(...), then)`. Where oneDNN makes them, the
@@ -320,14 +319,17 @@ def linear(
             f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {flat.shape[0]} "
             f"tokens; quantize and multiply with the same qp"
         )
-    if epilogue is not None and scale.ndim == 1 and _on_onednn(flat, weight, scale, bias, wide):
+    backend = None
+    if epilogue is not None and scale.ndim == 1 and fits_operator(scale, bias, wide):
+        backend = product_for(flat.shape[0], weight.codes, weight.zero_point)
+    if backend is not None:
         operands = *unsigned(flat, qp.zero_point), weight.codes, scale, None if bias is None else bias.to(wide)
-        if then is not None and residual is None and onednn.requantizes(then.spec, then.qp.scale, then.activation):
-            return made_by(partial(onednn.product, *operands), then).reshape(*lead, n)
+        if then is not None and residual is None and backend.requantizes(then.spec, then.qp.scale, then.activation):
+            return made_by(partial(backend.product, *operands), then).reshape(*lead, n)
         if residual is None:
-            y = onednn.product(*operands, dtype=dtype).reshape(*lead, n)
+            y = backend.product(*operands, dtype=dtype).reshape(*lead, n)
         else:
-            y = onednn.plus(residual, *operands)
+            y = backend.plus(residual, *operands)
         return y if then is None else requantize(y, then)
     codes = operand(spec, flat)
     if offset is None:
@@ -419,15 +421,6 @@ def unsigned(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes of at most 8 bits as uint8, and the int32 zero point of one element that belongs to them."""
     zero_point = zero_point.reshape(1).to(torch.int32)
     return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
-
-
-def _on_onednn(q: Tensor, weight: FoldedWeight, scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
-    """Whether oneDNN multiplies a weight that is kept."""
-    return (
-        onednn.supports(weight.codes, weight.zero_point)
-        and fits_operator(scale, bias, wide)
-        and onednn.is_worth(q.shape[0], weight.codes)
-    )
 
 
 def made_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization) -> Tensor:

@@ -5,9 +5,6 @@ oneDNN takes the weight packed, subtracts the zero point, converts once, multipl
 the operations of `functional_sq.linear` in its order, so the same bits: `exactly` sees to it. On two cores with AMX, a
 compiled layer of 1000 rows or more takes 0.4 to 1.1 times as long as a pass that quantizes and a bare `torch._int_mm`
 (examples/benchmarks/results); with `torch._int_mm` and an epilogue it takes 1.1 to 2.4 times as long as so.
-
-A backend of its kind is one file: `supports`, from shapes, dtypes, device and the machine, never from
-values; and a product that `linear` calls where it is supported.
 """
 
 from __future__ import annotations
@@ -26,20 +23,22 @@ from functional_sq.requantize import ACTIVATIONS, Requantization, apply_epilogue
 from functional_sq.spec import QuantSpec
 
 __all__ = [
+    "NAME",
     "exactly",
     "is_state",
-    "is_worth",
+    "key",
     "largest_sum",
     "least_rows",
     "looped",
     "made",
     "plus",
     "product",
-    "reaches",
     "requantizes",
     "state",
     "supports",
 ]
+
+NAME: str = "oneDNN"
 
 AVAILABLE = (
     hasattr(torch.ops.onednn, "qlinear_prepack")
@@ -119,22 +118,9 @@ def least_rows(codes: Tensor) -> int:
     return max(1, (WORTH // n - k + 9) // 10)
 
 
-def is_worth(rows: int, codes: Tensor) -> bool:
-    """Whether a product with `rows` rows is for oneDNN."""
-    return reaches(rows, least_rows(codes))
-
-
-def reaches(rows: int, least: int) -> bool:
-    """Whether `rows` is `least` or more, or not known yet.
-
-    In a compiled graph for any number of rows it counts as more: 40 us lost on few are less than what many gain,
-    and a guard on the number would compile each layer's side of it.
-    """
-    if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
-        return rows >= least
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
-    return not statically_known_true(rows < least)
+def key() -> tuple[object, ...]:
+    """Return what the answers here depend on, beside their arguments."""
+    return AVAILABLE, WORTH, WHOLE
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:

@@ -28,7 +28,9 @@ from functional_sq import onednn
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.spec import QuantSpec
 
-__all__ = ["convolve", "is_worth", "least_windows", "requantizes", "supports"]
+__all__ = ["NAME", "convolve", "key", "least_windows", "requantizes", "supports"]
+
+NAME: str = onednn.NAME
 
 WORTH = 900_000 if torch.cpu._is_amx_tile_supported() else 300_000
 """What `6 M N` must reach for M windows, with `M K + 4 N K` where they overlap and would be copied.
@@ -91,9 +93,9 @@ def least_windows(codes: Tensor, stride: Sequence[int], dilation: Sequence[int],
     return -(-WORTH // (6 * n))
 
 
-def is_worth(windows: int, codes: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
-    """Whether a convolution with so many windows is for oneDNN."""
-    return onednn.reaches(windows, least_windows(codes, stride, dilation, groups))
+def key() -> tuple[object, ...]:
+    """Return what the answers here depend on, beside their arguments."""
+    return onednn.AVAILABLE, WORTH
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:

@@ -1,7 +1,8 @@
 """The laws that every observer and every spec obeys, as code that anyone can run on their own.
 
-    from functional_sq.testing import check_observer
+    from functional_sq.testing import check_observer, check_product
     check_observer(MyObserver())        # None, or one AssertionError with the smallest example of each failure
+    check_product(my_kernels)           # the same for a backend of functional_sq.backends
 
 A law is a function of a spec and of tensors that raises AssertionError, with the expression and the
 values, where it does not hold. `LAWS` pairs each with the strategy of its arguments. Laws compare
@@ -27,16 +28,18 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import torch
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 import functional_sq as fsq
+from functional_sq.backends import Product
 from functional_sq.formats import REAL_DTYPES, Format
 from functional_sq.observer import Observer, State
 from functional_sq.qparams import QParams
+from functional_sq.requantize import ACTIVATIONS, apply_epilogue
 
 __all__ = [
     "LAWS",
@@ -45,6 +48,7 @@ __all__ = [
     "cases",
     "check_law",
     "check_observer",
+    "check_product",
     "codes_in_range_idempotent_monotone",
     "compiled_equals_eager",
     "granularities",
@@ -53,6 +57,7 @@ __all__ = [
     "merge_is_a_commutative_monoid",
     "observe_is_a_homomorphism",
     "observe_is_pure",
+    "product_is_exact",
     "qparams_ignore_splits",
     "round_trips",
     "scale_equivariance",
@@ -813,6 +818,79 @@ def granularities_agree(spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype
     )
 
 
+def product_is_exact(
+    backend: Product,
+    *,
+    rows: int,
+    k: int,
+    n: int,
+    zero_point: int,
+    fill: str,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    residual: bool = False,
+    activation: str | None = None,
+) -> None:
+    """Assert that a backend sums exactly, and then rounds as `linear` does.
+
+    `sum_k (q - zero_point) w` is converted to float32 once, scaled, the bias and the residual are added, each
+    rounded to float32, and the result is rounded to `dtype`. Where the backend makes codes they may differ by
+    one from those of `requantize`, at the border of two.
+
+    Args:
+        backend: what is under test.
+        rows, k, n: sizes; `(rows, k)` codes of uint8 meet `(n, k)` of int8.
+        zero_point: that of the activations.
+        fill: "all": codes are drawn among all, "ends": among the two at the ends, "far": near those that make the
+            largest sums.
+        seed: of what is drawn.
+        dtype: of the result.
+        bias, residual: whether there is one.
+        activation: a key of `ACTIVATIONS`, where the backend makes codes after it; None for real values.
+
+    Example:
+        >>> from functional_sq import onednn
+        >>> if onednn.AVAILABLE:
+        ...     product_is_exact(onednn, rows=3, k=2000, n=5, zero_point=255, fill="far", seed=0, bias=True)
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def codes(low: int, high: int, shape: tuple[int, int], dtype: torch.dtype, *, upper: bool) -> Tensor:
+        if fill == "ends":
+            return torch.where(torch.rand(shape, generator=draw) < 0.5, low, high).to(dtype)
+        if fill == "far":
+            low, high = (high - 63, high) if upper else (low, low + 63)
+        return torch.randint(low, high + 1, shape, generator=draw).to(dtype)
+
+    q = codes(0, 255, (rows, k), torch.uint8, upper=zero_point < 128)
+    w = codes(-128, 127, (n, k), torch.int8, upper=seed % 2 > 0)
+    z = torch.tensor([zero_point], dtype=torch.int32)
+    scale = torch.exp2(torch.rand(n, generator=draw) * 6 - 12)
+    b = torch.randn(n, generator=draw) if bias else None
+    total = (q.long() - zero_point) @ w.long().t()
+    if activation is None:
+        added = torch.randn(rows, n, generator=draw).to(dtype) if residual else None
+        right = apply_epilogue(total, scale, b, dtype, added)
+        if added is None:
+            assert_same_bits("product", "exact", backend.product(q, z, w, scale, b, dtype=dtype), right)
+        else:
+            before = added.clone()
+            assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, q, z, w, scale, b), right)
+            assert_same_bits("residual after the call", "residual", added, before)
+        return
+    to_scale, to_zero_point = torch.tensor([0.25]), torch.tensor([100], dtype=torch.int32)
+    spec = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+    if not backend.requantizes(spec, to_scale, activation):
+        return
+    y = backend.product(q, z, w, scale, b, activation, to_scale, to_zero_point)
+    _require(y.dtype is torch.uint8, "codes are uint8", dtype=str(y.dtype))
+    then = fsq.Requantization(spec, QParams(to_scale, to_zero_point), activation)
+    right = fsq.requantize(apply_epilogue(total, scale, b, torch.float32), then)
+    off = (y.int() - right.int()).abs()
+    _require(not bool((off > 1).any()), "codes differ by one at most", codes=y, requantized=right)
+
+
 def _classes(observer: Observer) -> tuple[type, ...]:
     """Return the classes of an observer and of those that its fields hold."""
     inner = [value for value in vars(observer).values() if isinstance(value, Observer)]
@@ -898,12 +976,12 @@ class Law:
 
     Attributes:
         holds: the function that raises AssertionError where the law does not hold.
-        cases: from an observer to the strategy of the keyword arguments of `holds`.
+        cases: from what is under test, an observer or a backend, to the strategy of the keyword arguments of `holds`.
         max_examples: limit on the number of cases, for a law that is slow to check.
     """
 
     holds: Callable[..., None]
-    cases: Callable[[Observer], SearchStrategy[dict[str, Any]]]
+    cases: Callable[[Any], SearchStrategy[dict[str, Any]]]
     max_examples: int | None = None
 
 
@@ -989,12 +1067,12 @@ LAWS: Final[Mapping[str, Law]] = MappingProxyType(
 """Every law by its name, with the cases it is checked on; read-only."""
 
 
-def check_law(law: Law, observer: Observer, *, max_examples: int = 100) -> None:
-    """Check one law of `LAWS` on an observer.
+def check_law(law: Law, subject: Any, *, max_examples: int = 100) -> None:
+    """Check one law, such as those of `LAWS`, on an observer.
 
     Args:
         law: the law, with its cases.
-        observer: the observer under test.
+        subject: the observer, or what else the law is of.
         max_examples: number of cases to draw.
 
     Raises:
@@ -1017,7 +1095,7 @@ def check_law(law: Law, observer: Observer, *, max_examples: int = 100) -> None:
         verbosity=Verbosity.quiet,
         suppress_health_check=list(HealthCheck),
     )
-    @given(law.cases(observer))
+    @given(law.cases(subject))
     def run(case: dict[str, Any]) -> None:
         try:
             law.holds(**case)
@@ -1036,6 +1114,46 @@ def check_law(law: Law, observer: Observer, *, max_examples: int = 100) -> None:
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         arguments = "".join(f"    {name}={_plain(value)},\n" for name, value in smallest.items())
         raise AssertionError(f"{law.holds.__name__}(\n{arguments})\n{kind}{error}") from error
+
+
+@st.composite
+def _products(draw: st.DrawFn, backend: Product) -> dict[str, Any]:
+    k = draw(st.one_of(st.integers(1, 70), st.sampled_from([384, 513, 1025, 2048, 4999])))
+    n = draw(st.integers(1, 40))
+    if not backend.supports(torch.empty(n, k, dtype=torch.int8), None):
+        reject()
+    return {
+        "backend": backend,
+        "rows": draw(st.integers(0, 40)),
+        "k": k,
+        "n": n,
+        "zero_point": draw(st.one_of(st.integers(0, 255), st.sampled_from([0, 255]))),
+        "fill": draw(st.sampled_from(["all", "ends", "far"])),
+        "seed": draw(st.integers(0, 2**16)),
+        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        "bias": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "activation": draw(st.one_of(st.none(), st.sampled_from(sorted(ACTIVATIONS)))),
+    }
+
+
+def check_product(backend: Product, *, max_examples: int = 300) -> None:
+    """Check that a backend multiplies exactly and rounds as `linear` does.
+
+    Args:
+        backend: what may join `functional_sq.backends.PRODUCTS`.
+        max_examples: number of cases to draw, among the weights that it supports.
+
+    Raises:
+        AssertionError: it does not; the message has the smallest case that was found, as a call, and what
+            was wrong.
+
+    Example:
+        >>> from functional_sq import onednn
+        >>> if onednn.AVAILABLE:
+        ...     check_product(onednn, max_examples=5)
+    """
+    check_law(Law(product_is_exact, _products), backend, max_examples=max_examples)
 
 
 def check_observer(observer: Observer, *, max_examples: int = 100) -> None:

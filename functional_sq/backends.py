@@ -1,0 +1,144 @@
+"""The backends: what multiplies, or convolves with, a weight that is kept, where that is faster than torch's products.
+
+A backend is one file, or any object, with the functions of `Product` or `Convolution`, in front of `PRODUCTS` or
+`CONVOLUTIONS`; `functional_sq.testing.check_product` says whether a product is right. `linear`, `conv` and the layers
+of the bridge ask the backends in order, and take the first that supports the weight and has rows enough.
+Without one the arithmetic is that of `functional_sq.int_mm` and `float8_mm`, with the same bits.
+
+All but the products themselves are asked while a graph is traced: they see shapes, dtypes, devices and the
+machine, never values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from functional_sq import onednn, onednn_conv
+from functional_sq.spec import QuantSpec
+
+__all__ = ["CONVOLUTIONS", "PRODUCTS", "Convolution", "Product", "convolution_for", "product_for"]
+
+
+class _Backend(Protocol):
+    NAME: str
+    """What `repr` of a layer and the report call it."""
+
+    def supports(self, codes: Tensor, zero_point: Tensor | None, /) -> bool:
+        """Whether it takes a folded weight: its int8 codes, and its zero point, which is None where it is 0."""
+
+    def requantizes(self, spec: QuantSpec, scale: Tensor, activation: str, /) -> bool:
+        """Whether it applies a key of `ACTIVATIONS` and makes uint8 codes of the result, one scale."""
+
+    def key(self) -> tuple[object, ...]:
+        """What its answers depend on, beside their arguments: part of what Inductor's caches know a graph by."""
+
+
+class Product(_Backend, Protocol):
+    """What `linear` asks; `functional_sq.onednn` is one, and says what the arguments are."""
+
+    def least_rows(self, codes: Tensor, /) -> int:
+        """From how many rows on it is the faster one."""
+
+    def product(
+        self,
+        q: Tensor,
+        zero_point: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation: str = "none",
+        to_scale: Tensor | None = None,
+        to_zero_point: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return `(q - zero_point) @ codes.T * scale + bias` in `dtype`, or uint8 codes of it with `to_scale`."""
+
+    def plus(
+        self, residual: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, /
+    ) -> Tensor:
+        """Return the product plus `residual`, rounded once to its dtype."""
+
+
+class Convolution(_Backend, Protocol):
+    """What `conv` asks; `functional_sq.onednn_conv` is one, and says what the arguments are."""
+
+    def least_windows(self, codes: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int, /) -> int:
+        """From how many windows on, of all images together, it is the faster one."""
+
+    def convolve(
+        self,
+        q: Tensor,
+        zero_point: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        activation: str = "none",
+        to_scale: Tensor | None = None,
+        to_zero_point: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return the sums over windows, times `scale`, plus `bias`, in `dtype`, or uint8 codes with `to_scale`."""
+
+
+PRODUCTS: list[Product] = [onednn]
+CONVOLUTIONS: list[Convolution] = [onednn_conv]
+
+
+def product_for(rows: int, codes: Tensor, zero_point: Tensor | None) -> Product | None:
+    """Return the backend that multiplies so many rows with a folded weight; None: no backend.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq.backends import product_for
+        >>> product_for(32, torch.zeros(4, 8), None) is None  # floats
+        True
+    """
+    for each in PRODUCTS:
+        if each.supports(codes, zero_point) and _reaches(rows, each.least_rows(codes)):
+            return each
+    return None
+
+
+def convolution_for(
+    windows: int,
+    codes: Tensor,
+    zero_point: Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Convolution | None:
+    """Return the backend that convolves so many windows with a folded weight; None: no backend.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq.backends import convolution_for
+        >>> convolution_for(32, torch.zeros(4, 8, 3), None, (1,), (1,), 1) is None  # floats
+        True
+    """
+    for each in CONVOLUTIONS:
+        if each.supports(codes, zero_point) and _reaches(windows, each.least_windows(codes, stride, dilation, groups)):
+            return each
+    return None
+
+
+def _reaches(rows: int, least: int) -> bool:
+    """Whether `rows` is `least` or more, or not known yet.
+
+    In a compiled graph for any number of rows it counts as more: 40 us lost on few are less than what many gain,
+    and a guard on the number would compile each layer's side of it.
+    """
+    if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
+        return rows >= least
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return not statically_known_true(rows < least)

@@ -1,0 +1,271 @@
+"""Backends: the law that each obeys, wrong ones that it finds, and who asks them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+import functional_sq as fsq
+from functional_sq import backends, onednn
+from functional_sq.requantize import ACTIVATIONS, apply_epilogue
+from functional_sq.testing import check_product, product_is_exact
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
+    import bridge
+    from bridge import StaticQuantConfig
+    from bridge.inductor import HandOn
+
+UINT8 = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+
+
+class Int64:
+    """What a user might write: sums in int64, by functions of torch."""
+
+    NAME = "int64"
+
+    def supports(self, codes: Tensor, zero_point: Tensor | None) -> bool:
+        return codes.dtype is torch.int8 and zero_point is None
+
+    def requantizes(self, spec: fsq.QuantSpec, scale: Tensor, activation: str) -> bool:
+        return spec.bounds in ((0, 255), (-128, 127))
+
+    def key(self) -> tuple[object, ...]:
+        return ()
+
+    def least_rows(self, codes: Tensor) -> int:
+        return 2
+
+    def sum(self, q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
+        return ((q.long() - zero_point.long()).unsqueeze(1) * codes.long()).sum(-1)
+
+    def then(self, y: Tensor, activation: str, to_scale: Tensor | None, to_zero_point: Tensor | None) -> Tensor:
+        if to_scale is None:
+            return y
+        return fsq.requantize(y, fsq.Requantization(UINT8, fsq.QParams(to_scale, to_zero_point), activation))
+
+    def product(
+        self,
+        q: Tensor,
+        zero_point: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation: str = "none",
+        to_scale: Tensor | None = None,
+        to_zero_point: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        y = apply_epilogue(self.sum(q, zero_point, codes), scale, bias, dtype)
+        return self.then(y, activation, to_scale, to_zero_point)
+
+    def plus(self, residual: Tensor, *operands: Any) -> Tensor:
+        q, zero_point, codes, scale, bias = operands
+        total = self.sum(q, zero_point, codes).reshape(residual.shape)
+        return apply_epilogue(total, scale, bias, residual.dtype, residual)
+
+    def least_windows(self, *_: object) -> int:
+        return 2
+
+    def convolve(
+        self,
+        q: Tensor,
+        zero_point: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+        activation: str = "none",
+        to_scale: Tensor | None = None,
+        to_zero_point: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        top, bottom, left, right = padding
+        x = F.pad(q.double() - zero_point, (left, right, top, bottom))
+        w = codes.double().reshape(*codes.shape[:2], *(1,) * (4 - codes.ndim), *codes.shape[2:])
+        total = F.conv2d(x, w, None, stride, 0, dilation, groups).long()
+        along = (-1, 1, 1)
+        y = apply_epilogue(total, scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
+        return self.then(y, activation, to_scale, to_zero_point)
+
+
+# --- the law ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
+def test_onednn_obeys() -> None:
+    check_product(onednn)
+
+
+def test_one_of_torch_alone_obeys() -> None:
+    check_product(Int64())
+
+
+class NoZeroPoint(Int64):
+    def sum(self, q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
+        return super().sum(q, torch.zeros_like(zero_point), codes)
+
+
+class FloatSum(Int64):
+    """Right up to 2**24."""
+
+    def sum(self, q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
+        return ((q.float() - zero_point) @ codes.float().t()).long()
+
+
+class Int16Pairs(Int64):
+    """As VNNI's forerunner: two products added in 16 bits, which saturates."""
+
+    def sum(self, q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
+        products = F.pad(q.long().unsqueeze(1) * codes.long(), (0, q.shape[1] % 2))
+        pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
+        return pairs.sum(-1) - zero_point.long() * codes.long().sum(-1)
+
+
+class BiasFirst(Int64):
+    def product(
+        self, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Any, *then: Any, **to: Any
+    ) -> Any:
+        rest = None if bias is None else bias / scale
+        y = apply_epilogue(self.sum(q, zero_point, codes), torch.ones_like(scale), rest, torch.float32) * scale
+        return self.then(y, *then) if then else y.to(to["dtype"])
+
+
+class RoundsTwice(Int64):
+    def plus(self, residual: Tensor, *operands: Any) -> Tensor:
+        return self.product(*operands, dtype=residual.dtype) + residual
+
+
+class WritesToTheResidual(Int64):
+    def plus(self, residual: Tensor, *operands: Any) -> Tensor:
+        return residual.copy_(super().plus(residual, *operands))
+
+
+class AnotherDtype(Int64):
+    def product(self, *operands: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return super().product(*operands)
+
+
+class CodesOffByTwo(Int64):
+    def then(self, y: Tensor, *then: Any) -> Tensor:
+        codes = super().then(y, *then)
+        return codes if then[1] is None else codes.clamp(max=253) + 2
+
+
+class NoActivation(Int64):
+    def then(self, y: Tensor, activation: str, *to: Any) -> Tensor:
+        return super().then(y, "none", *to)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        NoZeroPoint,
+        FloatSum,
+        Int16Pairs,
+        BiasFirst,
+        RoundsTwice,
+        WritesToTheResidual,
+        AnotherDtype,
+        CodesOffByTwo,
+        NoActivation,
+    ],
+)
+def test_a_wrong_backend_is_found_with_the_call_that_shows_it(wrong: type[Int64]) -> None:
+    with pytest.raises(AssertionError, match=r"^product_is_exact\(") as e:
+        check_product(wrong())
+    text = str(e.value)
+    call = text[: text.index("\n)\n") + 2].replace(f"backend={next(iter(text.split('backend=')[1].splitlines()))}", "")
+    arguments = eval(f"dict{call.removeprefix('product_is_exact')}", {"torch": torch})
+    with pytest.raises(AssertionError):
+        product_is_exact(wrong(), **arguments)
+    product_is_exact(Int64(), **arguments)
+
+
+# --- who asks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> Int64:
+    made = Int64()
+    monkeypatch.setattr(backends, "PRODUCTS", [made, *backends.PRODUCTS])
+    monkeypatch.setattr(backends, "CONVOLUTIONS", [made, *backends.CONVOLUTIONS])
+    return made
+
+
+def calibrated(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.int8) -> nn.Module:
+    bridge.prepare_(model.eval(), StaticQuantConfig(dtype))
+    bridge.calibrate(model, [x])
+    return bridge.convert_(model)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), (5, 16), "rows"),
+    "conv1d": (
+        lambda: nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 4, 3)),
+        (2, 4, 9),
+        "windows",
+    ),
+    "conv2d": (
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.Conv2d(8, 4, 1)),
+        (2, 4, 7, 6),
+        "windows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_first_backend_that_supports_a_layer_computes_it(
+    name: str, ours: Int64, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, shape, unit = MODELS[name]
+    x = torch.randn(shape)
+    model = calibrated(make(), x)
+    with torch.inference_mode():
+        y = model(x)
+        compiled = torch.compile(model, fullgraph=True)(x)
+    assert f"by int64 from 2 {unit} on" in repr(model[0])
+    monkeypatch.setattr(backends, "PRODUCTS", [])
+    monkeypatch.setattr(backends, "CONVOLUTIONS", [])
+    with torch.inference_mode():
+        assert torch.equal(model(x), y)
+    # A code of the chain may differ by one.
+    assert (compiled - y).abs().max() <= 0.02 * y.abs().max()
+    assert repr(model[0]).count(" from ") == 0
+
+
+def test_it_is_asked_for_layers_that_it_supports_and_rows_that_it_wants(ours: Int64) -> None:
+    codes = torch.zeros(3, 8, dtype=torch.int8)
+    assert backends.product_for(2, codes, None) is ours
+    assert backends.product_for(1, codes, None) is not ours
+    assert backends.product_for(2, codes, torch.ones(3, dtype=torch.int32)) is None
+    assert backends.convolution_for(2, codes[..., None], None, (1,), (1,), 1) is ours
+
+
+def test_compiled_code_is_its_own(ours: Int64) -> None:
+    x = torch.randn(5, 16)
+    model = calibrated(nn.Sequential(nn.Linear(16, 8)), x)
+    assert ("int64", ()) in HandOn().uuid()
+    with torch.inference_mode():
+        _, (source,) = run_and_get_code(torch.compile(model), x)
+    assert "int64_t" in source
+    assert "_int_mm" not in source
+    assert "onednn" not in source
+
+
+def test_activations_are_those_that_a_backend_is_asked_for() -> None:
+    assert sorted(ACTIVATIONS) == ["gelu", "gelu_tanh", "none", "relu", "silu", "tanh"]
+    for name in ACTIVATIONS:
+        assert onednn.requantizes(UINT8, torch.ones(1), name)
