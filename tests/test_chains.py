@@ -429,6 +429,19 @@ def test_a_residual_is_copied_only_where_it_is_read_later(monkeypatch: pytest.Mo
     assert counts[1] == counts[0] + 1
 
 
+def test_a_residual_that_is_learned_has_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    model, x = converted(ADDED["the operator"])
+    grads = []
+    for call in (model, torch.compile(model, fullgraph=True)):
+        y = call(x)
+        y.square().sum().backward()
+        grads.append(model.norm.weight.grad)
+        model.norm.weight.grad = None
+    assert grads[0].abs().min() > 0
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 @needs_onednn
 def test_a_residual_of_any_batch_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "WORTH", 0)
