@@ -305,6 +305,7 @@ def kl_index(name: str, mapping: str, x: Array) -> tuple[int, list[tuple[float, 
         p[0] += histogram[: half - last].sum()
         p[-1] += histogram[half + last + 1 :].sum()
         level, _ = codes(name, mapping, middle[inside], lo, hi)
+        level = np.where(middle[inside] == 0, np.inf, level)  # 0 is apart
         q = np.zeros_like(p)
         for code in np.unique(level):
             bins = (level == code) & (p > 0)
@@ -339,6 +340,23 @@ def test_entropy_is_its_definition(name: str, mapping: fsq.MappingType, kind: st
     spec = fsq.QuantSpec(getattr(torch, name), fsq.PerTensor(), mapping=mapping, observer=Entropy())
     index, ranges = kl_index(name, mapping.name, x)
     assert range_of(spec, x) == ranges[index]
+
+
+def test_entropy_of_zeros_and_one_value_grows_with_the_value() -> None:
+    """The bin of 0 has one width whatever the data: spread over a level with others, it drew t to that width."""
+    spec = fsq.QuantSpec(torch.int1, fsq.PerTensor(), observer=Entropy())
+    once, twice = (np.float32([0, value, value]) for value in (2.0**-12, 2.0**-11))
+    assert range_of(spec, twice) == tuple(2 * end for end in range_of(spec, once)) == (0, 2.0**-11)
+
+
+def test_entropy_keeps_what_a_relu_leaves() -> None:
+    """Half of it is 0."""
+    x = draw("gaussian").clip(0)
+    lo, hi = range_of(
+        fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC, observer=Entropy()), x
+    )
+    assert lo == 0
+    assert hi > 0.8 * x.max()
 
 
 @pytest.mark.parametrize("kind", ["student", "outliers"])

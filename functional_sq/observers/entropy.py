@@ -47,7 +47,8 @@ class Entropy(Histogram):
     signed, as the codes are, and has two last bins. It has one threshold, hence so does ASYMMETRIC: a
     side that ends before t is not clipped, and for data of one sign the two definitions are the same.
     Its 128 levels become the codes of the spec, integers or float8. A bin wider than a level is a
-    level of its own, as for the source where there are as many levels as bins.
+    level of its own, as for the source where there are as many levels as bins. So is the bin of 0,
+    whose width is none of the data's: zeros are exact in any range.
 
     Args:
         exponents: see `Histogram`.
@@ -111,7 +112,7 @@ def _clipped(histogram: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Te
 
 
 def _levels(spec: QuantSpec, middle: Tensor, qp: QParams) -> Tensor:
-    """Number, for each bin, the runs of bins with one nearest code; (blocks, candidates, bins)."""
+    """Number, for each bin, the runs of bins with one nearest code, and 0 apart; (blocks, candidates, bins)."""
     steps = middle / qp.scale.double()[..., None]
     if isinstance(spec.format, Float8):
         codes, _ = code_table(spec.dtype, middle.device)
@@ -119,13 +120,15 @@ def _levels(spec: QuantSpec, middle: Tensor, qp: QParams) -> Tensor:
     else:
         low, high = (end - qp.zero_point.double()[..., None] for end in spec.bounds)
         nearest = torch.minimum(torch.maximum(steps.round(), low), high)
-    return pad((nearest.diff(dim=-1) != 0).to(torch.int64).cumsum(-1), (1, 0))
+    level = pad((nearest.diff(dim=-1) != 0).to(torch.int64).cumsum(-1), (1, 0))
+    level[..., len(middle) // 2] = len(middle)
+    return level
 
 
 def _divergence(reference: Tensor, kept: Tensor, width: Tensor, level: Tensor) -> Tensor:
     """Return KL(P || Q) of each candidate, with Q made of `kept` by spreading each level over its bins."""
     support = torch.where(reference > 0, width, 0.0)
-    count, room = (torch.zeros_like(kept).scatter_add_(-1, level, of) for of in (kept, support))
+    count, room = (torch.zeros_like(pad(kept, (0, 1))).scatter_add_(-1, level, of) for of in (kept, support))
     spread = support * (count / room.clamp(min=torch.finfo(room.dtype).tiny)).gather(-1, level)
     p = reference / reference.sum(-1, keepdim=True)
     q = spread / spread.sum(-1, keepdim=True)
