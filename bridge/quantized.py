@@ -35,6 +35,7 @@ from bridge.observed import (
     weight_of,
 )
 from functional_sq import backends, chains
+from functional_sq.conv import asked_for
 from functional_sq.formats import Float8
 
 __all__ = [
@@ -476,8 +477,11 @@ class _QuantizedConv(Quantized):
         # A transposed one is a convolution of codes that were spread, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
         codes, settings = self.weight_codes, (steps, self.dilation, self.groups)
-        taken = (each for each in backends.CONVOLUTIONS if each.supports(codes, self.weight_zero_point))
-        return "".join(f", by {each.NAME} from {each.least_windows(codes, *settings)} windows on" for each in taken)
+        zero_point, share = asked_for(codes, self.weight_zero_point, *settings)
+        taken = {
+            e.NAME: e.least_windows(codes, *settings) for e in backends.CONVOLUTIONS if e.supports(codes, zero_point)
+        }
+        return "".join(f", by {name} from {share * (least - 1) + 1} windows on" for name, least in taken.items())
 
 
 class QuantizedConv1d(_QuantizedConv):

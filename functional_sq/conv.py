@@ -15,8 +15,9 @@ rounds to the integer. So groups are exact, and no faster than floats.
 
 A symmetric int8 weight that is kept (`epilogue=`) is convolved by oneDNN where that is the faster one, groups
 always: neither windows nor floats are written, and the bits are the same. `functional_sq.onednn_conv` is
-that backend. An asymmetric weight needs each window's sum, which oneDNN does not give; three dimensions it
-is not asked for.
+that backend. An asymmetric weight needs each window's sum besides, which is a convolution with ones: both are
+exact in float32 while `K <= 514` (`K * 255 * 128 <= 2**24`), as for depthwise and first layers, and the rest
+follows in int32. Three dimensions are not asked for.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from functional_sq.requantize import Requantization, apply_epilogue, check_requa
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = [
+    "asked_for",
     "check_channels",
     "check_conv",
     "conv",
@@ -63,6 +65,10 @@ __all__ = [
 
 _FLOAT32_TERMS = 2**24 // 255**2
 """The largest K for which a sum of products of differences stays exact in float32: 258."""
+
+
+_FLOAT32_SUMS = 2**24 // (255 * 128)
+"""The largest K for which a sum of products of differences and codes stays exact in float32: 514."""
 
 
 def conv(
@@ -131,8 +137,10 @@ def conv(
     windows = x.shape[0] * math.prod(size)
     backend = None
     if epilogue is not None and fits_operator(epilogue.scale, bias, wide):
-        backend = convolution_for(windows, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
-    if backend is not None:
+        settings = geometry.stride, geometry.dilation, groups
+        zero_point, share = asked_for(weight.codes, weight.zero_point, *settings)
+        backend = convolution_for((windows + share - 1) // share, weight.codes, zero_point, *settings)
+    if backend is not None and weight.zero_point is None:
         assert epilogue is not None
         known = None if bias is None else bias.to(wide)
         convolve = partial(_by, backend, x, qp, weight.codes, epilogue.scale, known, geometry, groups)
@@ -144,7 +152,9 @@ def conv(
         if epilogue is None:
             epilogue = _epilogue(spec, qp, weight, dtype=wide)
         # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
-        if groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
+        if backend is not None:
+            product = _corrected(backend, x, qp, weight, geometry, groups)
+        elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
             product = _direct(spec, x, qp, weight, geometry, groups)
         else:
             product = _gathered(spec, x, qp, weight, geometry, epilogue.offset, fast_accum)
@@ -403,6 +413,36 @@ def _by(
         return backend.convolve(q, zero_point, codes, scale, bias, *settings, *then, dtype=dtype)
     wide = (1, *stride), [0, 0, *padding[0]], (1, *dilation), groups
     return backend.convolve(q.unsqueeze(2), zero_point, codes, scale, bias, *wide, *then, dtype=dtype).squeeze(2)
+
+
+def asked_for(
+    codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> tuple[Tensor | None, int]:
+    """Return for which zero point backends are asked to convolve with a weight, and how many windows count as one.
+
+    They are asked for none where two of their convolutions give the sums of an asymmetric weight, exactly, and without
+    them windows are copied, or groups run as floats. Two, and a pass over their results, need the more windows.
+    """
+    each = zip(codes.shape[2:], stride, dilation, strict=True)
+    overlap = any(step < gap * (size - 1) + 1 for size, step, gap in each)
+    if zero_point is None or math.prod(codes.shape[1:]) > _FLOAT32_SUMS or not (groups > 1 or overlap):
+        return zero_point, 1
+    return None, 1 if groups > 1 else 8
+
+
+def _corrected(
+    backend: Convolution, q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry, groups: int
+) -> Tensor:
+    """Return the bracket of `functional_sq.linear` over the windows, by a backend: `(B, N, *size)` int32."""
+    assert weight.zero_point is not None
+    codes = weight.codes
+    ones = torch.ones((groups, *codes.shape[1:]), dtype=torch.int8, device=codes.device)
+    product, window = (
+        _by(backend, q, qp, w, torch.ones(len(w), device=w.device), None, geometry, groups).to(torch.int32)
+        for w in (codes, ones)
+    )
+    zero_point = weight.zero_point.reshape(-1, *(1 for _ in codes.shape[2:]))
+    return product - zero_point * window.repeat_interleave(len(codes) // groups, 1)
 
 
 def _gathered(

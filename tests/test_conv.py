@@ -448,15 +448,73 @@ def test_the_largest_window_that_stays_in_int32_is_the_last_that_onednn_takes() 
 
 
 @pytest.mark.parametrize(
-    ("formats", "dtype"),
-    [("uint8-uint8", torch.float32), ("int8-asymmetric", torch.float32), ("int8-int8", torch.float64)],
+    ("formats", "dtype", "channels"),
+    [("uint8-uint8", torch.float32, 58), ("int8-asymmetric", torch.float32, 58), ("int8-int8", torch.float64, 5)],
 )
 def test_what_onednn_does_not_take_is_convolved_as_before(
-    calls: list[Tensor], formats: str, dtype: torch.dtype
+    calls: list[Tensor], formats: str, dtype: torch.dtype, channels: int
 ) -> None:
-    case = draw(GEOMETRIES["2d-padded"], *FORMATS[formats])
+    """An asymmetric weight with K = 522, and float64."""
+    geometry = Geometry((2, channels, 4, 3), (6, channels, 3, 3), padding=1)
+    case = draw(geometry, *FORMATS[formats])
     assert_exact(case.kept(dtype), case)
     assert not calls
+
+
+@needs_onednn
+@pytest.mark.parametrize("fill", FILLS, ids=str)
+@pytest.mark.parametrize("name", [*GEOMETRIES, *UNFIT])
+def test_an_asymmetric_weight_by_onednn_has_the_integers_and_roundings_of_numpy(
+    calls: list[Tensor], name: str, fill: tuple[str, str]
+) -> None:
+    geometry = (GEOMETRIES | UNFIT)[name]
+    taken = geometry.shape[0] > 0 and len(geometry.weight) < 5 and math.prod(geometry.weight[1:]) <= 514
+    # Windows that do not overlap are rows already.
+    extents = [
+        gap * (size - 1) + 1 for size, gap in zip(geometry.weight[2:], geometry.each(geometry.dilation), strict=True)
+    ]
+    overlap = any(step < n for step, n in zip(geometry.each(geometry.stride), extents, strict=True))
+    taken = taken and (overlap or geometry.groups > 1)
+    for formats in ("uint8-uint8", "int8-asymmetric"):
+        case = draw(geometry, *FORMATS[formats], fill=fill)
+        for dtype in (torch.float32, torch.bfloat16):
+            calls.clear()
+            y = case.kept(dtype)
+            assert y.is_contiguous()
+            assert_exact(y, case)
+            assert len(calls) == 2 * taken  # the products and the windows' sums
+
+
+@needs_onednn
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_an_asymmetric_weight_is_compiled_to_two_convolutions(
+    groups: int, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn_conv, "WORTH", 0)
+    layer = quantized(SCHEMES["uint8"], nn.Conv2d(6, 6, 3, padding=1, groups=groups))
+    x = torch.randn(2, 6, 9, 8)
+    with torch.inference_mode():
+        y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=dynamic), x)
+        assert torch.equal(y, layer(x))
+    assert source.count("functional_sq.onednn_conv.default(") == 2
+    assert "by oneDNN from 1 windows on" in repr(layer)
+
+
+@needs_onednn
+@pytest.mark.parametrize("fill", [*itertools.product(["low", "high"], repeat=2)], ids=str)
+@pytest.mark.parametrize("zero_point", [0, 255])
+@pytest.mark.parametrize("k", [514, 515])
+def test_sums_of_an_asymmetric_weight_are_exact_at_the_border(
+    calls: list[Tensor], k: int, zero_point: int, fill: tuple[str, str]
+) -> None:
+    """514 * 255 * 128 is the last below 2**24; one code is another, so that the sum has its lowest bits."""
+    case = draw(Geometry((1, 2 * k, 2), (6, k, 1), groups=2), *FORMATS["uint8-uint8"], fill=fill, bias=False)
+    case.q[0, 0] ^= 1
+    case.w[:, 1] ^= 1
+    case = dataclasses.replace(case, qp=QParams(case.qp.scale, torch.full_like(case.qp.zero_point, zero_point)))
+    assert_exact(case.kept(), case)
+    assert len(calls) == (2 if k == 514 else 0)
 
 
 def test_without_onednn_or_vnni_a_kept_weight_gives_the_same_bits(
@@ -710,8 +768,12 @@ def test_the_repr_says_which_convolution_is_made_by_onednn() -> None:
     assert f"int8 product{by}" in shown
     assert (" windows on" in shown) == onednn.AVAILABLE
     assert ("from 1 windows on" in repr(quantized(SYMMETRIC_INT8, LAYERS["2d-depthwise"]()))) == onednn.AVAILABLE
+    eight = 8 * (
+        onednn_conv.least_windows(quantized(SYMMETRIC_INT8, LAYERS["2d"]()).weight_codes, (1, 1), (1, 1), 1) - 1
+    )
+    assert (f"from {eight + 1} windows on" in repr(quantized(SCHEMES["uint8"], LAYERS["2d"]()))) == onednn.AVAILABLE
     for layer in (
-        quantized(SCHEMES["uint8"], LAYERS["2d"]()),  # an asymmetric weight
+        quantized(SCHEMES["uint8"], nn.Conv2d(6, 8, 10, padding=5)),  # an asymmetric weight with K = 600
         quantized(SYMMETRIC_INT8, LAYERS["2d"](), reference=True),
     ):
         assert "oneDNN" not in repr(layer)

@@ -435,7 +435,7 @@ def test_the_repr_says_which_is_made_by_onednn_and_how_it_is_laid_out() -> None:
     assert ("from 1 windows" in repr(quantized(SCHEMES["int8"], LAYERS["2d-groups"]()))) == onednn.AVAILABLE
     for other in (
         quantized(SCHEMES["int8"], LAYERS["3d"]()),
-        quantized(SCHEMES["uint8"], LAYERS["2d"]()),
+        quantized(SCHEMES["uint8"], nn.ConvTranspose2d(6, 8, 10)),
         quantized(SCHEMES["int8"], LAYERS["2d"](), reference=True),
     ):
         assert "oneDNN" not in repr(other)
