@@ -673,8 +673,9 @@ def test_a_weight_packed_in_inference_mode_serves_outside_of_it_and_one_made_in_
 @needs_onednn
 @pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("name", ["1d-padded", "2d-same-even", "2d-groups"])
-def test_vmap_over_kept_weights_is_the_loop(name: str) -> None:
-    cases = [draw(GEOMETRIES[name], *FORMATS["int8-int8"], seed=seed) for seed in range(3)]
+@pytest.mark.parametrize("formats", ["int8-int8", "uint8-uint8"])
+def test_vmap_over_kept_weights_is_the_loop(name: str, formats: str) -> None:
+    cases = [draw(GEOMETRIES[name], *FORMATS[formats], seed=seed) for seed in range(3)]
     act, settings, folded = cases[0].act, cases[0].geometry.settings(), [case.folded() for case in cases]
     known = [fsq.epilogue(case.act, case.qp, weight) for case, weight in zip(cases, folded, strict=True)]
     images, zero_points, codes, scales, biases = (
@@ -689,12 +690,15 @@ def test_vmap_over_kept_weights_is_the_loop(name: str) -> None:
     )
 
     def one(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        weight = FoldedWeight(codes, folded[0].scale, None, folded[0].sum)
+        weight = folded[0]._replace(codes=codes)
         qp, epilogue = QParams(cases[0].qp.scale, zero_point), fsq.Epilogue(scale, known[0].offset)
         return fsq.conv(act, q, qp, weight, bias, **settings, epilogue=epilogue)
 
     together = torch.vmap(one)(images, zero_points, codes, scales, biases)
-    assert torch.equal(together, torch.stack([case.conv() for case in cases]))
+    expected = [one(*each) for each in zip(images, zero_points, codes, scales, biases, strict=True)]
+    assert torch.equal(together, torch.stack(expected))
+    if folded[0].zero_point is None:
+        assert torch.equal(together, torch.stack([case.conv() for case in cases]))
     # One image, one bias and one scale for all.
     shared = torch.vmap(one, (None, None, 0, None, None))(images[0], zero_points[0], codes, scales[0], biases[0])
     expected = [one(images[0], zero_points[0], each, scales[0], biases[0]) for each in codes]
