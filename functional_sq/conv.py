@@ -47,6 +47,7 @@ from functional_sq.linear import (
     unsigned,
 )
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
+from functional_sq.onednn_conv import overlap
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
@@ -423,9 +424,8 @@ def asked_for(
     They are asked for none where two of their convolutions give the sums of an asymmetric weight, exactly, and without
     them windows are copied, or groups run as floats. Two, and a pass over their results, need the more windows.
     """
-    each = zip(codes.shape[2:], stride, dilation, strict=True)
-    overlap = any(step < gap * (size - 1) + 1 for size, step, gap in each)
-    if zero_point is None or math.prod(codes.shape[1:]) > _FLOAT32_SUMS or not (groups > 1 or overlap):
+    exact = math.prod(codes.shape[1:]) <= _FLOAT32_SUMS
+    if zero_point is None or not exact or (groups == 1 and not overlap(codes.shape[2:], stride, dilation)):
         return zero_point, 1
     return None, 1 if groups > 1 else 8
 

@@ -28,7 +28,7 @@ from functional_sq import onednn
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.spec import QuantSpec
 
-__all__ = ["NAME", "convolve", "key", "least_windows", "requantizes", "supports"]
+__all__ = ["NAME", "convolve", "key", "least_windows", "overlap", "requantizes", "supports"]
 
 NAME: str = onednn.NAME
 
@@ -87,10 +87,14 @@ def least_windows(codes: Tensor, stride: Sequence[int], dilation: Sequence[int],
     if groups > 1:
         return 1
     n, k = codes.shape[0], codes[0].numel()
-    axes = zip(codes.shape[2:], stride, dilation, strict=True)
-    if any(step < gap * (size - 1) + 1 for size, step, gap in axes):
+    if overlap(codes.shape[2:], stride, dilation):
         return max(1, -((4 * n * k - WORTH) // (6 * n + k)))
     return -(-WORTH // (6 * n))
+
+
+def overlap(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether windows share elements, so that rows of them are a copy."""
+    return any(step < gap * (size - 1) + 1 for size, step, gap in zip(kernel, stride, dilation, strict=True))
 
 
 def key() -> tuple[object, ...]:
