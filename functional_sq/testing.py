@@ -1147,12 +1147,19 @@ def check_product(backend: Product, *, max_examples: int = 300) -> None:
     Raises:
         AssertionError: it does not; the message has the smallest case that was found, as a call, and what
             was wrong.
+        TypeError: it lacks a part of the protocol.
 
     Example:
         >>> from functional_sq import onednn
         >>> if onednn.AVAILABLE:
         ...     check_product(onednn, max_examples=5)
     """
+    parts = {name for c in Product.__mro__ for name in (*vars(c), *vars(c).get("__annotations__", ()))}
+    missing = sorted(name for name in parts if not name.startswith("_") and not hasattr(backend, name))
+    if missing:
+        raise TypeError(
+            f"{backend!r} has no {', '.join(missing)}; give an object with all that functional_sq.backends.Product has"
+        )
     check_law(Law(product_is_exact, _products), backend, max_examples=max_examples)
 
 

@@ -194,6 +194,11 @@ def test_a_wrong_backend_is_found_with_the_call_that_shows_it(wrong: type[Int64]
     product_is_exact(Int64(), **arguments)
 
 
+def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
+    with pytest.raises(TypeError, match="has no NAME, key, least_rows, plus, product, requantizes, supports; give an"):
+        check_product(object())
+
+
 # --- who asks --------------------------------------------------------------------------------------
 
 
