@@ -1093,11 +1093,29 @@ def test_the_reference_has_the_bits_of_linear_on_torchao_dequantized_operands(
 
 SIZES = [(1, 16, 8), (16, 32, 24), (17, 32, 24), (16, 29, 13), (17, 20, 12), (64, 33026, 10)]
 """Rows, K, N: on both sides of what cuBLASLt takes, and above what int32 holds."""
+LARGE = (3, 4096, 1030)
+"""A weight that is not copied to be filled up: the last rows are a product of their own."""
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), [*SIZES, LARGE, (20, 4096, 1032), (2, 4100, 1029)])
+def test_the_product_in_eights_is_exact(rows: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA is asked for, asked of the CPU; a large weight is handed on where it lies, all but its last rows."""
+    codes = np.random.default_rng(k).integers(-128, 128, (rows + n, k), dtype=np.int8)
+    a, b = torch.from_numpy(codes).split([rows, n])
+    asked, int_mm = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: asked.append(b) or int_mm(a, b))
+    y = sys.modules["functional_sq.int_mm"]._in_eights(a, b)
+    exact = codes[:rows].astype(np.int64) @ codes[rows:].astype(np.int64).T
+    np.testing.assert_array_equal(y.numpy(), exact)
+    for each in asked:
+        assert each.shape[0] % 8 == each.shape[1] % 8 == 0
+    copied = sum(each.numel() for each in asked if each.data_ptr() != b.data_ptr())
+    assert copied <= 8 * k or k % 8 or n * k < 2**22
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "k", "n"), [(0, 8, 8), (1, 1, 1), (1, 64, 48), (16, 30, 7), (17, 32, 32), (40, 33026, 5)]
+    ("rows", "k", "n"), [(0, 8, 8), (1, 1, 1), (1, 64, 48), (16, 30, 7), (17, 32, 32), (40, 33026, 5), LARGE]
 )
 def test_what_is_asked_of_cuda_is_what_cublaslt_takes(
     dtype: torch.dtype, rows: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch
@@ -1138,7 +1156,12 @@ def test_what_is_asked_of_cuda_is_what_cublaslt_takes(
         y = fsq.linear(act, q, qp, weight, empty(n), dtype=torch.bfloat16, epilogue=known)
     assert (y.device.type, y.dtype, y.shape) == ("cuda", torch.bfloat16, (2, rows, n))
     fits = dtype is torch.float8_e4m3fn and rows > 0 and k % 16 == n % 16 == 0
-    assert asked == ([] if dtype.is_floating_point and not fits else ["float8"] if fits else ["int"])
+    if (rows, k, n) == LARGE and dtype is torch.float8_e4m3fn:
+        assert asked == ["float8"]  # and a bfloat16 product for the rest
+    elif dtype.is_floating_point:
+        assert asked == (["float8"] if fits else [])
+    else:
+        assert asked == ["int"] * (2 if (rows, k, n) == LARGE else 1)
 
 
 @pytest.mark.cuda
