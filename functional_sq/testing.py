@@ -1,8 +1,9 @@
 """The laws that every observer and every spec obeys, as code that anyone can run on their own.
 
-    from functional_sq.testing import check_observer, check_product
+    from functional_sq.testing import check_convolution, check_observer, check_product
     check_observer(MyObserver())        # None, or one AssertionError with the smallest example of each failure
     check_product(my_kernels)           # the same for a backend of functional_sq.backends
+    check_convolution(my_kernels)
 
 A law is a function of a spec and of tensors that raises AssertionError, with the expression and the
 values, where it does not hold. `LAWS` pairs each with the strategy of its arguments. Laws compare
@@ -28,6 +29,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, Verbosity, given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
@@ -35,7 +37,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 import functional_sq as fsq
-from functional_sq.backends import Product
+from functional_sq.backends import Convolution, Product
 from functional_sq.formats import REAL_DTYPES, Format
 from functional_sq.observer import Observer, State
 from functional_sq.qparams import QParams
@@ -46,11 +48,13 @@ __all__ = [
     "Law",
     "assert_same_bits",
     "cases",
+    "check_convolution",
     "check_law",
     "check_observer",
     "check_product",
     "codes_in_range_idempotent_monotone",
     "compiled_equals_eager",
+    "convolution_is_exact",
     "granularities",
     "granularities_agree",
     "masked_values_do_not_count",
@@ -847,7 +851,7 @@ def product_is_exact(
         seed: of what is drawn.
         dtype: of the result.
         bias, residual: whether there is one.
-        activation: a key of `ACTIVATIONS`, where the backend makes codes after it; None for real values.
+        activation: a key of `ACTIVATIONS`; codes are compared too, if the backend makes them after it.
 
     Example:
         >>> from functional_sq import onednn
@@ -855,38 +859,121 @@ def product_is_exact(
         ...     product_is_exact(onednn, rows=3, k=2000, n=5, zero_point=255, fill="far", seed=0, bias=True)
     """
     draw = torch.Generator().manual_seed(seed)
+    q, w = _drawn_codes(draw, (rows, k), (n, k), fill, zero_point, seed)
+    z = torch.tensor([zero_point], dtype=torch.int32)
+    scale, b = _drawn_epilogue(draw, n, bias)
+    total = (q.long() - zero_point) @ w.long().t()
+    multiply = functools.partial(backend.product, q, z, w, scale, b)
+    _assert_rounded(backend, multiply, total, scale, b, dtype, activation)
+    if residual:
+        added = torch.randn(rows, n, generator=draw).to(dtype)
+        before = added.clone()
+        right = apply_epilogue(total, scale, b, dtype, added)
+        assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, q, z, w, scale, b), right)
+        assert_same_bits("residual after the call", "residual", added, before)
 
-    def codes(low: int, high: int, shape: tuple[int, int], dtype: torch.dtype, *, upper: bool) -> Tensor:
+
+def convolution_is_exact(
+    backend: Convolution,
+    *,
+    images: int,
+    size: Sequence[int],
+    channels: int,
+    outputs: int,
+    groups: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    zero_point: int,
+    fill: str,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    activation: str | None = None,
+) -> None:
+    """Assert that a backend sums windows exactly, and then rounds as `conv` does: as `product_is_exact`.
+
+    Args:
+        backend: what is under test.
+        images, size: how many images, and their height and width.
+        channels, outputs, groups: of each group, and how many groups: `(images, groups * channels, *size)` codes of
+            uint8 meet `(groups * outputs, channels, *kernel)` of int8.
+        kernel: along height and width, or along the width alone.
+        stride, dilation: along height and width.
+        padding: above, below, left and right; what is there has the code `zero_point`.
+        zero_point, fill, seed, dtype, bias, activation: as `product_is_exact`.
+
+    Example:
+        >>> from functional_sq import onednn, onednn_conv
+        >>> geometry = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 0, 1, 0), "dilation": (1, 1)}
+        >>> layer = {"channels": 8, "outputs": 4, "groups": 2, **geometry}
+        >>> if onednn.AVAILABLE:
+        ...     convolution_is_exact(onednn_conv, images=2, size=(7, 6), **layer, zero_point=3, fill="all", seed=0)
+    """
+    draw = torch.Generator().manual_seed(seed)
+    n = groups * outputs
+    shapes = (images, groups * channels, *size), (n, channels, *kernel)
+    q, w = _drawn_codes(draw, *shapes, fill, zero_point, seed)
+    z = torch.tensor([zero_point], dtype=torch.int32)
+    scale, b = _drawn_epilogue(draw, n, bias)
+    # Sums of float64 are exact below 2**53, in any order.
+    above, below, left, right = padding
+    wide = F.pad(q.double() - zero_point, (left, right, above, below))
+    rows = w.double().reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
+    total = F.conv2d(wide, rows, None, tuple(stride), 0, tuple(dilation), groups).long().movedim(1, -1)
+
+    def convolved(*then: Any, **to: Any) -> Tensor:
+        settings = stride, padding, dilation, groups
+        return backend.convolve(q, z, w, scale, b, *settings, *then, **to).movedim(1, -1)
+
+    _assert_rounded(backend, convolved, total, scale, b, dtype, activation)
+
+
+def _drawn_codes(
+    draw: torch.Generator, of_q: tuple[int, ...], of_w: tuple[int, ...], fill: str, zero_point: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return codes of activations and of a weight."""
+
+    def codes(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype, *, upper: bool) -> Tensor:
         if fill == "ends":
             return torch.where(torch.rand(shape, generator=draw) < 0.5, low, high).to(dtype)
         if fill == "far":
             low, high = (high - 63, high) if upper else (low, low + 63)
         return torch.randint(low, high + 1, shape, generator=draw).to(dtype)
 
-    q = codes(0, 255, (rows, k), torch.uint8, upper=zero_point < 128)
-    w = codes(-128, 127, (n, k), torch.int8, upper=seed % 2 > 0)
-    z = torch.tensor([zero_point], dtype=torch.int32)
+    q = codes(0, 255, of_q, torch.uint8, upper=zero_point < 128)
+    return q, codes(-128, 127, of_w, torch.int8, upper=seed % 2 > 0)
+
+
+def _drawn_epilogue(draw: torch.Generator, n: int, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Return scales and, with `bias`, a bias."""
     scale = torch.exp2(torch.rand(n, generator=draw) * 6 - 12)
-    b = torch.randn(n, generator=draw) if bias else None
-    total = (q.long() - zero_point) @ w.long().t()
+    return scale, torch.randn(n, generator=draw) if bias else None
+
+
+def _assert_rounded(
+    backend: Product | Convolution,
+    call: Callable[..., Tensor],
+    total: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: str | None,
+) -> None:
+    """Assert that `call(...)` is the epilogue of exact sums `(..., N)`: real values, and codes after an activation."""
+    assert_same_bits("result", "exact", call(dtype=dtype), apply_epilogue(total, scale, bias, dtype))
     if activation is None:
-        added = torch.randn(rows, n, generator=draw).to(dtype) if residual else None
-        right = apply_epilogue(total, scale, b, dtype, added)
-        if added is None:
-            assert_same_bits("product", "exact", backend.product(q, z, w, scale, b, dtype=dtype), right)
-        else:
-            before = added.clone()
-            assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, q, z, w, scale, b), right)
-            assert_same_bits("residual after the call", "residual", added, before)
         return
     to_scale, to_zero_point = torch.tensor([0.25]), torch.tensor([100], dtype=torch.int32)
     spec = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
     if not backend.requantizes(spec, to_scale, activation):
         return
-    y = backend.product(q, z, w, scale, b, activation, to_scale, to_zero_point)
+    y = call(activation, to_scale, to_zero_point)
     _require(y.dtype is torch.uint8, "codes are uint8", dtype=str(y.dtype))
     then = fsq.Requantization(spec, QParams(to_scale, to_zero_point), activation)
-    right = fsq.requantize(apply_epilogue(total, scale, b, torch.float32), then)
+    right = fsq.requantize(apply_epilogue(total, scale, bias, torch.float32), then)
+    _require(y.shape == right.shape, "the result has its shape", shape=y.shape, right=right.shape)
     off = (y.int() - right.int()).abs()
     _require(not bool((off > 1).any()), "codes differ by one at most", codes=y, requantized=right)
 
@@ -1127,12 +1214,51 @@ def _products(draw: st.DrawFn, backend: Product) -> dict[str, Any]:
         "rows": draw(st.integers(0, 40)),
         "k": k,
         "n": n,
+        **_roundings(draw),
+        "residual": draw(st.booleans()),
+    }
+
+
+@st.composite
+def _convolutions(draw: st.DrawFn, backend: Convolution) -> dict[str, Any]:
+    channels, outputs = draw(st.one_of(st.integers(1, 8), st.sampled_from([65, 900, 5000]))), draw(st.integers(1, 12))
+    groups = draw(st.integers(1, 6)) if channels < 100 else 1
+    kernel = draw(st.one_of(st.tuples(st.integers(1, 4)), st.tuples(st.integers(1, 4), st.integers(1, 4))))
+    codes = torch.empty((groups * outputs, channels, *kernel), dtype=torch.int8)
+    if not backend.supports(codes, None):
+        reject()
+    size, stride, dilation = [], [], []
+    padding: list[int] = []
+    for k in (1, *kernel)[-2:]:
+        gap, sides = draw(st.integers(1, 3)), draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+        extent = gap * (k - 1) + 1
+        size.append(max(1, extent - sum(sides)) + draw(st.integers(0, 6)))
+        stride.append(draw(st.integers(1, 4)))
+        padding += sides
+        dilation.append(gap)
+    return {
+        "backend": backend,
+        "images": draw(st.sampled_from([1, 2, 3, 0])),
+        "size": tuple(size),
+        "channels": channels,
+        "outputs": outputs,
+        "groups": groups,
+        "kernel": kernel,
+        "stride": tuple(stride),
+        "padding": tuple(padding),
+        "dilation": tuple(dilation),
+        **_roundings(draw),
+    }
+
+
+def _roundings(draw: st.DrawFn) -> dict[str, Any]:
+    """Return what the laws of backends have in common."""
+    return {
         "zero_point": draw(st.one_of(st.integers(0, 255), st.sampled_from([0, 255]))),
-        "fill": draw(st.sampled_from(["all", "ends", "far"])),
+        "fill": draw(st.sampled_from(["far", "ends", "all"])),
         "seed": draw(st.integers(0, 2**16)),
         "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         "bias": draw(st.booleans()),
-        "residual": draw(st.booleans()),
         "activation": draw(st.one_of(st.none(), st.sampled_from(sorted(ACTIVATIONS)))),
     }
 
@@ -1154,13 +1280,36 @@ def check_product(backend: Product, *, max_examples: int = 300) -> None:
         >>> if onednn.AVAILABLE:
         ...     check_product(onednn, max_examples=5)
     """
-    parts = {name for c in Product.__mro__ for name in (*vars(c), *vars(c).get("__annotations__", ()))}
+    _check_backend(backend, Product, Law(product_is_exact, _products), max_examples)
+
+
+def check_convolution(backend: Convolution, *, max_examples: int = 300) -> None:
+    """Check that a backend convolves exactly and rounds as `conv` does: any geometry, groups, and images of any size.
+
+    Args:
+        backend: what may join `functional_sq.backends.CONVOLUTIONS`.
+        max_examples: number of cases to draw, among the weights that it supports.
+
+    Raises:
+        AssertionError, TypeError: as `check_product`.
+
+    Example:
+        >>> from functional_sq import onednn, onednn_conv
+        >>> if onednn.AVAILABLE:
+        ...     check_convolution(onednn_conv, max_examples=5)
+    """
+    _check_backend(backend, Convolution, Law(convolution_is_exact, _convolutions), max_examples)
+
+
+def _check_backend(backend: object, protocol: type, law: Law, max_examples: int) -> None:
+    parts = {name for c in protocol.__mro__ for name in (*vars(c), *vars(c).get("__annotations__", ()))}
     missing = sorted(name for name in parts if not name.startswith("_") and not hasattr(backend, name))
     if missing:
         raise TypeError(
-            f"{backend!r} has no {', '.join(missing)}; give an object with all that functional_sq.backends.Product has"
+            f"{backend!r} has no {', '.join(missing)}; "
+            f"give an object with all that functional_sq.backends.{protocol.__name__} has"
         )
-    check_law(Law(product_is_exact, _products), backend, max_examples=max_examples)
+    check_law(law, backend, max_examples=max_examples)
 
 
 def check_observer(observer: Observer, *, max_examples: int = 100) -> None:

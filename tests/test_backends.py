@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import functional_sq as fsq
-from functional_sq import backends, onednn
+from functional_sq import backends, onednn, onednn_conv
 from functional_sq.requantize import ACTIVATIONS, apply_epilogue
-from functional_sq.testing import check_product, product_is_exact
+from functional_sq.testing import check_convolution, check_product, convolution_is_exact, product_is_exact
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
@@ -75,6 +75,12 @@ class Int64:
     def least_windows(self, *_: object) -> int:
         return 2
 
+    def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, stride: Any, padding: Any, *rest: Any) -> Tensor:
+        top, bottom, left, right = padding
+        x = F.pad(q.double() - zero_point, (left, right, top, bottom))
+        w = codes.double().reshape(*codes.shape[:2], *(1,) * (4 - codes.ndim), *codes.shape[2:])
+        return F.conv2d(x, w, None, stride, 0, *rest).long()
+
     def convolve(
         self,
         q: Tensor,
@@ -92,10 +98,7 @@ class Int64:
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        top, bottom, left, right = padding
-        x = F.pad(q.double() - zero_point, (left, right, top, bottom))
-        w = codes.double().reshape(*codes.shape[:2], *(1,) * (4 - codes.ndim), *codes.shape[2:])
-        total = F.conv2d(x, w, None, stride, 0, dilation, groups).long()
+        total = self.sums(q, zero_point, codes, stride, padding, dilation, groups)
         along = (-1, 1, 1)
         y = apply_epilogue(total, scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
         return self.then(y, activation, to_scale, to_zero_point)
@@ -107,10 +110,12 @@ class Int64:
 @pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
 def test_onednn_obeys() -> None:
     check_product(onednn)
+    check_convolution(onednn_conv)
 
 
 def test_one_of_torch_alone_obeys() -> None:
     check_product(Int64())
+    check_convolution(Int64())
 
 
 class NoZeroPoint(Int64):
@@ -169,34 +174,91 @@ class NoActivation(Int64):
         return super().then(y, "none", *to)
 
 
+class PadsWithCodesOfZero(Int64):
+    def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, stride: Any, padding: Any, *rest: Any) -> Tensor:
+        top, bottom, left, right = padding
+        around = F.pad(q, (left, right, top, bottom))
+        return super().sums(around, zero_point, codes, stride, (0, 0, 0, 0), *rest)
+
+
+class PadsAlike(Int64):
+    def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, stride: Any, padding: Any, *rest: Any) -> Tensor:
+        top, bottom, left, right = padding
+        around = (top + bottom) // 2, (top + bottom + 1) // 2, (left + right) // 2, (left + right + 1) // 2
+        return super().sums(q, zero_point, codes, stride, around, *rest)
+
+
+class NoDilation(Int64):
+    def sums(self, *given: Any) -> Tensor:
+        return super().sums(*given[:-2], (1, 1), given[-1])
+
+
+class FloatSums(Int64):
+    """Right up to 2**24."""
+
+    def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, stride: Any, padding: Any, *rest: Any) -> Tensor:
+        top, bottom, left, right = padding
+        x = F.pad(q.float() - zero_point, (left, right, top, bottom))
+        w = codes.float().reshape(*codes.shape[:2], *(1,) * (4 - codes.ndim), *codes.shape[2:])
+        return F.conv2d(x, w, None, stride, 0, *rest).long()
+
+
+class OneScaleAGroup(Int64):
+    def convolve(self, *given: Any, **to: Any) -> Tensor:
+        q, zero_point, codes, scale, *rest = given
+        first = scale.reshape(rest[4], -1)[:, :1].expand(-1, len(scale) // rest[4]).reshape(-1)
+        return super().convolve(q, zero_point, codes, first, *rest, **to)
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("check", "law", "wrong"),
     [
-        NoZeroPoint,
-        FloatSum,
-        Int16Pairs,
-        BiasFirst,
-        RoundsTwice,
-        WritesToTheResidual,
-        AnotherDtype,
-        CodesOffByTwo,
-        NoActivation,
+        *(
+            (check_product, product_is_exact, wrong)
+            for wrong in (
+                NoZeroPoint,
+                FloatSum,
+                Int16Pairs,
+                BiasFirst,
+                RoundsTwice,
+                WritesToTheResidual,
+                AnotherDtype,
+                CodesOffByTwo,
+                NoActivation,
+            )
+        ),
+        *(
+            (check_convolution, convolution_is_exact, wrong)
+            for wrong in (
+                PadsWithCodesOfZero,
+                PadsAlike,
+                NoDilation,
+                FloatSums,
+                OneScaleAGroup,
+                CodesOffByTwo,
+                NoActivation,
+            )
+        ),
     ],
 )
-def test_a_wrong_backend_is_found_with_the_call_that_shows_it(wrong: type[Int64]) -> None:
-    with pytest.raises(AssertionError, match=r"^product_is_exact\(") as e:
-        check_product(wrong())
+def test_a_wrong_backend_is_found_with_the_call_that_shows_it(
+    check: Callable[..., None], law: Callable[..., None], wrong: type[Int64]
+) -> None:
+    with pytest.raises(AssertionError, match=rf"^{law.__name__}\(") as e:
+        check(wrong())
     text = str(e.value)
     call = text[: text.index("\n)\n") + 2].replace(f"backend={next(iter(text.split('backend=')[1].splitlines()))}", "")
-    arguments = eval(f"dict{call.removeprefix('product_is_exact')}", {"torch": torch})
+    arguments = eval(f"dict{call.removeprefix(law.__name__)}", {"torch": torch})
     with pytest.raises(AssertionError):
-        product_is_exact(wrong(), **arguments)
-    product_is_exact(Int64(), **arguments)
+        law(wrong(), **arguments)
+    law(Int64(), **arguments)
 
 
 def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
     with pytest.raises(TypeError, match="has no NAME, key, least_rows, plus, product, requantizes, supports; give an"):
         check_product(object())
+    with pytest.raises(TypeError, match="has no NAME, convolve, key, least_windows, requantizes, supports; give"):
+        check_convolution(object())
 
 
 # --- who asks --------------------------------------------------------------------------------------
