@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +11,6 @@ from torch import fx, nn
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-import functional_sq
 from bridge.buffers import check_module
 from functional_sq import backends
 from functional_sq.chains import hand_on
@@ -38,33 +34,27 @@ class HandOn(CustomGraphPass):
         hand_on(graph)
 
     def uuid(self) -> Any:
-        """Name what a graph becomes, for Inductor's caches on disk; None: not cached.
-
-        Composed operators are part of it, which the caches know by their names alone, and what they choose by.
-        """
-        ours = _sources(), *((each.NAME, each.key()) for each in (*backends.PRODUCTS, *backends.CONVOLUTIONS))
+        """Name what a graph becomes, for Inductor's caches on disk; None: not cached."""
+        ours = backends.fingerprint()
         if self.first is None:
             return ours
         theirs = self.first.uuid() if isinstance(self.first, CustomGraphPass) else None
         return None if theirs is None else (theirs, ours)
 
 
-@cache
-def _sources() -> str:
-    files = sorted(Path(functional_sq.__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
 @torch.compiler.assume_constant_result  # Dynamo calls it while it captures a layer, just before the pass is looked for.
-def install() -> None:
+def install() -> str:
     """Set the pass, after one that is set already. A list of passes, which newer versions take, gets it at its end.
 
     Called for each layer that is captured, as others may set theirs at any time.
 
+    Returns:
+        `backends.fingerprint()`, for torch 2.11 does not ask the pass for its name.
+
     Example:
         >>> from torch._inductor import config
         >>> from bridge import inductor
-        >>> inductor.install()
+        >>> _ = inductor.install()
         >>> isinstance(config.pre_grad_custom_pass, inductor.HandOn)
         True
     """
@@ -74,6 +64,7 @@ def install() -> None:
             config.pre_grad_custom_pass = [*known, HandOn()]
     elif not isinstance(known, HandOn):
         config.pre_grad_custom_pass = HandOn(known)
+    return backends.fingerprint()
 
 
 @dataclass(frozen=True)

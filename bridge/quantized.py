@@ -35,6 +35,7 @@ from bridge.observed import (
     weight_of,
 )
 from functional_sq import backends, chains
+from functional_sq.compat import is_exporting
 from functional_sq.conv import asked_for
 from functional_sq.formats import Float8
 
@@ -272,9 +273,8 @@ class Quantized(Buffers):
     def _run(self, x: Tensor, changed: Mapping[str, Any]) -> Tensor:
         """Return the result; `changed` is what this call alone has in place of the layer's geometry."""
         qp, bias = self.act_qparams, self.bias
-        captured = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        captured = torch.compiler.is_compiling() and not is_exporting()
         if captured and self.hand_on and not self.reference and x.dtype is not torch.float64 and not changed:
-            inductor.install()
             known = fsq.Epilogue(self.product_scale, self.product_offset)
             return chains.layer(
                 self._described,
@@ -287,6 +287,7 @@ class Quantized(Buffers):
                 values=self._values,
                 dtype=x.dtype,
                 fast_accum=self.fast_accum,
+                known_by=inductor.install(),
             )
         q, geometry = fsq.quantize(self.act_spec, self._padded(x), qp), {**self._geometry, **changed}
         if self.reference:

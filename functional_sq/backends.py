@@ -12,7 +12,10 @@ machine, never values.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor
 from functional_sq import onednn, onednn_conv
 from functional_sq.spec import QuantSpec
 
-__all__ = ["CONVOLUTIONS", "PRODUCTS", "Convolution", "Product", "convolution_for", "product_for"]
+__all__ = ["CONVOLUTIONS", "PRODUCTS", "Convolution", "Product", "convolution_for", "fingerprint", "product_for"]
 
 
 class _Backend(Protocol):
@@ -35,7 +38,7 @@ class _Backend(Protocol):
         """Whether it applies a key of `ACTIVATIONS` and makes uint8 codes of the result, one scale."""
 
     def key(self) -> tuple[object, ...]:
-        """What its answers depend on, beside their arguments: part of what Inductor's caches know a graph by."""
+        """What its answers depend on, beside their arguments; its `repr` is part of `fingerprint`."""
 
 
 class Product(_Backend, Protocol):
@@ -130,6 +133,26 @@ def convolution_for(
         if each.supports(codes, zero_point) and _reaches(windows, each.least_windows(codes, stride, dilation, groups)):
             return each
     return None
+
+
+def fingerprint() -> str:
+    """Return what compiled code depends on beside its graph: this package's source, and what backends choose by.
+
+    A compiler's cache on disk must know a graph by it, for the graph has operators of `functional_sq.chains` by name.
+
+    Example:
+        >>> from functional_sq.backends import fingerprint
+        >>> fingerprint() == fingerprint()
+        True
+    """
+    keys = [(each.NAME, each.key()) for each in (*PRODUCTS, *CONVOLUTIONS)]
+    return hashlib.sha256(f"{_sources()} {keys}".encode()).hexdigest()
+
+
+@cache
+def _sources() -> str:
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _reaches(rows: int, least: int) -> bool:

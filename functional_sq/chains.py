@@ -67,6 +67,7 @@ def layer(
     values: str = "",
     dtype: torch.dtype = torch.float32,
     fast_accum: bool = False,
+    known_by: str = "",
 ) -> Tensor:
     """Return `linear`, `conv` or `conv_transpose` of `quantize(x)`; captured, as the operators that `hand_on` reads.
 
@@ -82,6 +83,7 @@ def layer(
             one `x`; "" where that is not known.
         dtype: dtype of the result.
         fast_accum: as `linear`.
+        known_by: what a compiler's cache on disk knows the operator by: `backends.fingerprint()`.
 
     Returns:
         what that function returns.
@@ -98,7 +100,7 @@ def layer(
     """
     q = torch.ops.functional_sq.quantize.default(x, *qp, spec, values)
     y: Tensor = torch.ops.functional_sq.product.default(
-        q, *qp, spec, *weight, bias, *epilogue, geometry, dtype, fast_accum, None, "none", None, None, ""
+        q, *qp, spec, *weight, bias, *epilogue, geometry, dtype, fast_accum, known_by, None, "none", None, None, ""
     )
     return y
 
@@ -108,7 +110,7 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: str, values: s
 
 
 def _product(*given: Any) -> Tensor:
-    q, scale, zero_point, spec, *weight, bias, s, offset, geometry, dtype, fast_accum, residual = given[:-4]
+    q, scale, zero_point, spec, *weight, bias, s, offset, geometry, dtype, fast_accum, _, residual = given[:-4]
     activation, to_s, to_z, to_spec = given[-4:]
     arguments = _spec(spec), q, QParams(scale, zero_point), FoldedWeight(*weight), bias
     then = Requantization(_spec(to_spec), QParams(to_s, to_z), activation) if to_spec else None
@@ -125,7 +127,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "product": (
         "(Tensor q, Tensor scale, Tensor zero_point, str spec, Tensor codes, Tensor weight_scale, "
         "Tensor? weight_zero_point, Tensor? weight_sum, Tensor? bias, Tensor product_scale, Tensor? product_offset, "
-        "str geometry, ScalarType dtype, bool fast_accum, Tensor? residual, "
+        "str geometry, ScalarType dtype, bool fast_accum, str known_by, Tensor? residual, "
         "str activation, Tensor? to_scale, Tensor? to_zero_point, str to_spec) -> Tensor",
         _product,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from functional_sq.compat import is_exporting
 from functional_sq.int_mm import is_large, whole_and_rest
 from functional_sq.onednn import looped
 
@@ -19,7 +20,7 @@ def float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
         # A bfloat16 product would round its sums to bfloat16, and torch._scaled_mm takes 1.3 to 4
         # times as long as one of floats.
         a, b = a.to(torch.float32), b.to(torch.float32)
-        if a.device.type != "cpu" or not HAS_ONEDNN or torch.compiler.is_exporting():
+        if a.device.type != "cpu" or not HAS_ONEDNN or is_exporting():
             return a @ b.t()
         y: Tensor = torch.ops.functional_sq.onednn_float_product.default(a, b)
         return y

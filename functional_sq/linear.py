@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.backends import product_for
+from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_product
 from functional_sq.formats import REAL_DTYPES, Float8
 from functional_sq.granularity import PerTensor, check_stats
@@ -433,7 +434,7 @@ def made_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization)
 def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
     """Whether an epilogue may be left to an operator of ours; an exported program has torch's own alone."""
     learned = scale.requires_grad or (bias is not None and bias.requires_grad)
-    return scale.dtype is wide is torch.float32 and not learned and not torch.compiler.is_exporting()
+    return scale.dtype is wide is torch.float32 and not learned and not is_exporting()
 
 
 def check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:

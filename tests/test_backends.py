@@ -321,15 +321,17 @@ def test_it_is_asked_for_layers_that_it_supports_and_rows_that_it_wants(ours: In
     assert backends.convolution_for(2, codes[..., None], None, (1,), (1,), 1) is ours
 
 
-def test_compiled_code_is_its_own(ours: Int64) -> None:
+def test_compiled_code_is_its_own(ours: Int64, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 16)
     model = calibrated(nn.Sequential(nn.Linear(16, 8)), x)
-    assert ("int64", ()) in HandOn().uuid()
+    with_it = HandOn().uuid()
     with torch.inference_mode():
         _, (source,) = run_and_get_code(torch.compile(model), x)
     assert "int64_t" in source
     assert "_int_mm" not in source
     assert "onednn" not in source
+    monkeypatch.setattr(backends, "PRODUCTS", backends.PRODUCTS[1:])
+    assert HandOn().uuid() != with_it
 
 
 def test_activations_are_those_that_a_backend_is_asked_for() -> None:

@@ -581,7 +581,10 @@ class Theirs(CustomGraphPass):
         return self.name
 
 
-@pytest.mark.parametrize("listed", [True, False])
+lists = pytest.mark.skipif(torch.__version__ < "2.13", reason="this torch takes one pass, no list of them")
+
+
+@pytest.mark.parametrize("listed", [pytest.param(True, marks=lists), False])
 def test_a_pass_that_was_set_since_runs_too(listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "WORTH", 0)
     model, x = converted(HANDS_ON["gelu"][1])
@@ -599,7 +602,7 @@ def test_a_pass_that_was_set_since_runs_too(listed: bool, monkeypatch: pytest.Mo
 
 def test_a_graph_is_cached_only_where_every_pass_has_a_name() -> None:
     ours = inductor.HandOn().uuid()
-    assert len(ours[0]) == 64
+    assert len(ours) == 64
     assert inductor.HandOn(Theirs("a")).uuid() == ("a", ours)
     assert inductor.HandOn(Theirs(None)).uuid() is None
     assert inductor.HandOn(lambda graph: None).uuid() is None
