@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,19 @@ SWITCHES = ("reference", "hand_on", "fast_accum")
 """What a constructor takes beside what the float layer's takes; attributes that may be changed at any time."""
 
 
+_SHARED: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
+"""The tensors of `_shared`, for as long as a layer has them."""
+
+
+@torch.inference_mode(False)
+def _shared(qp: fsq.QParams) -> fsq.QParams:
+    """Return tensors of the same values, and the same ones whenever both values and the device are."""
+    if qp.scale.numel() != 1 or qp.scale.is_meta or type(qp.scale) is not Tensor:
+        return qp
+    both = qp.scale.item(), qp.zero_point.item(), qp.scale.device, qp.zero_point.dtype
+    return fsq.QParams(*(_SHARED.setdefault((*both, name), value.clone()) for name, value in qp._asdict().items()))
+
+
 class Quantized(Buffers):
     """A layer with static ranges that multiplies codes: integers, or float8.
 
@@ -66,6 +80,8 @@ class Quantized(Buffers):
         weight_codes, weight_scale, weight_zero_point, weight_sum: a `functional_sq.FoldedWeight`.
         product_scale, product_offset: a `functional_sq.Epilogue`, computed from these and not saved.
             After writing to a buffer by hand, load the `state_dict` anew.
+        shared_scale, shared_zero_point: copies of `act_scale` and `act_zero_point`, the very same tensors in all
+            layers with these values: by them a compiler sees which layers quantize alike. Not saved either.
         reference: dequantize and multiply floats instead. May be changed at any time where the codes
             can be multiplied.
         hand_on: compiled, whether the layer may take part in a chain: make the codes of the next layer
@@ -84,6 +100,8 @@ class Quantized(Buffers):
     weight_sum: Tensor | None
     product_scale: Tensor
     product_offset: Tensor | None
+    shared_scale: Tensor
+    shared_zero_point: Tensor
     observed: ClassVar[type[Observed]]
     settings: ClassVar[tuple[str, ...]]
     _product: ClassVar[Callable[..., Tensor]]
@@ -142,12 +160,16 @@ class Quantized(Buffers):
         values = fsq.epilogue(self.act_spec, self.act_qparams, self.folded) if multiplied else fsq.Epilogue(None, None)
         for name, value in values._asdict().items():
             self.register_buffer(f"product_{name}", None if value is None else value.contiguous(), persistent=False)
-        known = multiplied and not self.act_scale.is_meta
-        self._values = f"{self.act_scale.item().hex()} {self.act_zero_point.item()}" if known else ""
+        self._share()
+
+    def _share(self) -> None:
+        for name, value in _shared(self.act_qparams)._asdict().items():
+            self.register_buffer(f"shared_{name}", value, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._share()
         return self
 
     def arguments(self) -> dict[str, object]:
@@ -272,23 +294,24 @@ class Quantized(Buffers):
 
     def _run(self, x: Tensor, changed: Mapping[str, Any]) -> Tensor:
         """Return the result; `changed` is what this call alone has in place of the layer's geometry."""
-        qp, bias = self.act_qparams, self.bias
+        bias = self.bias
         captured = torch.compiler.is_compiling() and not is_exporting()
         if captured and self.hand_on and not self.reference and x.dtype is not torch.float64 and not changed:
             known = fsq.Epilogue(self.product_scale, self.product_offset)
             return chains.layer(
                 self._described,
                 self._padded(x),
-                qp,
-                self.folded,
+                fsq.QParams(self.shared_scale, self.shared_zero_point),
+                self.weight_codes,
+                self.weight_zero_point,
                 bias,
                 known,
                 geometry=self._settings,
-                values=self._values,
                 dtype=x.dtype,
                 fast_accum=self.fast_accum,
                 known_by=inductor.install(),
             )
+        qp = self.act_qparams
         q, geometry = fsq.quantize(self.act_spec, self._padded(x), qp), {**self._geometry, **changed}
         if self.reference:
             w = fsq.dequantize(self.weight_spec, *fsq.unfold(self.weight_spec, self.folded), dtype=x.dtype)

@@ -59,12 +59,12 @@ def layer(
     spec: str,
     x: Tensor,
     qp: QParams,
-    weight: FoldedWeight,
+    codes: Tensor,
+    zero_point: Tensor | None,
     bias: Tensor | None,
     epilogue: Epilogue,
     *,
     geometry: str = "",
-    values: str = "",
     dtype: torch.dtype = torch.float32,
     fast_accum: bool = False,
     known_by: str = "",
@@ -74,13 +74,12 @@ def layer(
     Args:
         spec: `describe` of the activations' quantization; one scale.
         x: real values `(..., K)`, or those that `conv` takes the codes of.
-        qp: scale and zero point of the activations.
-        weight: the folded weight.
+        qp: scale and zero point of the activations. Layers with the very same tensors quantize alike, and share the
+            codes of one `x`.
+        codes, zero_point: the folded weight's, which with an epilogue in hand are all that is read of it.
         bias: `(N,)` or None.
         epilogue: `epilogue(spec, qp, weight)`.
         geometry: JSON of the settings that `conv` or `conv_transpose` takes; "" for `linear`.
-        values: the same text only for layers whose `qp` hold the same values, which may share the codes of
-            one `x`; "" where that is not known.
         dtype: dtype of the result.
         fast_accum: as `linear`.
         known_by: what a compiler's cache on disk knows the operator by: `backends.fingerprint()`.
@@ -95,24 +94,27 @@ def layer(
         >>> one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
         >>> weight = fsq.fold(spec, torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), one)
         >>> known = fsq.epilogue(spec, one, weight)
-        >>> chains.layer(chains.describe(spec), torch.tensor([[10.2, 0.9]]), one, weight, None, known)
+        >>> x = torch.tensor([[10.2, 0.9]])
+        >>> chains.layer(chains.describe(spec), x, one, weight.codes, weight.zero_point, None, known)
         tensor([[12., 34.]])
     """
-    q = torch.ops.functional_sq.quantize.default(x, *qp, spec, values)
-    y: Tensor = torch.ops.functional_sq.product.default(
-        q, *qp, spec, *weight, bias, *epilogue, geometry, dtype, fast_accum, known_by, None, "none", None, None, ""
-    )
+    q = torch.ops.functional_sq.quantize.default(x, *qp, spec)
+    product = torch.ops.functional_sq.product.default
+    how = geometry, dtype, fast_accum, known_by
+    y: Tensor = product(q, *qp, spec, codes, zero_point, bias, *epilogue, *how, None, "none", None, None, "")
     return y
 
 
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: str, values: str) -> Tensor:
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: str) -> Tensor:
     return quantize(_spec(spec), x, QParams(scale, zero_point))
 
 
 def _product(*given: Any) -> Tensor:
-    q, scale, zero_point, spec, *weight, bias, s, offset, geometry, dtype, fast_accum, _, residual = given[:-4]
+    q, scale, zero_point, spec, codes, weight_zero_point, bias, s, offset, *how, residual = given[:-4]
+    geometry, dtype, fast_accum, _ = how
     activation, to_s, to_z, to_spec = given[-4:]
-    arguments = _spec(spec), q, QParams(scale, zero_point), FoldedWeight(*weight), bias
+    weight = FoldedWeight(codes, s, weight_zero_point, None)  # scale and sum are not read
+    arguments = _spec(spec), q, QParams(scale, zero_point), weight, bias
     then = Requantization(_spec(to_spec), QParams(to_s, to_z), activation) if to_spec else None
     settings = json.loads(geometry) if geometry else {}
     function = conv_transpose if "output_padding" in settings else conv if settings else linear
@@ -123,10 +125,10 @@ def _product(*given: Any) -> Tensor:
 
 
 _SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
-    "quantize": ("(Tensor x, Tensor scale, Tensor zero_point, str spec, str values) -> Tensor", _quantize),
+    "quantize": ("(Tensor x, Tensor scale, Tensor zero_point, str spec) -> Tensor", _quantize),
     "product": (
-        "(Tensor q, Tensor scale, Tensor zero_point, str spec, Tensor codes, Tensor weight_scale, "
-        "Tensor? weight_zero_point, Tensor? weight_sum, Tensor? bias, Tensor product_scale, Tensor? product_offset, "
+        "(Tensor q, Tensor scale, Tensor zero_point, str spec, Tensor codes, Tensor? weight_zero_point, "
+        "Tensor? bias, Tensor product_scale, Tensor? product_offset, "
         "str geometry, ScalarType dtype, bool fast_accum, str known_by, Tensor? residual, "
         "str activation, Tensor? to_scale, Tensor? to_zero_point, str to_spec) -> Tensor",
         _product,
@@ -187,10 +189,9 @@ def hand_on(graph: fx.Graph) -> list[Link]:
 
     seen: dict[tuple[Any, ...], fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
-        x, _, _, spec, values = node.args
-        first = seen.get((x, spec, values))
-        if first is None or not values or written(first, node):
-            seen[x, spec, values] = node
+        first = seen.get(node.args)
+        if first is None or written(first, node):
+            seen[node.args] = node
         else:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
@@ -325,7 +326,7 @@ def _unsigned(graph: fx.Graph, node: fx.Node) -> tuple[Any, Any, Any]:
     Codes of int8 plus 128, and their zero point, are the same differences; they are what oneDNN makes and
     multiplies, and flipping their top bit twice between two layers would cost two passes.
     """
-    _, scale, zero_point, text, _ = node.args
+    _, scale, zero_point, text = node.args
     assert isinstance(text, str)
     spec = _spec(text)
     multiplied = all(user.target is _PRODUCT and user.args[0] is node for user in node.users)

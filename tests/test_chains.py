@@ -501,6 +501,64 @@ def test_layers_that_quantize_one_input_alike_share_its_codes() -> None:
     assert quantizations(model, x) == 3
 
 
+COPIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    "deepcopy": lambda model, path: copy.deepcopy(model),
+    "moved": lambda model, path: model.to("meta").to_empty(device="cpu"),
+    "in bfloat16": lambda model, path: model.bfloat16(),
+    "pickled": lambda model, path: (torch.save(model, path), torch.load(path, weights_only=False))[1],
+    "saved": lambda model, path: (bridge.save(model, path), bridge.load(path, lambda: Attention().eval()))[1],
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_layers_that_quantize_alike_are_known_in_a_copy(case: str, tmp_path: Path) -> None:
+    model = Attention().eval()
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [torch.randn(5, 16)])
+    bridge.convert_(model)
+    state = copy.deepcopy(model.state_dict())
+    other = COPIES[case](model, tmp_path / "model")
+    if case == "moved":  # to memory that nothing was written to
+        other.load_state_dict(state)
+    for name in ("shared_scale", "shared_zero_point"):
+        assert getattr(other.query, name) is getattr(other.key, name) is getattr(other.value, name)
+    # One layer's range is its own.
+    other.query.act_scale.mul_(2)
+    assert torch.equal(other.key.act_scale, state["key.act_scale"])
+    state["query.act_scale"] = state["query.act_scale"] * 2
+    other.load_state_dict(state)
+    for layer, size in ((other.query, 2), (other.key, 1)):
+        assert torch.equal(layer.shared_scale, layer.act_scale)
+        assert torch.equal(layer.act_scale, state["value.act_scale"] * size)
+
+
+def test_what_layers_share_serves_outside_of_inference_mode_too() -> None:
+    model, _ = converted(HANDS_ON["nothing"][1])
+    state = copy.deepcopy(model.state_dict())
+    state["a.act_scale"] += 1
+    with torch.inference_mode():
+        model.load_state_dict(state)
+    assert not model.a.shared_scale.is_inference()
+    assert torch.equal(model.a.shared_scale, state["a.act_scale"])
+
+
+@pytest.mark.parametrize("config", [StaticQuantConfig(torch.int8), StaticQuantConfig(torch.int8, hand_on=False)])
+def test_blocks_that_are_compiled_one_by_one_share_their_code(config: StaticQuantConfig) -> None:
+    """As large models are compiled: what differs from block to block is in tensors alone."""
+    model = nn.Sequential(*(Attention() for _ in range(10))).eval()
+    x = torch.randn(5, 16)
+    bridge.prepare_(model, config)
+    bridge.calibrate(model, [x])
+    bridge.convert_(model)
+    expected = model(x)
+    counter = CompileCounterWithBackend("eager")
+    for block in model:
+        block.compile(backend=counter, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("worth", [0, 10**18], ids=["by oneDNN", "not by oneDNN"])
 def test_convolutions_hand_on(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_conv, "WORTH", worth)

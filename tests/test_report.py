@@ -342,6 +342,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
     assert by_name(found)["2"].output_sqnr == pytest.approx(20 * math.log10(2), abs=0.1)  # the twin gives half of it
 
 
+@pytest.mark.filterwarnings("ignore:torch.compile with fullgraph=True found no compiled frames")  # torch 2.12 warns
 def test_a_compiled_model_is_reported_eagerly_and_not_compiled_anew() -> None:
     model, data = mlp(), batches()
     compiled = torch.compile(calibrated(model, data), backend="eager", fullgraph=True)
