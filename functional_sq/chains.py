@@ -3,7 +3,7 @@
 Between two layers with static ranges there is an activation, or nothing, and the second one's quantization
 is known before any input: `requantize` is one more step on each result of the first layer. `hand_on` finds
 such layers in a graph and gives them that step; it also lets layers that quantize one input alike share
-its codes, and linear layers add the residual that goes around them.
+its codes, linear layers add the residual that goes around them, and a batch norm is part of a layer's epilogue.
 
 In the graph that `torch.compile` captures, a layer is two operators: `functional_sq::quantize` and
 `functional_sq::product`. They are composed of other operators, so a compiler that knows nothing of them sees
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from functional_sq.conv import conv
+from functional_sq.conv import conv, fold_batch_norm
 from functional_sq.conv_transpose import conv_transpose
 from functional_sq.formats import Integer
 from functional_sq.linear import Epilogue, FoldedWeight, linear
@@ -124,7 +124,17 @@ def _product(*given: Any) -> Tensor:
     return multiply(*arguments, dtype=dtype, epilogue=Epilogue(s, offset), then=then, fast_accum=fast_accum)
 
 
-_SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
+def _batch_norm(scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    scale, bias = fold_batch_norm(scale.reshape(-1, 1), *rest)
+    return scale.reshape(-1), bias
+
+
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "batch_norm": (
+        "(Tensor product_scale, Tensor? bias, Tensor running_mean, Tensor running_var, Tensor? gamma, Tensor? beta, "
+        "float eps) -> (Tensor, Tensor)",
+        _batch_norm,
+    ),
     "quantize": ("(Tensor x, Tensor scale, Tensor zero_point, str spec) -> Tensor", _quantize),
     "product": (
         "(Tensor q, Tensor scale, Tensor zero_point, str spec, Tensor codes, Tensor? weight_zero_point, "
@@ -140,8 +150,10 @@ for _name, (_schema, _function) in _SCHEMAS.items():
 
 _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default
-_GEOMETRY, _RESIDUAL = (
-    [argument.name for argument in _PRODUCT._schema.arguments].index(name) for name in ("geometry", "residual")
+_BATCH_NORM = torch.ops.functional_sq.batch_norm.default
+_CODES, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL = (
+    [argument.name for argument in _PRODUCT._schema.arguments].index(name)
+    for name in ("codes", "bias", "product_scale", "geometry", "residual")
 )
 
 
@@ -165,7 +177,8 @@ def hand_on(graph: fx.Graph) -> list[Link]:
     A layer hands on where all that is done with its result is one of `ACTIVATIONS` or none, dropouts in
     evaluation, and the quantization of the next layers. What differs from the graph as it was is said at
     `then` of `linear`. A linear layer whose result, through dropouts, only goes into a sum of its shape and dtype
-    adds the other term itself, in the dtype in which it scales; the sum is rounded once.
+    adds the other term itself, in the dtype in which it scales; the sum is rounded once. A batch norm in evaluation
+    of one layer's result is part of that layer's scale and bias, as if folded into the weight before quantization.
 
     Args:
         graph: as Dynamo captures it: functions of torch, in-place ones too, and the operators of `layer`.
@@ -195,6 +208,21 @@ def hand_on(graph: fx.Graph) -> list[Link]:
         else:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+    for node in graph.find_nodes(op="call_function", target=F.batch_norm):
+        normed = _normed(node)
+        if normed is None or written(normed[0], node):
+            continue
+        producer, statistics = normed
+        arguments = list(producer.args)
+        with graph.inserting_before(node):
+            both = graph.call_function(_BATCH_NORM, (arguments[_SCALE], arguments[_BIAS], *statistics))
+            for i, position in enumerate((_SCALE, _BIAS)):
+                arguments[position] = graph.call_function(operator.getitem, (both, i))
+        producer.args = tuple(arguments)
+        node.append(producer)
+        node.replace_all_uses_with(producer)
+        graph.erase_node(node)
 
     links = []
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
@@ -251,6 +279,22 @@ def _source(x: object) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
         passed.append(x)
         x = x.args[0]
     return None
+
+
+def _normed(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
+    """Return the layer whose result alone a batch norm in evaluation norms, and what `fold_batch_norm` takes of it."""
+    names = "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
+    mean, variance, gamma, beta, training, _, eps = (_argument(node, name, i) for i, name in enumerate(names, 1))
+    source = _source(_argument(node, "input", 0))
+    if source is None or mean is None or variance is None or training not in (None, False):
+        return None
+    producer, activation, passed = source
+    y, codes = (each.meta.get("example_value") for each in (producer, producer.args[_CODES]))  # type: ignore[union-attr]
+    # The channels are axis 1: of images with a batch, and of rows without another axis.
+    plain = activation == "none" and not passed and producer.args[_RESIDUAL] is None
+    if not plain or not isinstance(y, Tensor) or not isinstance(codes, Tensor) or y.ndim != codes.ndim:
+        return None
+    return producer, (mean, variance, gamma, beta, 1e-5 if eps is None else eps)
 
 
 def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | None:

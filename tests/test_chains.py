@@ -573,6 +573,110 @@ def test_convolutions_hand_on(worth: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert difference(model, x.to(memory_format=torch.channels_last)) < 0.02
 
 
+NORMED: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(8, 6), lambda: nn.BatchNorm1d(6), (9, 8)),
+    "conv1d": (lambda: nn.Conv1d(8, 6, 3), lambda: nn.BatchNorm1d(6), (2, 8, 9)),
+    "conv2d": (lambda: nn.Conv2d(8, 6, 3, padding=1, bias=False), lambda: nn.BatchNorm2d(6, eps=0.1), (2, 8, 5, 6)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), lambda: nn.BatchNorm2d(6, affine=False), (2, 6, 5, 6)),
+    "conv3d": (lambda: nn.Conv3d(8, 6, 2), lambda: nn.BatchNorm3d(6), (2, 8, 3, 4, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 6, 2, 2), lambda: nn.BatchNorm2d(6), (2, 8, 3, 4)),
+}
+
+
+def normed(case: str, dtype: torch.dtype = torch.int8, *behind: nn.Module) -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    make, norm, size = NORMED[case]
+    model, x = nn.Sequential(make(), norm(), *behind).eval(), torch.randn(size)
+    with torch.no_grad():
+        model[1].running_mean.normal_()
+        model[1].running_var.uniform_(0.1, 9)
+        for value in model[1].parameters():
+            value.normal_()  # of either sign
+    bridge.prepare_(model, StaticQuantConfig(dtype))
+    bridge.calibrate(model, [x])
+    return bridge.convert_(model), x
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("case", NORMED)
+def test_a_batch_norm_is_part_of_the_layer_before_it(
+    case: str, by_onednn: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside float64. With `u = 2**-24` and the factor `a`: the scale is rounded as the product of the input's and the
+    weight's, and times `a`; the sum once, if it is an integer; then the product, the folded bias, and what is added."""
+    for module in (onednn, onednn_conv):
+        monkeypatch.setattr(module, "WORTH", 0 if by_onednn else 10**18)
+    model, x = normed(case, dtype)
+    with torch.inference_mode():
+        y, source = compiled_source(model, x)
+        layer, norm = copy.deepcopy(model).double()
+        layer.reference = True
+        summed = layer(x.double())
+
+        def along(value: Tensor | float | None) -> Tensor:
+            return torch.as_tensor(0.0 if value is None else value).abs().reshape(-1, *(1,) * (x.ndim - 2))
+
+        a = along((norm.running_var + norm.eps).rsqrt()) * along(1.0 if norm.weight is None else norm.weight)
+        terms = summed.abs() + 2 * along(layer.bias) + along(norm.running_mean)
+        if dtype.is_floating_point:  # each addition rounds, by no more than what all K terms at their largest sum to
+            k = layer.weight_codes[0].numel()
+            w = fsq.dequantize(layer.weight_spec, *fsq.unfold(layer.weight_spec, layer.folded), dtype=torch.float64)
+            terms += k * (k * w.abs().max() * x.double().abs().max())
+        limit = 2.0**-24 * 8 * (terms * a + along(norm.bias))
+        assert ((y - norm(summed)).abs() <= limit).all()
+    assert "batch_norm" not in source
+
+
+@pytest.mark.parametrize("case", ["linear", "conv2d", "transposed"])
+def test_a_layer_hands_on_through_a_batch_norm(case: str) -> None:
+    last = nn.Linear(6, 4) if case == "linear" else nn.Conv2d(6, 4, 1)
+    model, x = normed(case, torch.int8, nn.ReLU(), last)
+    assert list(map(str, bridge.chains(model, x))) == ["0 -> relu 3"]
+    assert difference(model, x) < 0.02
+    model.bfloat16()
+    assert difference(model, x.bfloat16()) < 0.05
+    with torch.no_grad():
+        model[1].running_mean += 1  # a tensor of the graph, as every other
+        assert difference(model, x.bfloat16()) < 0.05
+
+
+class Normed(nn.Module):
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.use = use
+        self.conv, self.linear, self.norm = nn.Conv1d(6, 6, 1), nn.Linear(6, 6), nn.BatchNorm1d(6)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: m.norm(m.linear(x)),  # its channels are not the layer's
+        lambda m, x: m.norm(y := m.conv(x)) + y,
+        lambda m, x: m.norm(m.conv(x).relu()),
+        lambda m, x: m.norm(m.conv(x) + x),
+        lambda m, x: F.batch_norm(m.conv(x), None, None, m.norm.weight, m.norm.bias, True),
+        lambda m, x: F.batch_norm(m.conv(x), m.norm.running_mean, m.norm.running_var, training=True),
+        lambda m, x: F.instance_norm(m.conv(x)),
+        lambda m, x: (y := m.conv(x), m.conv.bias.add_(1), m.norm(y))[2],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:1 layers are left in float")
+def test_another_norm_stays_what_it_is(use: Callable[[Any, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Normed(use).eval(), torch.randn(3, 6, 6)
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [x])
+    bridge.convert_(model, on_unfit="float")  # each uses one of the two layers
+    with torch.inference_mode():
+        expected = copy.deepcopy(model)(x)
+        torch.testing.assert_close(torch.compile(model)(x), expected)
+
+
 def test_a_layer_alone_and_a_model_in_half_precision() -> None:
     layer = converted(HANDS_ON["nothing"][1])[0].a
     assert bridge.chains(layer, torch.randn(2, 16)) == ()
