@@ -259,7 +259,9 @@ def hand_on(graph: fx.Graph) -> list[Link]:
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ACTIVATION_OF: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
-    **dict.fromkeys((F.silu,), "silu"),
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
     **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), "tanh"),
 }
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
@@ -335,6 +337,9 @@ def _activation(node: fx.Node) -> str | None:
         return None
     if node.target is F.gelu:
         return "gelu_tanh" if _argument(node, "approximate", 1) == "tanh" else "gelu"
+    if node.target is F.hardtanh:  # as torch.nn.ReLU6 calls it
+        ends = _argument(node, "min_val", 1), _argument(node, "max_val", 2)
+        return "relu6" if ends == (0, 6) else None
     if node.target in _DROPOUTS:
         return None if _argument(node, "training", 2) is not False else "none"
     return _ACTIVATION_OF.get(node.target)

@@ -56,15 +56,17 @@ WHOLE = 5000
 """The largest K whose product is one: above, the codes of a trained weight too would be cut, see `exactly`, and two
 products take 2 to 3 times as long as `torch._int_mm` and an epilogue."""
 
-_POST_OPS = {
-    "none": ("none", ""),
-    "relu": ("relu", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "silu": ("swish", ""),
-    "tanh": ("tanh", ""),
+_POST_OPS: dict[str, tuple[str, list[float], str]] = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "silu": ("swish", [], ""),
+    "hardswish": ("hardswish", [], ""),
+    "tanh": ("tanh", [], ""),
 }
-"""What oneDNN calls `functional_sq.ACTIVATIONS`, and their algorithm."""
+"""What oneDNN calls `functional_sq.ACTIVATIONS`, what it takes beside, and the algorithm."""
 
 _UINT8 = QuantSpec(torch.uint8, PerTensor(), mapping=MappingType.ASYMMETRIC)
 
@@ -330,13 +332,12 @@ def exactly(
         activation, to_scale, to_zero_point, dtype: as `product`.
         onto: what the result is added to before the activation, or None.
     """
-    name, algorithm = _POST_OPS[activation]
     bits = 8 if z == 0 else next(b for b in (8, 4, 2) if (2**b - 1) * largest <= 2**24)
     to: tuple[float, int, torch.dtype] = (1.0, 0, dtype)
     if to_scale is not None and to_zero_point is not None:
         to = to_scale.item(), int(to_zero_point.item()), torch.uint8
     if bits == 8:
-        return multiply(q, z, scale, bias, (*to, name, [], algorithm), onto)
+        return multiply(q, z, scale, bias, (*to, *_POST_OPS[activation]), onto)
     mask, one = 2**bits - 1, torch.ones_like(scale)
     sums: Tail = (1.0, 0, torch.float32, "none", [], "")
     cut = ((i, multiply(q >> i & mask, z >> i & mask, one, None, sums, None)) for i in range(0, 8, bits))

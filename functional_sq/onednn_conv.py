@@ -112,7 +112,7 @@ def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
         >>> [onednn_conv.requantizes(spec, torch.ones(1), name) for name in ("relu", "gelu")]
         [True, False]
     """
-    return activation in ("none", "relu", "silu") and onednn.requantizes(spec, scale, activation)
+    return activation in ("none", "relu", "relu6", "silu", "hardswish") and onednn.requantizes(spec, scale, activation)
 
 
 def convolve(

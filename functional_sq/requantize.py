@@ -21,9 +21,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "none": lambda x: x,
         "relu": F.relu,
+        "relu6": F.relu6,
         "gelu": F.gelu,
         "gelu_tanh": partial(F.gelu, approximate="tanh"),
         "silu": F.silu,
+        "hardswish": F.hardswish,
         "tanh": torch.tanh,
     }
 )

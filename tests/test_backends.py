@@ -335,6 +335,6 @@ def test_compiled_code_is_its_own(ours: Int64, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_activations_are_those_that_a_backend_is_asked_for() -> None:
-    assert sorted(ACTIVATIONS) == ["gelu", "gelu_tanh", "none", "relu", "silu", "tanh"]
+    assert sorted(ACTIVATIONS) == ["gelu", "gelu_tanh", "hardswish", "none", "relu", "relu6", "silu", "tanh"]
     for name in ACTIVATIONS:
         assert onednn.requantizes(UINT8, torch.ones(1), name)

@@ -42,6 +42,8 @@ erf = np.vectorize(math.erf, otypes=[float])
 EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "none": lambda y: y,
     "relu": lambda y: np.maximum(y, 0),
+    "relu6": lambda y: np.clip(y, 0, 6),
+    "hardswish": lambda y: y * np.clip(y + 3, 0, 6) / 6,
     "gelu": lambda y: y * 0.5 * (1 + erf(y / math.sqrt(2))),
     "gelu_tanh": lambda y: 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
     "silu": lambda y: y * 0.5 * (1 + np.tanh(y / 2)),
@@ -95,7 +97,7 @@ def test_codes_are_those_of_float64_within_the_rounding(
     scale = torch.from_numpy(rng.uniform(1e-3, 5e-3, (n, 1)).astype(np.float32))
     weight = fsq.fold(weight_spec, w, fsq.QParams(scale, torch.zeros(n, 1, dtype=torch.int32)))
     bias = torch.from_numpy(rng.normal(size=n).astype(np.float32))
-    then = to(dtype, 0.017, 3, activation)
+    then = to(dtype, 0.03 if activation == "relu6" else 0.017, 3, activation)
     got = fsq.linear(act, q, qp, weight, bias, epilogue=fsq.epilogue(act, qp, weight), then=then)
 
     exact = (q.numpy().astype(np.int64) + 7) @ w.numpy().astype(np.int64).T
@@ -150,7 +152,7 @@ def test_an_activation_that_is_none_is_refused() -> None:
         lambda then: fsq.conv(spec, q[..., None], one, window, then=then),
         lambda then: fsq.requantize(torch.ones(2), then),
     ):
-        with pytest.raises(ValueError, match=r"activation='swish'; use one of 'none', 'relu', 'gelu'"):
+        with pytest.raises(ValueError, match=r"activation='swish'; use one of 'none', 'relu', 'relu6', 'gelu'"):
             multiply(fsq.Requantization(spec, one, "swish"))
         with pytest.raises(TypeError, match=r"then is 'relu'; give a Requantization\(spec, qp, activation\)"):
             multiply("relu")
@@ -203,6 +205,9 @@ HANDS_ON: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "method": ("a -> relu b", lambda m, x: m.b(m.a(x).relu())),
     "method in place": ("a -> relu b", lambda m, x: m.b(m.a(x).relu_())),
     "nn.ReLU": ("a -> relu b", lambda m, x: m.b(nn.ReLU(inplace=True)(m.a(x)))),
+    "nn.ReLU6": ("a -> relu6 b", lambda m, x: m.b(nn.ReLU6(inplace=True)(m.a(x)))),
+    "F.relu6": ("a -> relu6 b", lambda m, x: m.b(F.relu6(m.a(x)))),
+    "hardswish": ("a -> hardswish b", lambda m, x: m.b(nn.Hardswish(inplace=True)(m.a(x)))),
     "gelu": ("a -> gelu b", lambda m, x: m.b(F.gelu(m.a(x)))),
     "gelu tanh": ("a -> gelu_tanh b", lambda m, x: m.b(nn.GELU("tanh")(m.a(x)))),
     "silu": ("a -> silu b", lambda m, x: m.b(nn.SiLU(inplace=True)(m.a(x)))),
@@ -223,6 +228,7 @@ def doubled(x: Tensor) -> None:
 
 KEEPS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "another function": lambda m, x: m.b(torch.sigmoid(m.a(x))),
+    "another clamp": lambda m, x: m.b(nn.Hardtanh()(m.a(x))),
     "a norm": lambda m, x: m.b(m.norm(m.a(x))),
     "two activations": lambda m, x: m.b(F.gelu(F.relu(m.a(x)))),
     "dropout that drops": lambda m, x: m.b(F.dropout(m.a(x), 0.0)),
