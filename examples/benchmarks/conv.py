@@ -4,7 +4,9 @@
 
 Each row is one layer of ResNet-50, MobileNetV2 or Wav2Vec2 and a batch, images `channels_last`. The floor is a
 compiled pass that makes codes of the input, and oneDNN's int8 convolution alone, of codes that are there already
-and a weight that is packed already. The column uint8 has asymmetric weights, which oneDNN does not convolve.
+and a weight that is packed already. The column uint8 has asymmetric weights: two
+convolutions by oneDNN where a window holds at most 514 elements, else a copy of all windows.
+Then blocks of two networks, batch norms in them, as multiples of their bare convolutions; `apart` hands no codes on.
 All columns of a row are timed in turn; a cell is the median and its ratio to the floor. Below the table oneDNN
 names the kernels of one call, for a layer without groups and a depthwise one. `OMP_NUM_THREADS=1` makes it
 quieter on a machine that is shared. `--quick` takes small layers and little time.
@@ -19,9 +21,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from linear import Calls, cpu, keep_memory, quantized, table
+from linear import Calls, calibrated, cpu, keep_memory, quantized, table
 from torch import nn
 
+import bridge
 import functional_sq as fsq
 
 
@@ -106,6 +109,48 @@ def columns(layer: Layer) -> Calls:
     }
 
 
+def blocks(batches: Sequence[int], *, small: bool) -> Iterator[tuple[str, nn.Sequential, torch.Tensor]]:
+    """MobileNetV2's, which widens, and ResNet-50's, which narrows; both without the residual around them."""
+
+    def layer(conv: nn.Conv2d, *behind: nn.Module) -> tuple[nn.Module, ...]:
+        norm = nn.BatchNorm2d(conv.out_channels)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        return conv, norm, *behind
+
+    for batch in batches:
+        for name, outer, inner, groups, act in [
+            ("inverted residual 24, 144", 24, 144, 144, nn.ReLU6),
+            *([] if small else [("bottleneck 256, 64", 256, 64, 1, nn.ReLU)]),
+        ]:
+            block = nn.Sequential(
+                *layer(nn.Conv2d(outer, inner, 1, bias=False), act()),
+                *layer(nn.Conv2d(inner, inner, 3, padding=1, groups=groups, bias=False), act()),
+                *layer(nn.Conv2d(inner, outer, 1, bias=False)),
+            )
+            x = torch.randn(batch, outer, 56, 56).relu().contiguous(memory_format=torch.channels_last)
+            yield f"{batch} {name} at 56", block.eval().to(memory_format=torch.channels_last), x
+
+
+def block_columns(block: nn.Sequential, x: torch.Tensor) -> Calls:
+    torch.compiler.reset()
+    ours, asymmetric = (calibrated(copy.deepcopy(block), x, dtype) for dtype in (torch.int8, torch.uint8))
+    apart, floor, y = copy.deepcopy(ours), [], x
+    for layer, alone in zip(ours, apart, strict=True):
+        if isinstance(layer, bridge.QuantizedConv2d):
+            floor.append(bare(layer, fsq.quantize(layer.act_spec, y, layer.act_qparams)))
+            alone.hand_on = False
+        y = layer(y)
+    bf16 = copy.deepcopy(block).bfloat16()
+    return {
+        "convolutions": lambda: [convolve() for convolve in floor],
+        "int8": partial(torch.compile(ours), x),
+        "int8, apart": partial(torch.compile(apart), x),
+        "uint8": partial(torch.compile(asymmetric), x),
+        "float32": partial(torch.compile(block), x),
+        "bfloat16": partial(torch.compile(bf16), x.bfloat16()),
+    }
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,6 +172,9 @@ def main() -> None:
             yield layer.name, calls
 
     table(calls(), ("quantize", "convolution"), seconds)
+    print("\nblocks, as multiples of their convolutions; `apart` hands no codes on\n")
+    made = blocks([1] if args.quick else [1, 8], small=args.quick)
+    table(((name, block_columns(block, x)) for name, block, x in made), ("convolutions",), seconds)
     print("", *modules, sep="\n", flush=True)
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
         for layer_name, named in shown.items():
