@@ -285,18 +285,19 @@ def _source(x: object) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
 
 def _normed(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
     """Return the layer whose result alone a batch norm in evaluation norms, and what `fold_batch_norm` takes of it."""
-    names = "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
-    mean, variance, gamma, beta, training, _, eps = (_argument(node, name, i) for i, name in enumerate(names, 1))
-    source = _source(_argument(node, "input", 0))
-    if source is None or mean is None or variance is None or training not in (None, False):
+    given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    x, mean, variance, gamma, beta, training, _, eps = given.arguments.values()
+    source = _source(x)
+    if source is None or mean is None or variance is None or training is not False:
         return None
     producer, activation, passed = source
-    y, codes = (each.meta.get("example_value") for each in (producer, producer.args[_CODES]))  # type: ignore[union-attr]
-    # The channels are axis 1: of images with a batch, and of rows without another axis.
     plain = activation == "none" and not passed and producer.args[_RESIDUAL] is None
-    if not plain or not isinstance(y, Tensor) or not isinstance(codes, Tensor) or y.ndim != codes.ndim:
+    # The channels are axis 1: of images with a batch, and of rows without another axis.
+    y, codes = _example(producer), _example(producer.args[_CODES])
+    if not plain or y is None or codes is None or y.ndim != codes.ndim:
         return None
-    return producer, (mean, variance, gamma, beta, 1e-5 if eps is None else eps)
+    return producer, (mean, variance, gamma, beta, eps)
 
 
 def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | None:
@@ -316,19 +317,24 @@ def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | N
     return None
 
 
-def _alike(x: object, y: fx.Node) -> bool:
+def _alike(x: object, y: object) -> bool:
     """Whether two nodes are known to be tensors of one shape and dtype."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
-    assert isinstance(x, fx.Node)
-    a, b = (each.meta.get("example_value") for each in (x, y))
+    a, b = _example(x), _example(y)
     return (
-        isinstance(a, Tensor)
-        and isinstance(b, Tensor)
+        a is not None
+        and b is not None
         and a.dtype is b.dtype
         and a.ndim == b.ndim
         and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
     )
+
+
+def _example(node: object) -> Tensor | None:
+    """Return the fake tensor that Dynamo noted for a node; None: it is no tensor, or not known."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
 
 
 def _activation(node: fx.Node) -> str | None:

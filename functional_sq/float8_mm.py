@@ -24,10 +24,10 @@ def float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
             return a @ b.t()
         y: Tensor = torch.ops.functional_sq.onednn_float_product.default(a, b)
         return y
-    pieces = whole_and_rest(b, 16)
-    if is_large(b) and pieces[1].shape[0] and _scaled_mm_takes(a, pieces[0]):
-        # A large weight is not converted because of its last rows.
-        return torch.cat([float8_product(a, piece, fast_accum) for piece in pieces], 1)
+    if b.shape[0] % 16 and is_large(b):
+        pieces = whole_and_rest(b, 16)
+        if _scaled_mm_takes(a, pieces[0]):  # It is not converted because of its last rows.
+            return torch.cat([float8_product(a, piece, fast_accum) for piece in pieces], 1)
     if _scaled_mm_takes(a, b):
         one = torch.ones((), dtype=torch.float32, device=a.device)
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32, use_fast_accum=fast_accum)

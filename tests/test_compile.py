@@ -16,6 +16,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import functional_sq as fsq
+from functional_sq import compat
 
 ASYMMETRIC = fsq.MappingType.ASYMMETRIC
 
@@ -140,6 +141,18 @@ def test_vmap_equals_the_loop(spec: fsq.QuantSpec) -> None:
     for i, state in enumerate(states):
         one = torch.utils._pytree.tree_map(lambda t, i=i: t[i], together)
         assert bits(one) == bits(everything(spec, state, x[i]))
+
+
+def test_the_rule_for_views_under_vmap_that_older_torch_gets() -> None:
+    """Called as such, for newer torch has its own."""
+    x = torch.randn(3, 4, 5)
+    for axis in range(3):
+        seen = torch.vmap(lambda t: compat._view(t, torch.int32) + 1, axis, axis)(x)
+        assert torch.equal(seen, x.view(torch.int32) + 1)
+    twice = torch.vmap(torch.vmap(lambda t: compat._view(t, torch.int32) + 1))(x)
+    assert torch.equal(twice, x.view(torch.int32) + 1)
+    with pytest.raises(NotImplementedError, match=r"from torch.float32 to torch.uint8; .* dtypes of one size"):
+        torch.vmap(lambda t: compat._view(t, torch.uint8))(x)
 
 
 def test_vmap_of_observe_with_a_mask() -> None:

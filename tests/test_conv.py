@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -1177,11 +1177,10 @@ def directs() -> Every:
     return Every([quantized(SCHEMES[scheme], LAYERS[name]()) for scheme, name in cases])
 
 
-def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
+def assert_same(ours: list[Tensor], theirs: list[Tensor], *, of_any_stride: Sequence[int] = ()) -> None:
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.dtype is b.dtype
-        # Compiled, torch before 2.13 reflects images with their channels last into such with them first.
-        assert a.stride() == b.stride() or torch.__version__ < "2.13"
+        assert a.stride() == b.stride() or i in of_any_stride
         assert torch.equal(a, b)
 
 
@@ -1203,12 +1202,15 @@ def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_batch(
 ) -> None:
     model, counter = make(), CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
+    # Compiled, torch before 2.13 reflects images with their channels last into such with them first.
+    old = channels_last and torch.__version__ < "2.13"
+    reflecting = [i for i, layer in enumerate(model.layers) if old and layer.padding_mode == "reflect"]
     for batch in (5, 2, 17, 16, 3):
         x = torch.randn(batch, 6, *SPACE[:rank])
         x = last(x) if channels_last else x
         torch._dynamo.mark_dynamic(x, 0)
         with torch.no_grad():
-            assert_same(compiled(x), model(x))
+            assert_same(compiled(x), model(x), of_any_stride=reflecting)
     assert counter.frame_count == compilations
 
 

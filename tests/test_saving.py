@@ -670,6 +670,8 @@ def calibration(raw: bytes) -> bytes:
     return path.read_bytes()
 
 
+NO_DTYPE = ": argument 'dtype'" if torch.__version__ >= "2.13" else " received an invalid combination of arguments"
+
 FILES = {
     "nothing": (lambda raw: b"", "cut short: 0 bytes"),
     "half": (lambda raw: raw[: len(raw) // 2], "cut short: "),
@@ -708,7 +710,10 @@ FILES = {
     "a kind of numbers": (in_layer(kind=[1]), "layer '0.0' is a [1], known: QuantizedLinear"),
     "no spec": (in_layer(act=None), "layer '0.0': act: not the JSON of a spec"),
     "a spec of nothing": (in_layer(weight={}), "layer '0.0': weight: QuantSpec: "),
-    "a module for a dtype": (in_layer(dtype="nn"), "layer '0.0' cannot be made (empty()"),
+    "a module for a dtype": (
+        in_layer(dtype="nn"),
+        f"layer '0.0' cannot be made (empty(){NO_DTYPE}",
+    ),
     "no such dtype": (in_layer(dtype="float9"), "layer '0.0' cannot be read (AttributeError"),
     "arguments in a list": (in_layer(arguments=[1]), "layer '0.0' cannot be read (AttributeError"),
     "an unknown argument": (in_layer(arguments={"in_features": 1, "depth": 2}), "layer '0.0' cannot be made ("),
