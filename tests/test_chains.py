@@ -386,6 +386,11 @@ NOT_ADDED: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "a layer that is read again": lambda m, x: (y := m.a(x)) * (m.norm(x) + y),
     "a residual that is written between": lambda m, x: (m.a(x), x.mul_(2))[0] + x,
     "the layer itself": lambda m, x: (y := m.a(x)) + y,
+    "another layout": lambda m, x: m.norm(x.view(3, 2, 16)).transpose(0, 1) + m.a(x.view(2, 3, 16)),
+    "within a tensor": lambda m, x: (h := m.norm(x))[3:] + m.a(h[:3]),
+    "within a tensor that is read later": lambda m, x: torch.cat([(h := m.norm(x))[3:] + m.a(h[:3]), h]),
+    "a piece": lambda m, x: (h := m.norm(x).chunk(2))[1] + m.a(h[0]),
+    "rows of an input": lambda m, x: x[1:] + m.a(x[:-1]),
 }
 
 
@@ -421,6 +426,29 @@ def test_what_is_no_residual_is_added_as_before(case: str, monkeypatch: pytest.M
     assert difference(model, x) < 0.001
     torch.compiler.reset()
     assert "onednn_add_product" not in compiled_source(model, x)[1]
+
+
+@needs_onednn
+def test_a_residual_may_lie_anywhere_in_its_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No guard tells a compiled graph of another offset."""
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    model, _ = converted(lambda m, x: m.a(x[0]) + x[1])
+    rows = [torch.randn(12, 16)[i : i + 6] for i in (0, 6, 3)]
+    for first in (0, 1):
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x, r: model([x, r]), fullgraph=True)
+        with torch.no_grad():
+            for r in (rows[first], *rows):
+                torch.testing.assert_close(compiled(rows[0], r), model([rows[0], r]))
+
+
+def test_a_sum_has_the_strides_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    for worth in (0, 10**18):
+        monkeypatch.setattr(onednn, "WORTH", worth)
+        model, x = converted(NOT_ADDED["another layout"])
+        with torch.no_grad():
+            torch.compiler.reset()
+            assert torch.compile(model)(x).stride() == model(x).stride()
 
 
 @needs_onednn
@@ -505,6 +533,36 @@ def test_layers_that_quantize_one_input_alike_share_its_codes() -> None:
     state["key.act_scale"] = state["key.act_scale"] * 2
     model.load_state_dict(state)
     assert quantizations(model, x) == 3
+
+
+torch.library.define("functional_sq_tests::twice", "(Tensor(a!) x) -> ()")
+torch.library.impl("functional_sq_tests::twice", "CompositeExplicitAutograd", lambda x: (x.mul_(2), None)[1])
+torch.library.register_fake("functional_sq_tests::twice", lambda x: None)
+WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "an operator by its name": lambda h, x: torch.ops.functional_sq_tests.twice(h),
+    "an operator": lambda h, x: torch.ops.functional_sq_tests.twice.default(h),
+    "a dunder": lambda h, x: h.__iadd__(x),
+    "an item": lambda h, x: h.__setitem__(0, x[0]),
+    "out": lambda h, x: F.normalize(x, out=h),
+    "an embedding": lambda h, x: F.embedding(torch.tensor([0, 1]), h, max_norm=0.1),
+    "a bag": lambda h, x: F.embedding_bag(torch.tensor([[0, 1]]), h, max_norm=0.1),
+    "statistics": lambda h, x: F.batch_norm(x, h[0], h[1], training=True),
+    "statistics by position": lambda h, x: torch.batch_norm(x, None, None, h[0], h[1], True, 0.1, 1e-5, True),
+    "of instances": lambda h, x: F.instance_norm(x[None].transpose(1, 2), h[0], h[1]),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_codes_are_made_anew_after_a_write(case: str) -> None:
+    def between(m: Net, x: Tensor) -> Tensor:
+        h = m.norm(x)
+        y = m.a(h)
+        WRITES[case](h, x)
+        return torch.cat([y, m.a(h)])
+
+    model, x = converted(between)
+    torch.compiler.reset()
+    assert difference(model, x) < 1e-5
 
 
 COPIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
@@ -645,6 +703,24 @@ def test_a_layer_hands_on_through_a_batch_norm(case: str) -> None:
     with torch.no_grad():
         model[1].running_mean += 1  # a tensor of the graph, as every other
         assert difference(model, x.bfloat16()) < 0.05
+
+
+@pytest.mark.parametrize("case", ["linear", "conv2d", "conv1d"])
+def test_a_batch_norm_keeps_its_gradient(case: str) -> None:
+    """Where a quantization follows there is none."""
+    last = {"linear": nn.Linear(6, 4), "conv1d": nn.Conv1d(6, 4, 1), "conv2d": nn.Conv2d(6, 4, 1)}[case]
+    for behind, handed in (((nn.ReLU(), last), True), ((nn.ReLU(),), False)):
+        model, x = normed(case, torch.int8, *behind)
+        other = copy.deepcopy(model)
+        torch.compiler.reset()
+        (y,), (expected,) = [torch.compile(other)(x)], [model(x)]
+        assert y.requires_grad == expected.requires_grad == (not handed)
+        assert (y - expected).abs().max() <= expected.abs().max() * (0.02 if handed else 1e-5)
+        if not handed:
+            expected.square().sum().backward()
+            y.square().sum().backward()
+            for ours, theirs in zip(other[1].parameters(), model[1].parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 class Normed(nn.Module):
