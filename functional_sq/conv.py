@@ -34,12 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.backends import Convolution, convolution_for
+from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_product
 from functional_sq.formats import REAL_DTYPES, Float8
-from functional_sq.int_mm import integer_product
+from functional_sq.int_mm import as_written, integer_product
 from functional_sq.linear import (
     Epilogue,
     FoldedWeight,
+    check_epilogue,
     check_operands,
     fits_operator,
     made_by,
@@ -47,11 +49,12 @@ from functional_sq.linear import (
     unsigned,
 )
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
+from functional_sq.onednn import looped
 from functional_sq.onednn_conv import overlap
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
-from functional_sq.spec import QuantSpec, check_spec
+from functional_sq.spec import QuantSpec
 
 __all__ = [
     "asked_for",
@@ -130,11 +133,11 @@ def conv(
         tensor([[ 2.,  1., 30., 20.]])
     """
     check_conv(spec, q, qp, weight, groups, dtype, then)
-    shape = weight.codes.shape
+    shape, wide = weight.codes.shape, torch.promote_types(dtype, torch.float32)
+    check_epilogue(epilogue, bias, shape[0], wide)
     geometry = _geometry(shape[2:], stride, padding, dilation)
     size = _check_windows(q.shape, shape, geometry)
     x = q if q.ndim == len(shape) else q[None]
-    wide = torch.promote_types(dtype, torch.float32)
     windows = x.shape[0] * math.prod(size)
     backend = None
     if epilogue is not None and fits_operator(epilogue.scale, bias, wide):
@@ -153,7 +156,9 @@ def conv(
         if epilogue is None:
             epilogue = _epilogue(spec, qp, weight, dtype=wide)
         # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
-        if backend is not None:
+        if x.shape[0] == 0:
+            product = x.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
+        elif backend is not None:
             product = _corrected(backend, x, qp, weight, geometry, groups)
         elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
             product = _direct(spec, x, qp, weight, geometry, groups)
@@ -288,9 +293,9 @@ def _geometry(
     return _Geometry(steps, tuple((side, side) for side in sides), gaps)
 
 
-def each(name: str, value: int | str | Sequence[int], rank: int, least: int, words: str = "") -> tuple[int, ...]:
+def each(name: str, value: object, rank: int, least: int, words: str = "") -> tuple[int, ...]:
     """Return a setting for each dimension, or raise ValueError; `words` are what else may be given."""
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
     if len(values) != rank or not whole:
         raise ValueError(
@@ -309,7 +314,7 @@ def check_conv(
     then: Requantization | None,
 ) -> None:
     """Raise unless these are the operands of a convolution; how its windows lie is not looked at."""
-    check_spec(spec)
+    check_operands(spec, q, qp, weight)
     if dtype not in REAL_DTYPES:
         raise TypeError(f"conv to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
     if then is not None:
@@ -320,7 +325,6 @@ def check_conv(
             f"use PerTensor()"
         )
     check_channels(q.shape, weight.codes.shape, groups)
-    check_operands(spec, q, weight)
 
 
 def check_channels(q: Sequence[int], weight: Sequence[int], groups: int) -> None:
@@ -331,8 +335,8 @@ def check_channels(q: Sequence[int], weight: Sequence[int], groups: int) -> None
             f"got a weight of shape {tuple(weight)}; that of a convolution is (out, in / groups, *kernel) "
             f"with one to three dimensions; use linear for a matrix"
         )
-    if groups < 1 or weight[0] % groups:
-        raise ValueError(f"groups={groups} and {weight[0]} output channels; use a divisor of {weight[0]}")
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or weight[0] % groups:
+        raise ValueError(f"groups={groups!r} and {weight[0]} output channels; use a divisor of {weight[0]}")
     if len(q) - rank not in (1, 2) or q[-rank - 1] != weight[1] * groups:
         space = ("length", "height, width", "depth, height, width")[rank - 1]
         raise ValueError(
@@ -438,7 +442,9 @@ def _corrected(
     codes = weight.codes
     ones = torch.ones((groups, *codes.shape[1:]), dtype=torch.int8, device=codes.device)
     product, window = (
-        _by(backend, q, qp, w, torch.ones(len(w), device=w.device), None, geometry, groups).to(torch.int32)
+        _by(backend, q, qp, w, torch.ones(len(w), dtype=torch.float32, device=w.device), None, geometry, groups).to(
+            torch.int32
+        )
         for w in (codes, ones)
     )
     zero_point = weight.zero_point.reshape(-1, *(1 for _ in codes.shape[2:]))
@@ -483,16 +489,36 @@ def _direct(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight, geome
     )
     for _ in range(extra):
         x, w = x.unsqueeze(2), w.unsqueeze(2)
-    y = _convolve(x, w, None, geometry, groups)
+    x, (stride, padding, dilation) = _evenly_padded(x, geometry)
+    op = F.conv3d if is_exporting() else torch.ops.functional_sq.conv3d.default
+    with as_written(q.device):
+        y: Tensor = op(x, w, None, stride, padding, dilation, groups)
     for _ in range(extra):
         y = y.squeeze(2)
     return y.round() if integer and q.is_cuda else y
 
 
+# An operator of its own: Inductor takes no torch.conv3d of images whose sizes are symbols (torch 2.13).
+_NAME = "functional_sq::conv3d"
+torch.library.define(
+    _NAME,
+    "(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) "
+    "-> Tensor",
+)
+torch.library.impl(_NAME, "default", F.conv3d)
+torch.library.register_fake(_NAME, F.conv3d)
+torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.conv3d.default))
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, groups: int) -> Tensor:
     """Convolve floats in one to three dimensions."""
+    x, (stride, padding, dilation) = _evenly_padded(x, geometry)
+    return (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3](x, weight, bias, stride, padding, dilation, groups)
+
+
+def _evenly_padded(x: Tensor, geometry: _Geometry) -> tuple[Tensor, tuple[Sequence[int], ...]]:
+    """Return images, and stride, padding and dilation, as torch takes them: padded alike on both sides."""
     stride, padding, dilation = geometry
     if any(before != after for before, after in padding):
         x, padding = F.pad(x, _flat(padding)), ((0, 0),) * len(padding)
-    op = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
-    return op(x, weight, bias, stride, tuple(before for before, _ in padding), dilation, groups)
+    return x, (stride, [before for before, _ in padding], dilation)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from functional_sq.compat import is_exporting
-from functional_sq.int_mm import is_large, whole_and_rest
+from functional_sq.int_mm import as_written, is_large, whole_and_rest
 from functional_sq.onednn import looped
 
 __all__ = ["float8_product"]
@@ -21,7 +21,8 @@ def float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
         # times as long as one of floats.
         a, b = a.to(torch.float32), b.to(torch.float32)
         if a.device.type != "cpu" or not HAS_ONEDNN or is_exporting():
-            return a @ b.t()
+            with as_written(a.device):
+                return a @ b.t()
         y: Tensor = torch.ops.functional_sq.onednn_float_product.default(a, b)
         return y
     if b.shape[0] % 16 and is_large(b):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["INT32_TERMS", "integer_product", "is_large", "whole_and_rest"]
+__all__ = ["INT32_TERMS", "as_written", "integer_product", "is_large", "whole_and_rest"]
 
 INT32_TERMS = (2**31 - 1) // 255**2
 """The largest K for which the corrected product stays in int32: 33025."""
@@ -43,10 +44,11 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         return _in_eights(a, b)
     if _SATURATES:
         exact = torch.float32 if k * 128**2 <= 2**24 else torch.float64
-        return (a.to(exact) @ b.to(exact).t()).to(torch.int32)
+        with as_written(a.device):
+            return (a.to(exact) @ b.to(exact).t()).to(torch.int32)
     # oneDNN reads a pitch off the stride of an axis of size 1, which torch leaves undefined, and
     # then returns memory that nothing was written to (pytorch/pytorch#195066).
-    return _filled_up(a, b, *(2 if size == 1 else size for size in (m, k, n)))
+    return _filled_up(a, b, *(2 if size == 1 else size for size in (m, k or 1, n)))
 
 
 def _in_eights(a: Tensor, b: Tensor) -> Tensor:
@@ -56,6 +58,13 @@ def _in_eights(a: Tensor, b: Tensor) -> Tensor:
     if n != columns and k == inner and is_large(b):
         return torch.cat([_in_eights(a, piece) for piece in whole_and_rest(b, 8)], 1)
     return _filled_up(a, b, rows, inner, columns)
+
+
+def as_written(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which floats that hold codes are multiplied in their own dtype, under autocast too."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def is_large(b: Tensor) -> bool:

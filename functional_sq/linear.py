@@ -32,10 +32,10 @@ from torch import Tensor
 from functional_sq.backends import product_for
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_product
-from functional_sq.formats import REAL_DTYPES, Float8
+from functional_sq.formats import REAL_DTYPES, Float8, check_real
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import INT32_TERMS, integer_product
-from functional_sq.qparams import MappingType, QParams
+from functional_sq.qparams import MappingType, QParams, check_qparams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
@@ -43,6 +43,7 @@ from functional_sq.spec import QuantSpec, check_spec
 __all__ = [
     "Epilogue",
     "FoldedWeight",
+    "check_epilogue",
     "check_operands",
     "check_product",
     "epilogue",
@@ -99,6 +100,8 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
         tensor([ 6, 15], dtype=torch.int32)
     """
     check_spec(spec)
+    _check_storage(spec, q)
+    check_qparams(qp)
     if not 2 <= q.ndim <= 5:
         raise ValueError(
             f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in), "
@@ -135,6 +138,8 @@ def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
         >>> weight.codes, fsq.unfold(spec, weight)[0]
         (tensor([[-128,  127]], dtype=torch.int8), tensor([[  0, 255]], dtype=torch.uint8))
     """
+    check_spec(spec)
+    _check_folded(weight)
     shift = _shift(spec)
     codes = weight.codes
     if codes.dtype is not spec.format.storage:
@@ -163,6 +168,10 @@ def check_product(act: QuantSpec, weight: QuantSpec, shape: Sequence[int]) -> No
         ValueError: PerGroup(group_size=8) gives several scales along the axis that a product sums over; \
 use PerAxis(0) or PerTensor() for the weight, or the reference path
     """
+    check_spec(act)
+    check_spec(weight)
+    if len(shape) < 2:
+        raise ValueError(f"a weight of shape {tuple(shape)}; give (N, K), or (N, C / groups, *kernel)")
     kinds = {isinstance(spec.format, Float8) for spec in (act, weight)}
     if len(kinds) > 1:
         raise ValueError(
@@ -227,6 +236,8 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
         Epilogue(scale=tensor([0.2500, 0.2500]), offset=tensor([-170, -130], dtype=torch.int32))
     """
     check_spec(spec)
+    check_qparams(qp)
+    _check_folded(weight)
     n, k = weight.codes.shape[0], math.prod(weight.codes.shape[1:])
     if _several(weight.scale.shape):
         raise ValueError(
@@ -270,9 +281,9 @@ def linear(
         weight: `fold` of an `(N, K)` weight.
         bias: `(N,)` or None, output units.
         dtype: dtype of the result.
-        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits. The weight counts
-            as one that is kept: where a backend is the faster one, oneDNN packs it at the first
-            call, one byte an element more for as long as `weight.codes` live.
+        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits; with `dtype=torch.float64`
+            both are of it. The weight counts as one that is kept: where a backend is the faster one, oneDNN packs
+            it at the first call, one byte an element more for as long as `weight.codes` live.
         residual: `(..., N)` in `dtype`, or None: what is added to the result before it is rounded to `dtype`.
         then: return the next layer's codes, `requantize(linear(...), then)`. Where oneDNN makes them, the
             result is not rounded to `dtype` before, and a code may differ by one where a value lies on the
@@ -284,7 +295,7 @@ def linear(
         `(..., N)` in `dtype`; with `then`, in the storage dtype of `then.spec`.
 
     Raises:
-        TypeError: integer codes meet float8 codes, or `residual` has another dtype.
+        TypeError: integer codes meet float8 codes, or `residual` or `epilogue` has another dtype.
         ValueError: shapes do not fit, the activations have scales along K, or `then` is no activation's.
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), equation 7.
@@ -297,10 +308,9 @@ def linear(
         >>> fsq.linear(spec, torch.tensor([[10, 1]], dtype=torch.int8), one, weight)
         tensor([[12., 34.]])
     """
-    check_spec(spec)
-    lead, k = q.shape[:-1], q.shape[-1]
-    n = weight.codes.shape[0]
-    if weight.codes.shape[1:] != (k,):
+    check_operands(spec, q, qp, weight)
+    lead, n, k = q.shape[:-1], weight.codes.shape[0], weight.codes.shape[-1]
+    if weight.codes.shape[1:] != q.shape[-1:]:
         raise ValueError(
             f"activations of shape {tuple(q.shape)} meet a weight of shape {tuple(weight.codes.shape)}; "
             f"the last axes must be equal"
@@ -311,10 +321,10 @@ def linear(
         check_requantization(then)
     check_residual(residual, (*lead, n), dtype)
     wide = torch.promote_types(dtype, torch.float32)
+    check_epilogue(epilogue, bias, n, wide)
     scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
-    check_operands(spec, q, weight)
     # Contiguous: oneDNN takes rows that overlap or repeat for rows apart, and reads past them.
-    flat = q.reshape(-1, k).contiguous()
+    flat = q.reshape(math.prod(lead), k).contiguous()
     if scale.ndim == 2 and scale.shape[0] != flat.shape[0]:
         raise ValueError(
             f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {flat.shape[0]} "
@@ -379,9 +389,12 @@ def linear_reference(
     return F.linear(dequantize(spec, q, qp, dtype=weight.dtype), weight, bias)
 
 
-def check_operands(spec: QuantSpec, q: Tensor, weight: FoldedWeight) -> None:
+def check_operands(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight) -> None:
     """Raise unless the codes of activations and those of a weight have a common product."""
+    check_spec(spec)
     _check_storage(spec, q)
+    check_qparams(qp)
+    _check_folded(weight)
     if torch.int16 in (q.dtype, weight.codes.dtype):
         raise ValueError("16-bit codes have no integer product; use at most 8 bits, or linear_reference")
     if q.dtype.is_floating_point != weight.codes.dtype.is_floating_point:
@@ -389,8 +402,14 @@ def check_operands(spec: QuantSpec, q: Tensor, weight: FoldedWeight) -> None:
 
 
 def _check_storage(spec: QuantSpec, q: Tensor) -> None:
-    if q.dtype is not spec.format.storage:
-        raise TypeError(f"got codes of {q.dtype}; those of {spec.dtype} are held as {spec.format.storage}")
+    found = q.dtype if isinstance(q, Tensor) else type(q).__name__
+    if found is not spec.format.storage:
+        raise TypeError(f"got codes of {found}; those of {spec.dtype} are a tensor of {spec.format.storage}")
+
+
+def _check_folded(weight: object) -> None:
+    if not isinstance(weight, FoldedWeight):
+        raise TypeError(f"weight is a {type(weight).__name__}; give the FoldedWeight that fold(spec, q, qp) returns")
 
 
 def _several(stats: Sequence[int]) -> bool:
@@ -428,7 +447,7 @@ def made_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization)
     """Return codes of 8 bits that `make(activation, scale, zero_point)` makes as uint8, in the dtype of their spec."""
     if then.spec.format.storage is torch.uint8:
         return make(then.activation, then.qp.scale, then.qp.zero_point)
-    return (make(then.activation, then.qp.scale, then.qp.zero_point + 128) ^ 128).view(torch.int8)
+    return (make(then.activation, then.qp.scale, then.qp.zero_point.to(torch.int32) + 128) ^ 128).view(torch.int8)
 
 
 def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
@@ -437,10 +456,33 @@ def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool
     return scale.dtype is wide is torch.float32 and not learned and not is_exporting()
 
 
+def check_epilogue(epilogue: Epilogue | None, bias: Tensor | None, n: int, wide: torch.dtype) -> None:
+    """Raise unless what follows a product has its columns; a backend reads as many."""
+    if bias is not None:
+        check_real(bias, "the bias")
+        if bias.shape != (n,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, and the weight {n} outputs; give one entry for each")
+    if epilogue is None:
+        return
+    scale, offset = epilogue
+    if scale.dtype is not wide:
+        raise TypeError(
+            f"the epilogue's scale is {scale.dtype}, and this result is scaled in {wide}; "
+            f"compute it with epilogue(..., dtype={wide})"
+        )
+    if scale.shape[-1:] != (n,) or (offset is not None and offset.shape != scale.shape):
+        shapes = [None if part is None else tuple(part.shape) for part in epilogue]
+        raise ValueError(
+            f"the epilogue has shapes {shapes[0]} and {shapes[1]}, and the weight {n} outputs; "
+            f"compute it with epilogue(spec, qp, weight) of this weight"
+        )
+
+
 def check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless what is added to a result has its shape and dtype."""
     if residual is None:
         return
+    check_real(residual, "the residual")
     if residual.shape != tuple(shape):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}, and the result {tuple(shape)}; expand it to the result's"

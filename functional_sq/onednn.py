@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from functional_sq.blocks import is_batched, is_traced
 from functional_sq.granularity import PerTensor
+from functional_sq.int_mm import INT32_TERMS
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.requantize import ACTIVATIONS, Requantization, apply_epilogue, requantize
 from functional_sq.spec import QuantSpec
@@ -47,14 +49,17 @@ AVAILABLE = (
 )
 """Whether this CPU adds products of 8 bits in 32; without VNNI oneDNN adds pairs in 16, which saturates."""
 
-WORTH = 1_500_000 if torch.cpu._is_amx_tile_supported() else 4_000_000
+AMX: bool = torch.cpu._is_amx_tile_supported()
+"""Whether oneDNN multiplies in tiles, and then rounds where `exactly` says."""
+
+WORTH = 1_500_000 if AMX else 4_000_000
 """What N (K + 10 M) must reach. A call of oneDNN takes 40 us more; with AMX a byte of the weight takes 0.03 ns less
 and one of M N results 0.3 ns, measured on one core for K, N from 384 to 4096, compiled, GELU behind it or not. With
 VNNI alone (the same core, limited) a layer followed by GELU stays within 5 %, one that writes its result gains."""
 
-WHOLE = 5000
-"""The largest K whose product is one: above, the codes of a trained weight too would be cut, see `exactly`, and two
-products take 2 to 3 times as long as `torch._int_mm` and an epilogue."""
+WHOLE = 5000 if AMX else INT32_TERMS
+"""The largest K that is multiplied. With AMX, above it the codes of a trained weight too would be cut, see `exactly`,
+and two products take 2 to 3 times as long as `torch._int_mm` and an epilogue."""
 
 _POST_OPS: dict[str, tuple[str, list[float], str]] = {
     "none": ("none", [], ""),
@@ -122,7 +127,7 @@ def least_rows(codes: Tensor) -> int:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return AVAILABLE, WORTH, WHOLE
+    return AVAILABLE, AMX, WORTH, WHOLE
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
@@ -206,13 +211,23 @@ def plus(residual: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: 
         tensor([[  9.5000, 113.5000]])
     """
     operands = q, zero_point, codes, scale, bias
-    # A batch of vmap is no memory to write to, and an operator of ours has no gradient.
-    batched = any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in (residual, *operands))
-    if batched or residual.requires_grad or made(residual.dtype) is not residual.dtype:
+    # A batch of vmap is no memory to write to, and an operator of ours has no gradient. Where Inductor leaves the
+    # copy out and then needs one, it takes it from the start of the storage (torch 2.11 to 2.15).
+    within = is_traced(residual) and not _is_zero(residual.storage_offset())
+    alone = is_batched(residual, *operands) or residual.requires_grad or made(residual.dtype) is not residual.dtype
+    if alone or within:
         return (product(*operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
     y = residual.clone(memory_format=torch.contiguous_format)
     torch.ops.functional_sq.onednn_add_product.default(y.reshape(-1, codes.shape[0]), *operands)
     return y
+
+
+def _is_zero(offset: int | torch.SymInt) -> bool:
+    if isinstance(offset, int):
+        return offset == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return statically_known_true(offset == 0)
 
 
 def made(dtype: torch.dtype) -> torch.dtype:
@@ -246,14 +261,13 @@ def _product(
     dtype: torch.dtype,
 ) -> Tensor:
     multiply, largest = _multiply(codes)
-    return exactly(
-        multiply, q, int(zero_point), scale.contiguous(), bias, largest, activation, to_scale, to_zero_point, dtype
-    )
+    then = activation, to_scale, to_zero_point, dtype
+    return exactly(multiply, q, int(zero_point), scale, bias, largest, *then)
 
 
 def _add_product(y: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     multiply, largest = _multiply(codes)
-    result = exactly(multiply, q, int(zero_point), scale.contiguous(), bias, largest, dtype=y.dtype, onto=_plain(y))
+    result = exactly(multiply, q, int(zero_point), scale, bias, largest, dtype=y.dtype, onto=_plain(y))
     if result.data_ptr() != y.data_ptr():
         y.copy_(result)
 
@@ -322,17 +336,19 @@ def exactly(
     With AMX, oneDNN 3.12 rounds on the way where a zero point is subtracted from sums above 2**24. Where those of q
     could get there, its codes are cut into two parts of 4 bits, or four of 2, which cannot; their sums are integers,
     and are added as such. Normal weights, 4 deviations to each side, get there at K = 5000, uniform ones at 1900.
+    With VNNI alone no sum was rounded, up to K = 33025 and 1.1e9.
 
     Args:
         multiply: takes codes, zero point, scale, bias, what an operator of oneDNN ends with, and what the result is
             added to, in place, or None.
         q, z: uint8 codes and the zero point.
-        scale, bias: `(N,)`.
+        scale, bias: `(N,)`; given to `multiply` as oneDNN reads them, without strides.
         largest: `largest_sum` of the weight.
         activation, to_scale, to_zero_point, dtype: as `product`.
         onto: what the result is added to before the activation, or None.
     """
-    bits = 8 if z == 0 else next(b for b in (8, 4, 2) if (2**b - 1) * largest <= 2**24)
+    scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
+    bits = 8 if z == 0 or not AMX else next(b for b in (8, 4, 2) if (2**b - 1) * largest <= 2**24)
     to: tuple[float, int, torch.dtype] = (1.0, 0, dtype)
     if to_scale is not None and to_zero_point is not None:
         to = to_scale.item(), int(to_zero_point.item()), torch.uint8

@@ -8,6 +8,8 @@ which oneDNN 3.12 needs some care; each point was found by comparing with exact 
   with one of them the process ends. Such an image is padded and cropped first, so that windows fill it
   exactly. With images that they fill, and with zeros around where 0 is the code of zero, no result was
   wrong in 70 000 random geometries, with AMX and without.
+* A zero point other than 0, and groups of one channel that have more than 32 outputs each: wrong for most
+  numbers of outputs. Each group is given a second channel, whose weight is 0.
 * Sums above 2**24, see `functional_sq.onednn.exactly`.
 * The layout of a packed weight depends on the image's shape, and on whether the zero point is 0: where it is not,
   the weight holds the sums of its rows. One in another layout is reordered in each call, which for 512 x 512 x
@@ -32,7 +34,7 @@ __all__ = ["NAME", "convolve", "key", "least_windows", "overlap", "requantizes",
 
 NAME: str = onednn.NAME
 
-WORTH = 900_000 if torch.cpu._is_amx_tile_supported() else 300_000
+WORTH = 900_000 if onednn.AMX else 300_000
 """What `6 M N` must reach for M windows, with `M K + 4 N K` where they overlap and would be copied.
 
 On one core, compiled, a call of oneDNN takes 90 us more than the product of windows, and less by 0.6 ns for one
@@ -99,7 +101,7 @@ def overlap(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return onednn.AVAILABLE, WORTH
+    return onednn.AVAILABLE, onednn.AMX, WORTH
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
@@ -215,6 +217,9 @@ def _conv(
         return _empty(q, codes, stride, padding, dilation, dtype if to_scale is None else torch.uint8)
     z = int(zero_point)
     q = q.contiguous(memory_format=torch.channels_last)
+    if _is_widened(codes, groups):
+        q = F.pad(q.unsqueeze(2), [0, 0, 0, 0, 0, 1]).flatten(1, 2)
+        q = q.contiguous(memory_format=torch.channels_last)
     q, steps, around = _fitted(q, z, codes, stride, padding, dilation)
     packed = _pack(codes, (q.shape, z == 0, steps, around, tuple(dilation), groups))
 
@@ -227,7 +232,7 @@ def _conv(
         return y
 
     then = activation, to_scale, to_zero_point, dtype
-    return onednn.exactly(convolved, q, z, scale.contiguous(), bias, packed.largest, *then)
+    return onednn.exactly(convolved, q, z, scale, bias, packed.largest, *then)
 
 
 def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -250,6 +255,10 @@ def _empty(
 torch.library.impl(_NAME, "cpu", _conv)
 torch.library.register_fake(_NAME, _fake)
 torch.library.register_vmap(_NAME, onednn.looped(torch.ops.functional_sq.onednn_conv.default))
+
+
+def _is_widened(codes: Tensor, groups: int) -> bool:
+    return groups > 1 and codes.shape[1] == 1 and codes.shape[0] // groups > 32
 
 
 def _kernel(codes: Tensor) -> tuple[int, ...]:
@@ -316,14 +325,16 @@ def _pack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
 def _made(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
     # Which layout fits is remembered in torch without the zero point: of two layers with one form but for it, the
     # second gets the layout of the first, and is reordered in each call.
-    shape, is_zero, *settings = form
+    shape, is_zero, *settings, groups = form
     with torch.inference_mode(False):  # what is kept serves calls outside of it too
-        weight = codes.reshape(*codes.shape[:2], *_kernel(codes))
+        weight, one = codes.reshape(*codes.shape[:2], *_kernel(codes)), torch.ones(1, dtype=torch.float32)
+        if _is_widened(codes, groups):
+            weight = F.pad(weight, [0, 0, 0, 0, 0, 1])
         return _Packed(
             onednn.state(codes),
             form,
             form,
-            torch.ops.onednn.qconv_prepack(weight, torch.ones(1), 1.0, int(not is_zero), *settings, shape),
+            torch.ops.onednn.qconv_prepack(weight, one, 1.0, int(not is_zero), *settings, groups, shape),
             torch.zeros(1, dtype=torch.int32),
             onednn.largest_sum(codes),
         )

@@ -85,5 +85,5 @@ def check_requantization(then: object) -> None:
     """Raise TypeError unless `then` is a Requantization, ValueError unless its activation is one of `ACTIVATIONS`."""
     if not isinstance(then, Requantization):
         raise TypeError(f"then is {then!r}; give a Requantization(spec, qp, activation)")
-    if then.activation not in ACTIVATIONS:
+    if not isinstance(then.activation, str) or then.activation not in ACTIVATIONS:
         raise ValueError(f"activation={then.activation!r}; use one of {', '.join(map(repr, ACTIVATIONS))}")

@@ -39,7 +39,7 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import functional_sq as fsq
-from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, float8_mm, onednn
+from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, float8_mm, int_mm, onednn
 from functional_sq.formats import REAL_DTYPES, Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
 
@@ -392,10 +392,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint4, torch.int4], ids=str)
+@pytest.mark.parametrize("cut", sorted({True, onednn.AMX}))
 def test_onednn_has_the_integers_and_roundings_of_numpy(
-    calls: list[Tensor], dtype: torch.dtype, rows: int, k: int, n: int, fill: tuple[str, str]
+    calls: list[Tensor],
+    cut: bool,
+    dtype: torch.dtype,
+    rows: int,
+    k: int,
+    n: int,
+    fill: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No sum is rounded twice, and no float operation is fused into another."""
+    monkeypatch.setattr(onednn, "AMX", cut)
     case = symmetric(rows, k, n, dtype, fill=fill)
     for out in (torch.float32, torch.bfloat16, torch.float16):
         expected = epilogue(case.corrected(), case.scale(np.dtype(np.float32)), case.bias_array(), ARRAYS[out])
@@ -415,8 +424,15 @@ def test_onednn_has_the_integers_and_roundings_of_numpy(
     ],
 )
 def test_a_residual_is_added_before_the_one_rounding(
-    rows: int, k: int, n: int, fill: tuple[str, str], dtype: torch.dtype, by_onednn: bool
+    rows: int,
+    k: int,
+    n: int,
+    fill: tuple[str, str],
+    dtype: torch.dtype,
+    by_onednn: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(onednn, "AMX", True)
     case = symmetric(rows, k, n, fill=fill)
     case = dataclasses.replace(case, qp=QParams(case.qp.scale / 64, case.qp.zero_point))  # float16 overflows otherwise
     for bias in (case.bias, None):
@@ -610,8 +626,64 @@ def test_a_weight_made_in_inference_mode_is_packed_once_too_and_again_when_it_ch
         assert not multiply().any()
 
 
+def test_a_bias_or_scale_with_any_stride_has_the_same_bits() -> None:
+    """oneDNN reads both as if they had none."""
+    case = symmetric(12, 16, 8)
+    y = case.kept()
+    spread = torch.stack([case.bias, torch.full_like(case.bias, 7.0)], 1)[:, 0]
+    assert spread.stride() == (2,)
+    assert torch.equal(dataclasses.replace(case, bias=spread).kept(), y)
+    one = torch.full((1,), 5.0)
+    expected = dataclasses.replace(case, bias=one.repeat(8)).kept()
+    assert torch.equal(dataclasses.replace(case, bias=one.expand(8)).kept(), expected)
+    folded, biases = case.folded(), torch.stack([case.bias, -case.bias], 1)
+    known = fsq.epilogue(case.act, case.qp, folded)
+    with mock.patch.object(onednn, "WORTH", 0):
+        multiply = partial(fsq.linear, case.act, case.q, case.qp, folded)
+        y = torch.vmap(lambda bias: multiply(bias, epilogue=known), in_dims=1)(biases)
+        assert torch.equal(y, torch.stack([multiply(bias.contiguous()) for bias in biases.unbind(1)]))
+        strided = fsq.Epilogue(torch.stack([known.scale, known.scale + 1], 1)[:, 0], known.offset)
+        assert torch.equal(multiply(epilogue=strided), multiply())
+
+
+def test_codes_of_a_zero_point_of_8_bits() -> None:
+    """It is shifted by 128 on the way, which int8 does not hold."""
+    case = symmetric(12, 16, 8)
+    codes = []
+    for dtype in (torch.int8, torch.int32):
+        spec = QuantSpec(torch.int8, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC, zero_point_dtype=dtype)
+        qp = QParams(case.qp.scale.new_tensor([0.5]), torch.tensor([10], dtype=dtype))
+        codes.append(case.kept(then=fsq.Requantization(spec, qp, "relu")))
+    assert torch.equal(*codes)
+    assert codes[0].unique().numel() > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fast", [True, False])
+def test_under_autocast_codes_are_multiplied_as_they_are(
+    fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they are held as floats: without VNNI, and float8."""
+    monkeypatch.setattr(int_mm, "_SATURATES", not fast)
+    monkeypatch.setattr(float8_mm, "HAS_ONEDNN", fast)
+    float8 = float8_product(np.random.default_rng(0), torch.float8_e4m3fn, torch.float8_e4m3fn, rows=5, k=64)
+    for case in (symmetric(12, 16, 8, fill=("high", "high")), float8):
+        y = case.linear()
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(case.linear(), y)
+
+
+def test_no_terms_sum_to_zero() -> None:
+    spec, one = QuantSpec(torch.int8, fsq.PerTensor()), QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    weight = fsq.fold(spec, torch.zeros(3, 0, dtype=torch.int8), one)
+    for lead in ((5,), (2, 3), (0,), ()):
+        y = fsq.linear(spec, torch.zeros(*lead, 0, dtype=torch.int8), one, weight, torch.tensor([1.0, 2.0, 3.0]))
+        assert torch.equal(y, torch.tensor([1.0, 2.0, 3.0]).expand(*lead, 3))
+
+
 @needs_onednn
-def test_a_long_weight_is_not_cut() -> None:
+def test_a_weight_is_taken_up_to_its_longest() -> None:
+    assert (5000 if onednn.AMX else INT32_TERMS) == onednn.WHOLE
     assert onednn.supports(torch.ones(1, onednn.WHOLE, dtype=torch.int8), None)
     assert not onednn.supports(torch.ones(1, onednn.WHOLE + 1, dtype=torch.int8), None)
 
@@ -884,7 +956,7 @@ def per(granularity: fsq.Granularity, spec: QuantSpec) -> QuantSpec:
             TypeError,
             "codes of torch.uint8",
             "those of torch.int8",
-            "are held as torch.int8",
+            "are a tensor of torch.int8",
             id="fold(uint8 codes, int8 spec)",
         ),
         pytest.param(
@@ -996,7 +1068,7 @@ def per(granularity: fsq.Granularity, spec: QuantSpec) -> QuantSpec:
             TypeError,
             "codes of torch.int8",
             "those of torch.uint8",
-            "are held as torch.uint8",
+            "are a tensor of torch.uint8",
             id="linear(int8 codes, uint8 spec)",
         ),
     ],
@@ -1102,9 +1174,9 @@ def test_the_product_in_eights_is_exact(rows: int, k: int, n: int, monkeypatch: 
     """What CUDA is asked for, asked of the CPU; a large weight is handed on where it lies, all but its last rows."""
     codes = np.random.default_rng(k).integers(-128, 128, (rows + n, k), dtype=np.int8)
     a, b = torch.from_numpy(codes).split([rows, n])
-    asked, int_mm = [], torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: asked.append(b) or int_mm(a, b))
-    y = sys.modules["functional_sq.int_mm"]._in_eights(a, b)
+    asked, multiply = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: asked.append(b) or multiply(a, b))
+    y = int_mm._in_eights(a, b)
     exact = codes[:rows].astype(np.int64) @ codes[rows:].astype(np.int64).T
     np.testing.assert_array_equal(y.numpy(), exact)
     for each in asked:
