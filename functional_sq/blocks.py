@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["align", "blockwise", "is_traced", "split"]
+__all__ = ["align", "blockwise", "is_batched", "is_traced", "split"]
 
 
 def is_traced(x: Tensor) -> bool:
@@ -19,6 +19,11 @@ def is_traced(x: Tensor) -> bool:
     The type tells where the compiler traces an operator of ours and torch before 2.13 does not say so.
     """
     return torch.compiler.is_compiling() or type(x) is not Tensor
+
+
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether any of them has a batch of `torch.vmap`, and one that has none cannot be written to."""
+    return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)
 
 
 def align(stat_shape: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -65,9 +70,11 @@ def split(x: Tensor, stat_shape: Sequence[int]) -> tuple[Tensor, tuple[int, ...]
 def blockwise(op: Callable[..., Tensor], x: Tensor, *stats: Tensor) -> Tensor:
     """Apply the elementwise `op(x, *stats)`, each statistic standing for its whole block.
 
-    The statistics have one shape, of the rank of `x`. Where they broadcast as they are (every
+    The statistics have one shape, of the rank of `x`, or one element. Where they broadcast as they are (every
     granularity but groups and blocks), nothing is reshaped.
     """
+    if stats[0].numel() == 1:
+        return op(x, *stats)
     stat_shape = stats[0].shape
     view, dims = split(x, stat_shape)
     if view.ndim == x.ndim:

@@ -49,7 +49,7 @@ def init(
     if not isinstance(shape, (tuple, list)):
         raise TypeError(f"shape is a {type(shape).__name__}; give a tuple of ints, such as x.shape")
     for size in shape:
-        if isinstance(size, (bool, float)) or size < 0:
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool) or size < 0:
             raise ValueError(f"shape {tuple(shape)} has the size {size!r}; sizes are ints, at least 0")
     if dtype not in REAL_DTYPES:
         raise TypeError(f"init with dtype={dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
@@ -193,7 +193,7 @@ def check(spec: QuantSpec, state: State, *, min_count: int = 1) -> None:
     """
     check_spec(spec)
     spec.observer.stat_shape(state, exact=False)
-    if min_count < 1:
-        raise ValueError(f"min_count={min_count}; a range needs at least 1 value")
+    if not isinstance(min_count, int) or isinstance(min_count, bool) or min_count < 1:
+        raise ValueError(f"min_count={min_count!r}; give an int, at least 1")
     if fault := spec.observer.fault(state, min_count):
         raise CalibrationError(fault)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
+from functional_sq.blocks import is_batched
+
 if TYPE_CHECKING:
     from functional_sq.qparams import QParams
 
@@ -88,14 +90,15 @@ class Integer(Format):
 
     def steps(self, x: Tensor, qp: QParams) -> Tensor:
         # Multiplied by the reciprocal, as torchao.quantize_affine does: not the bits of x / scale.
-        # torch.round rounds halves to even.
-        return torch.mul(x, 1.0 / qp.scale).round_().add_(qp.zero_point)
+        # torch.round rounds halves to even. Added out of place: under vmap the zero point alone may have a batch.
+        return torch.mul(x, qp.scale.reciprocal()).round_() + qp.zero_point
 
     def decode(self, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:
         # torchao.dequantize_affine subtracts in the output dtype (exact for 8 bits in any of them)
         # and multiplies in the promoted dtype.
         steps = q.to(dtype) - qp.zero_point.to(dtype)
-        return (steps.mul_(qp.scale) if qp.scale.dtype is dtype else steps * qp.scale).to(dtype)
+        in_place = qp.scale.dtype is dtype and not is_batched(qp.scale)
+        return (steps.mul_(qp.scale) if in_place else steps * qp.scale).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,7 @@ class Accumulator(Observer):
                 bad = int((~value.isfinite()).sum())
                 return (
                     f"{kind} was seen ({name}{blocks.format(bad)}); remove such values from the calibration data, "
-                    f"or leave them out with observe(..., mask=)"
+                    f"leave them out with a mask, or record with SkipNonfinite"
                 )
         if real and not any(bool(value.any()) for value in real.values()):
             return (

@@ -52,6 +52,17 @@ class QParams(NamedTuple):
     zero_point: Tensor
 
 
+def check_qparams(qp: object) -> None:
+    """Raise TypeError unless `qp` is a pair of tensors, ValueError unless they have one shape."""
+    if not (isinstance(qp, tuple) and len(qp) == 2 and all(isinstance(value, Tensor) for value in qp)):
+        raise TypeError(f"qp is {qp!r}; give QParams(scale, zero_point), two tensors")
+    scale, zero_point = qp
+    if zero_point.shape != scale.shape:
+        raise ValueError(
+            f"the zero point has shape {tuple(zero_point.shape)} and the scale {tuple(scale.shape)}; they must be equal"
+        )
+
+
 def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
     """Turn the range of each block into its scale and zero point.
 
@@ -79,6 +90,9 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
         >>> fsq.from_range(spec, torch.tensor([-1.0]), torch.tensor([1.55]))
         QParams(scale=tensor([0.0100]), zero_point=tensor([100], dtype=torch.int32))
     """
+    from functional_sq.spec import check_spec  # which imports this file
+
+    check_spec(spec)
     for name, end in (("lo", lo), ("hi", hi)):
         check_real(end, f"from_range ({name})")
     if lo.shape != hi.shape or lo.dtype != hi.dtype:

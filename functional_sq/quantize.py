@@ -12,7 +12,7 @@ from torch import Tensor
 from functional_sq.blocks import blockwise, is_traced
 from functional_sq.formats import REAL_DTYPES, check_real
 from functional_sq.granularity import check_stats
-from functional_sq.qparams import QParams
+from functional_sq.qparams import QParams, check_qparams
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["dequantize", "fake_quantize", "quantize", "saturates"]
@@ -207,15 +207,11 @@ def _elementwise(op: Callable[..., Tensor], x: Tensor, qp: QParams) -> Tensor:
 
 
 def _fitted(spec: QuantSpec, x: Tensor, qp: QParams) -> QParams:
-    """Return `qp` with the rank of `x`, or raise ValueError where it does not belong to `x`."""
-    if not (isinstance(qp, tuple) and len(qp) == 2 and all(isinstance(value, Tensor) for value in qp)):
-        raise TypeError(f"qp is {qp!r}; give QParams(scale, zero_point), two tensors")
+    """Return `qp` so that `blockwise` takes it with `x`, or raise ValueError where it does not belong to `x`."""
+    check_qparams(qp)
     scale, zero_point = qp
     shape = check_stats(spec, "the scale", scale.shape, x.shape)
-    if zero_point.shape != scale.shape:
-        raise ValueError(
-            f"the zero point has shape {tuple(zero_point.shape)} and the scale {tuple(scale.shape)}; they must be equal"
-        )
-    if scale.shape == shape:
+    # One element broadcasts as it is. With no axis it would count as a number, and not decide a dtype.
+    if scale.shape == shape or (scale.numel() == 1 and 0 < scale.ndim <= x.ndim):
         return QParams(scale, zero_point)
     return QParams(scale.reshape(shape), zero_point.reshape(shape))

@@ -210,6 +210,22 @@ def test_large_tensors_are_quantized_in_pieces_of_the_same_bits(
             assert (bits(a), a.stride()) == (bits(b), b.stride()), name
 
 
+def test_vmap_over_one_of_scale_and_zero_point() -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+    x, q = torch.randn(5), torch.arange(5, dtype=torch.int8)
+    scale, zero_point = torch.rand(3, 1) + 0.1, torch.arange(3, dtype=torch.int32).reshape(3, 1)
+    for f in (
+        lambda s, z: fsq.quantize(spec, x, fsq.QParams(s, z)),
+        lambda s, z: fsq.saturates(spec, x * 50, fsq.QParams(s, z)),
+        lambda s, z: fsq.fake_quantize(spec, x, fsq.QParams(s, z)),
+        lambda s, z: fsq.dequantize(spec, q, fsq.QParams(s, z)),
+        lambda s, z: fsq.dequantize(spec, q, fsq.QParams(s, z), dtype=torch.bfloat16),
+    ):
+        for dims, given in (((0, None), (scale, zero_point[2])), ((None, 0), (scale[2], zero_point))):
+            each = [f(*(v[i] if d == 0 else v for d, v in zip(dims, given, strict=True))) for i in range(3)]
+            assert torch.equal(torch.vmap(f, dims)(*given), torch.stack(each))
+
+
 def gradient(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x = x.clone().requires_grad_()
     (f(x) * weight).sum().backward()

@@ -43,6 +43,7 @@ def arguments() -> dict[str, object]:
         "qp": fsq.calc_qparams(tensor, seen),
         "qp_channel": fsq.calc_qparams(channel, seen_channel),
         "folded": fsq.fold(channel, x.to(torch.int8), fsq.calc_qparams(channel, seen_channel)),
+        "windows": fsq.fold(tensor, torch.ones(4, 4, 3, dtype=torch.int8), fsq.calc_qparams(tensor, seen)),
     }
 
 
@@ -274,10 +275,10 @@ INVALID: dict[str, tuple[object, ...]] = {
     "check(channel, observe(channel, seen_channel, x / 0))": (
         fsq.CalibrationError,
         "was seen (min in 3 of 4 blocks)",
-        "leave them out with observe(..., mask=)",
+        "leave them out with a mask, or record with SkipNonfinite",
     ),
-    "check(tensor, observe(tensor, seen, x * float('nan')))": (fsq.CalibrationError, "NaN was seen (min)", "mask="),
-    "check(tensor, observe(tensor, seen, x + float('inf')))": (fsq.CalibrationError, "Inf was seen (max)", "mask="),
+    "check(tensor, observe(tensor, seen, x * float('nan')))": (fsq.CalibrationError, "NaN was seen (min)", "a mask"),
+    "check(tensor, observe(tensor, seen, x + float('inf')))": (fsq.CalibrationError, "Inf was seen (max)", "a mask"),
     # quantize, dequantize, fake_quantize.
     "quantize(tensor, x.int(), qp)": (TypeError, "quantize got a tensor of torch.int32", CONVERT),
     "quantize(tensor, x.to(torch.complex64), qp)": (TypeError, "torch.complex64", CONVERT),
@@ -319,7 +320,7 @@ INVALID: dict[str, tuple[object, ...]] = {
     "fake_quantize(tensor, x, qp_channel)": (ValueError, "the scale has shape (4, 1)", BELONGS),
     # Products of codes.
     "fold(channel, q[0], qp_channel)": (ValueError, "fold got codes of shape (8,)", "is (out, in)"),
-    "fold(channel, x, qp_channel)": (TypeError, "codes of torch.float32", "are held as torch.int8"),
+    "fold(channel, x, qp_channel)": (TypeError, "codes of torch.float32", "are a tensor of torch.int8"),
     "fold(channel, q, qp)": (ValueError, "the weight's scale has shape (1, 1)", BELONGS),
     "fold(channel, q, QParams(qp_channel.scale, qp_channel.zero_point + 1))": (
         ValueError,
@@ -339,7 +340,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "activations of shape (4, 4) meet a weight of shape (4, 8)",
         "the last axes must be equal",
     ),
-    "linear(tensor, x, qp, folded)": (TypeError, "codes of torch.float32", "are held as torch.int8"),
+    "linear(tensor, x, qp, folded)": (TypeError, "codes of torch.float32", "are a tensor of torch.int8"),
     f"linear(e4m3, x.to({E4M3}), qp, folded)": (
         TypeError,
         f"{E4M3} meet a weight of torch.int8",
@@ -354,6 +355,49 @@ INVALID: dict[str, tuple[object, ...]] = {
         TypeError,
         "residual is torch.float16, and the result torch.float32",
         "cast it, or ask for dtype=torch.float16",
+    ),
+    "linear(tensor, q, qp, folded, residual=[1])": (TypeError, "the residual got a list", "give a tensor"),
+    "linear(tensor, [1], qp, folded)": (TypeError, "got codes of list", "are a tensor of torch.int8"),
+    "linear(tensor, q[0, 0], qp, folded)": (ValueError, "activations of shape ()", "the last axes must be equal"),
+    "linear(tensor, q, qp.scale, folded)": (TypeError, "qp is tensor([[", "give QParams(scale, zero_point)"),
+    "linear(tensor, q, qp, q)": (TypeError, "weight is a Tensor", "the FoldedWeight that fold(spec, q, qp) returns"),
+    "linear(tensor, q, qp, folded, x[:3, 0])": (
+        ValueError,
+        "bias has shape (3,), and the weight 4 outputs",
+        "one entry",
+    ),
+    "linear(tensor, q, qp, folded, x[0, 0])": (ValueError, "bias has shape ()", "4 outputs; give one entry for each"),
+    "linear(tensor, q, qp, folded, x[:, 0].to(torch.complex64))": (TypeError, "the bias got a tensor", CONVERT),
+    "linear(tensor, q, qp, folded, epilogue=Epilogue(torch.ones(3), torch.ones(3)))": (
+        ValueError,
+        "shapes (3,) and (3,), and the weight 4 outputs",
+        "compute it with epilogue(spec, qp, weight)",
+    ),
+    "linear(tensor, q, qp, folded, dtype=torch.float64, epilogue=epilogue(tensor, qp, folded))": (
+        TypeError,
+        "the epilogue's scale is torch.float32, and this result is scaled in torch.float64",
+        "compute it with epilogue(..., dtype=torch.float64)",
+    ),
+    "linear(tensor, q, qp, folded, then=Requantization(tensor, qp, ['relu']))": (ValueError, "['relu']", "use one of"),
+    "epilogue(tensor, qp, None)": (TypeError, "weight is a NoneType", "give the FoldedWeight"),
+    "fold(channel, [1], qp_channel)": (TypeError, "got codes of list", "are a tensor of torch.int8"),
+    "fold(channel, q, None)": (TypeError, "qp is None", "give QParams(scale, zero_point)"),
+    "unfold(None, folded)": (TypeError, "spec is None", "give a QuantSpec"),
+    "unfold(channel, q)": (TypeError, "weight is a Tensor", "give the FoldedWeight"),
+    "check_product(None, channel, (4, 8))": (TypeError, "spec is None", "give a QuantSpec"),
+    "check_product(tensor, channel, (8,))": (ValueError, "a weight of shape (8,)", "give (N, K)"),
+    "from_range(None, x, x)": (TypeError, "spec is None", "give a QuantSpec"),
+    "init(tensor, ('a',))": (ValueError, "the size 'a'", "sizes are ints"),
+    "check(tensor, seen, min_count=1.5)": (ValueError, "min_count=1.5", "give an int, at least 1"),
+    "check(tensor, seen, min_count='a')": (ValueError, "min_count='a'", "give an int, at least 1"),
+    "conv(tensor, q, qp, windows, stride=1.5)": (ValueError, "stride=1.5", "give an int from 1"),
+    "conv(tensor, q, qp, windows, padding=None)": (ValueError, "padding=None", "give an int from 0"),
+    "conv(tensor, q, qp, windows, groups='2')": (ValueError, "groups='2' and 4 output channels", "use a divisor of 4"),
+    "conv(tensor, q, qp, windows, groups=1.0)": (ValueError, "groups=1.0 and 4 output channels", "use a divisor of 4"),
+    "conv(tensor, q, qp, windows, x[:1, 0])": (
+        ValueError,
+        "bias has shape (1,), and the weight 4 outputs",
+        "one entry",
     ),
     "linear(tensor, q, qp, folded, dtype=torch.int32)": (TypeError, "linear to torch.int32", REALS),
 }

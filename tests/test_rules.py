@@ -427,6 +427,38 @@ def test_a_block_is_chosen_for_itself(rule: fsq.Observer, name: str, mapping: fs
             torch.testing.assert_close(whole[i], alone[0], rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mapping", fsq.MappingType)
+@pytest.mark.parametrize("rule", [fsq.MinMax(), fsq.MeanRange(), Percentile(99.9), Mse(), Entropy()], ids=repr)
+def test_a_range_does_not_depend_on_torchs_default_dtype(
+    rule: fsq.Observer, mapping: fsq.MappingType, default: torch.dtype
+) -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), mapping=mapping, observer=rule)
+
+    def chosen() -> fsq.QParams:
+        return fsq.calc_qparams(spec, state_of(spec, draw("student")))
+
+    expected = chosen()
+    torch.set_default_dtype(default)
+    try:
+        assert chosen() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_rank_of_a_percentile_is_not_rounded() -> None:
+    """Among 2**27 values, of which 7 are large: numpy's percentile lies between two of them."""
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), mapping=ASYMMETRIC, observer=Percentile(99.999995))
+    state, n = state_of(spec, np.array([1.0, 1000.0])), 2**27
+    counts = state["histogram"].flatten()
+    counts[counts > 0] = torch.tensor([n - 7, 7])
+    state = state | {"histogram": counts.reshape(state["histogram"].shape), "count": state["count"] * 0 + n}
+    rank = (n - 1) * 0.99999995 - (n - 8)
+    assert 0 < rank < 1
+    hi = spec.observer.range(spec, state)[1].item()
+    assert hi == pytest.approx(1 + rank * 999, rel=1 / 12)
+
+
 def test_float8_table_is_every_finite_value() -> None:
     from functional_sq.observers.mse import code_table
 

@@ -311,8 +311,8 @@ def _asymmetric(model: _Model) -> tuple[Tensor, Tensor]:
     rounds = [model.best(t, t)]
     lo, hi = -rounds[0].lo.double().clamp(max=0), rounds[0].hi.double().clamp(min=0)
     lower = upper = torch.ones_like(lo)
-    for near in (torch.arange(-6, 7) / 6, torch.arange(-3, 4) / 20, torch.arange(-3, 4) / 70):
-        near = near.to(device=lo.device, dtype=torch.float64)
+    for reach, parts in ((6, 6), (3, 20), (3, 70)):
+        near = torch.arange(-reach, reach + 1, dtype=torch.float64, device=lo.device) / parts
         lowers, uppers = ((end + near).clamp(min=0) for end in (lower, upper))
         grid = [
             m.flatten(1)

@@ -97,13 +97,13 @@ def _upper(counts: Tensor, bounds: tuple[Tensor, Tensor], p: float, ends: tuple[
     least, most = (end.unsqueeze(-1) for end in ends)
     total = counts.cumsum(-1)
     last = total[..., -1:] - 1
-    rank = last * (p / 100)
+    rank = last.double() * (p / 100)
     # The values next to the rank, each at its place among those of its bin.
     below = rank.floor()
     pair = torch.minimum(torch.cat([below, below + 1], -1).to(torch.int64), last)
     at = (total.unsqueeze(-2) <= pair.unsqueeze(-1)).sum(-1).clamp(max=counts.shape[-1] - 1)
     n = counts.gather(-1, at)
-    place = (pair - (total.gather(-1, at) - n) + 0.5) / n.clamp(min=1)
+    place = ((pair - (total.gather(-1, at) - n)).double() + 0.5) / n.clamp(min=1)
     value = lower[at] + place * (upper[at] - lower[at])
     value = torch.minimum(torch.maximum(value, least), most)
     # The largest value is known, and the end bin has no upper bound but that.
