@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import functional_sq as fsq
-from bridge.observed import LAYERS, Observed, ObserverModule, observed_type, settings_of, weight_of
+from bridge.observed import LAYERS, Observed, ObserverModule, check_plain, observed_type, settings_of, weight_of
 from bridge.quantized import QUANTIZED, SWITCHES, QuantizedLinear
 from bridge.torchao import AOBaseConfig, register_quantize_module_handler
 from functional_sq.serialize import spec_from_json, spec_to_json
@@ -91,6 +91,8 @@ class StaticQuantConfig(AOBaseConfig):
             )
         # Pairs, not the dict: a config is hashable, and the caller may change the dict.
         pairs = self.rules.items() if isinstance(self.rules, Mapping) else self.rules
+        if not isinstance(pairs, Iterable):
+            raise TypeError(f"rules={pairs!r}; give a dict of pattern or module class to config or None")
         object.__setattr__(self, "rules", tuple(_rule(pair) for pair in pairs))
 
     def of(self, module: nn.Module, name: str) -> StaticQuantConfig | None:
@@ -325,7 +327,10 @@ def _apply(module: nn.Module, config: StaticQuantConfig) -> nn.Module:
     `torch.nn.Linear`, observed or not.
     """
     if config.step == "convert":
-        return quantized_layer(config, module) if isinstance(module, Observed) else module
+        if not isinstance(module, Observed):
+            return module
+        check_plain(module)
+        return quantized_layer(config, module)
     if observed_type(module) is None:
         return module
     if patterns := [key for key, _ in config.rules if isinstance(key, str)]:

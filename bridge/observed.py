@@ -81,9 +81,24 @@ class ObserverModule(Buffers):
         """What was recorded: the buffers as a `functional_sq` state."""
         return {name: value for name, value in self._buffers.items() if value is not None}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ObserverModule:
+        unwritten = any(value.is_meta for value in self._buffers.values())
+        super()._apply(fn, recurse)
+        if unwritten:  # to_empty gives memory that holds anything
+            self._forget()
+        return self
+
+    def _forget(self, device: torch.device | None = None) -> None:
+        count = self._buffers["count"]
+        state = self.spec.observer.init(tuple(count.shape), torch.float32, device or count.device)
+        for name, value in state.items():
+            self.register_buffer(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self._buffers:
             self.reset(tuple(x.shape), x.device)
+        elif self._buffers["count"].is_meta and not x.is_meta:  # parameters were assigned to a model without memory
+            self._forget(x.device)
         write(self, fsq.observe(self.spec, self.state, x, mask=fit_mask(self.mask, x)))
         return x
 
@@ -242,7 +257,7 @@ class Observed(nn.Module):
             raise TypeError(
                 f"{cls.__name__}.from_float got a {type(module).__name__}; give a torch.nn.{cls.float_type.__name__}"
             )
-        _check_plain(module)
+        check_plain(module)
         weight, shape = module.weight, tuple(weight_of(module).shape)
         check_static(act_obs.spec, shape)
         if act_obs.state:
@@ -276,6 +291,7 @@ class Observed(nn.Module):
             >>> layer.to_float() is linear
             True
         """
+        check_plain(self)
         if self._float:
             module = self._float[0]
         else:
@@ -525,7 +541,7 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     if isinstance(module, (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.modules.lazy.LazyModuleMixin)):
         return None
     for kind, observed in OBSERVED.items():
-        own = [name for name in ("forward", "_conv_forward", "_output_padding") if hasattr(kind, name)]
+        own = [name for name in ("forward", "__call__", "_conv_forward", "_output_padding") if hasattr(kind, name)]
         if isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in own):
             return observed
     return None
@@ -538,8 +554,16 @@ def float_reason(module: nn.Module) -> str | None:
             "torch.nn.MultiheadAttention multiplies its projections itself, calling no layer; "
             "to have them quantized, use an attention that calls torch.nn.Linear"
         )
-    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or isinstance(module, Observed):
+    if isinstance(module, Observed):
         return None
+    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        own = [name for name, value in module.named_parameters(recurse=False) if _is_matrix(name, value)]
+        if not own or isinstance(module, _LOOKS_UP_OR_SCALES):
+            return None
+        return (
+            f"{type(module).__name__} has {own[0]} of its own and calls no layer with it; "
+            f"to have it quantized, let a torch.nn.Linear multiply it"
+        )
     if observed_type(module) is not None or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
     kind = type(module).__name__
@@ -548,6 +572,24 @@ def float_reason(module: nn.Module) -> str | None:
     if isinstance(module, tuple(OBSERVED)):
         return f"{kind} has a forward of its own, which a quantized layer would not run"
     return f"no quantized layer does what {kind} does"
+
+
+_LOOKS_UP_OR_SCALES = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.utils.parametrize.ParametrizationList,
+)
+"""What has parameters of two axes and multiplies no matrix."""
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is probably multiplied as a matrix, or is one of several matrices."""
+    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        return False
+    long = sum(size > 1 for size in parameter.shape)
+    return long > 2 or (long == 2 and name.startswith("weight"))
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -577,18 +619,26 @@ def _check_observers(act_obs: object, weight_obs: object) -> None:
             )
 
 
-def _check_plain(module: nn.Module) -> None:
-    """Raise ValueError if a layer that takes the place of `module` would do less than it."""
+def check_plain(module: nn.Module) -> None:
+    """Raise ValueError if a layer that takes the place of `module` would do less than it.
+
+    Asked before observers are put in, and again before they are taken out.
+    """
     if nn.utils.parametrize.is_parametrized(module):
         raise ValueError(
             "the weight is computed by a parametrization, which would be lost; "
-            "call torch.nn.utils.parametrize.remove_parametrizations first, or leave the layer out by filter_fn"
+            "call torch.nn.utils.parametrize.remove_parametrizations first, or leave the layer out by a rule"
         )
     if "forward" in vars(module):
-        raise ValueError("the layer has a forward of its own, which would be lost; leave the layer out by filter_fn")
+        raise ValueError(
+            "the layer has a forward of its own, which would be lost; take it away first, or leave the layer out by a "
+            "rule"
+        )
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
-        raise ValueError("the layer has hooks, which would be lost; remove them first, or leave it out by filter_fn")
+        raise ValueError("the layer has hooks, which would be lost; remove them first, or leave it out by a rule")
+    if hasattr(module.weight, "placements"):  # a DTensor
+        raise ValueError("the weight is sharded; quantize the model before it is sharded, or leave the layer out")
 
 
 def check_static(spec: fsq.QuantSpec, shape: Sequence[int]) -> None:
@@ -667,16 +717,18 @@ def swap_(
     wanted: Callable[[nn.Module, str], bool],
     make: Callable[[Any, str], nn.Module],
     what: str,
+    remedy: str = "look at the filter",
 ) -> None:
     """Replace every module that `wanted(module, name)` by `make(module, name)`, or none of them.
 
-    All are made before the first is put in place. A module used in two places is made once.
+    All are made before the first is put in place. A module used in two places is made once. Where none is wanted, the
+    error says that none is `what`, and the `remedy`.
     """
     if wanted(model, ""):
         raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")
     found = {name: module for name, module in model.named_modules(remove_duplicate=False) if wanted(module, name)}
     if not found:
-        raise ValueError(f"no module of {type(model).__name__} is {what} that the filter takes; nothing was changed")
+        raise ValueError(f"no module of {type(model).__name__} is {what} to replace, and nothing was changed; {remedy}")
     made: dict[int, nn.Module] = {}
     errors: dict[str, ValueError | TypeError] = {}
     for name, module in found.items():

@@ -84,6 +84,7 @@ class Quantized(Buffers):
             layers with these values: by them a compiler sees which layers quantize alike. Not saved either.
         reference: dequantize and multiply floats instead. May be changed at any time where the codes
             can be multiplied.
+        weight: the weight as the float layer has it, dequantized where it is used; `qweight` has its codes.
         hand_on: compiled, whether the layer may take part in a chain: make the codes of the next layer
             in place of floats, or take those of the layer before. May be changed at any time.
         fast_accum: on CUDA, add float8 products with fewer bits than float32 has. May be changed at any time.
@@ -260,9 +261,32 @@ class Quantized(Buffers):
         return cls.from_float(observed, *specs, **switches)
 
     @torch.inference_mode(False)
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        faults = self._misfits(state_dict, prefix)
+        if faults:
+            *_, messages = args
+            messages.extend(faults)
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._fold()
+
+    def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """Say which codes and zero points of a state are none of this layer's formats."""
+        found = []
+        low, high = self.weight_spec.bounds
+        shift = 128 if self.weight_spec.format.bounds[1] == 255 else 0  # as `fold` stores them
+        bounds = {"weight_codes": (low - shift, high - shift), "act_zero_point": self.act_spec.bounds}
+        for name, (least, most) in bounds.items():
+            value, own = state_dict.get(prefix + name), getattr(self, name)
+            if not isinstance(value, Tensor) or value.is_meta or value.numel() == 0:
+                continue
+            spec = self.act_spec if name == "act_zero_point" else self.weight_spec
+            if value.dtype is not own.dtype:
+                found.append(f"{prefix}{name} is {value.dtype}, and a layer of {spec.dtype} has {own.dtype}")
+            elif not value.is_floating_point() and not least <= int(value.min()) <= int(value.max()) <= most:
+                ends = f"{int(value.min())} to {int(value.max())}"
+                found.append(f"{prefix}{name} has codes from {ends}, and {spec.dtype} those from {least} to {most}")
+        return [f"{fault}; load the state of a layer that was quantized alike" for fault in found]
 
     @property
     def act_qparams(self) -> fsq.QParams:
@@ -273,6 +297,17 @@ class Quantized(Buffers):
     def folded(self) -> fsq.FoldedWeight:
         """The weight in the form that is multiplied."""
         return fsq.FoldedWeight(self.weight_codes, self.weight_scale, self.weight_zero_point, self.weight_sum)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the float layer has it, for code that looks at its shape, dtype or device; not to be written.
+
+        In eager mode a tensor that dequantizes where it is used, so that a look costs little.
+        """
+        return self._dequantized(self.dtype) if torch.compiler.is_compiling() else self.qweight
+
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
+        return fsq.dequantize(self.weight_spec, *fsq.unfold(self.weight_spec, self.folded), dtype=dtype)
 
     @property
     def qweight(self) -> AffineQuantizedTensor:
@@ -314,7 +349,7 @@ class Quantized(Buffers):
         qp = self.act_qparams
         q, geometry = fsq.quantize(self.act_spec, self._padded(x), qp), {**self._geometry, **changed}
         if self.reference:
-            w = fsq.dequantize(self.weight_spec, *fsq.unfold(self.weight_spec, self.folded), dtype=x.dtype)
+            w = self._dequantized(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
             return self._reference(self.act_spec, q, qp, w, bias, **geometry)
         # A float64 model wants the scales' product in float64.
@@ -594,6 +629,11 @@ class _QuantizedConvTranspose(_QuantizedConv):
     settings = ObservedConvTranspose2d.settings
     _product = staticmethod(fsq.conv_transpose)
     _reference = staticmethod(fsq.conv_transpose_reference)
+
+    @property
+    def weight(self) -> Tensor:
+        """As `Quantized.weight`, always dequantized."""
+        return fsq.transpose_weight(self._dequantized(self.dtype), self.groups)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Return the result; with `output_size`, as torch's layer takes it, the layer takes part in no chain."""

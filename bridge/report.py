@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import io
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import functional_sq as fsq
 from bridge import picture
@@ -26,7 +28,7 @@ from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.inductor import capture
 from bridge.observed import Observed, ObserverModule, fit_mask, public_name, weight_of
 from bridge.quantized import Quantized
-from bridge.workflow import call, mask_of, unfit, unfit_error
+from bridge.workflow import call, check_batches, mask_of, unfit, unfit_error
 from functional_sq.files import replacing
 from functional_sq.formats import REAL_DTYPES
 from functional_sq.observers.histogram import histogram_of
@@ -257,6 +259,7 @@ def report(
     """
     if rank not in ("quantize", "float", None):
         raise ValueError(f"rank={rank!r}; use one of 'quantize', 'float', None")
+    check_batches(batches)
     layers = _layers(model, config)
     whole = _Whole(model, layers, output or _first_tensor, rank)
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"), _stand_in(model, layers):
@@ -434,14 +437,15 @@ class _Whole:
     def add(self, batch: Any, keep: Tensor | None) -> None:
         for layer in self.layers:
             layer.keep, layer.ran = keep, False
-        exact = self.run(batch, dict.fromkeys(self.layers, "measure"))
+        exact = self.run(_copy(batch), dict.fromkeys(self.layers, "measure"))
         ran = [layer for layer in self.layers if layer.ran]
 
         for layer in self.layers:
             layer.spent = 0.0
+        given = _copy(batch)
         _wait(exact.device)
         start = time.perf_counter()
-        found = self.run(batch, dict.fromkeys(self.layers, "quantized"))
+        found = self.run(given, dict.fromkeys(self.layers, "quantized"))
         _wait(found.device)
         spent = time.perf_counter() - start
         self.seconds.append(spent)
@@ -454,7 +458,7 @@ class _Whole:
         one, others, same = ("quantized", "float", exact) if self.rank == "quantize" else ("float", "quantized", found)
         forms = dict.fromkeys(self.layers, others)
         for layer in self.layers if self.rank else ():
-            other = self.run(batch, forms | {layer: one}) if layer.ran else same
+            other = self.run(_copy(batch), forms | {layer: one}) if layer.ran else same
             self.compare(layer.alone, exact, other, keep)
 
     def capture(self, batch: Any) -> None:
@@ -464,7 +468,8 @@ class _Whole:
             layer.form = "captured"
         names = {layer.twin: layer.name for layer in self.layers}
         with torch.compiler.set_stance("default"), torch.random.fork_rng(self.devices):
-            for chain in capture(lambda: call(self.model, batch), names):
+            given = _copy(batch)
+            for chain in capture(lambda: call(self.model, given), names):
                 by_name[chain.producer].hands_on = chain.to
 
     def run(self, batch: Any, forms: Mapping[_Layer, str]) -> Tensor:
@@ -549,6 +554,11 @@ def _identity(x: Tensor) -> Tensor:
 
 def _device(args: tuple[Any, ...]) -> torch.device | None:
     return next((arg.device for arg in args if isinstance(arg, Tensor)), None)
+
+
+def _copy(batch: Any) -> Any:
+    """Return a batch of its own: a forward pass may write to its inputs, or to a cache among them."""
+    return copy.deepcopy(tree_map_only(Tensor, Tensor.detach, batch))
 
 
 def _wait(device: torch.device | None) -> None:

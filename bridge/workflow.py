@@ -20,7 +20,16 @@ from torch import Tensor, nn
 import functional_sq as fsq
 from bridge.buffers import check_module, write
 from bridge.config import PRESETS, StaticQuantConfig, check_reread, observed_layer, quantized_layer, reread_layer
-from bridge.observed import LAYERS, Observed, ObserverModule, float_reason, observed_type, public_name, swap_
+from bridge.observed import (
+    LAYERS,
+    Observed,
+    ObserverModule,
+    check_plain,
+    float_reason,
+    observed_type,
+    public_name,
+    swap_,
+)
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 from functional_sq import serialize
 from functional_sq.distributed import all_merge
@@ -84,10 +93,15 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
         lambda module, name: observed_type(module) is not None and chosen(module, public_name(name)),
         prepared,
         f"one of {LAYERS}",
+        "look at the filter and the rules; layers that are prepared or converted already stay what they are",
     )
     left = {name: reason for name, m in names.items() if (reason := float_reason(m)) and chosen(m, name)}
     if left:
-        warnings.warn(f"{len(left)} modules stay in float:\n{_listed(left)}", stacklevel=2)
+        alike: dict[str, list[str]] = {}
+        for name, reason in left.items():
+            alike.setdefault(reason, []).append(name)
+        listed = _listed({", ".join(same): reason for reason, same in alike.items()})
+        warnings.warn(f"{len(left)} modules stay in float:\n{listed}", stacklevel=2)
     return model
 
 
@@ -112,7 +126,7 @@ def unprepare_(model: nn.Module) -> nn.Module:
         )
     """
     _check_kinds(model)
-    swap_(model, is_observed, lambda layer, name: layer.to_float(), "a prepared layer")
+    swap_(model, is_observed, lambda layer, name: layer.to_float(), "a prepared layer", _PREPARE)
     return model
 
 
@@ -175,8 +189,7 @@ def calibrate(
     observers = _observers(model)
     ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     _check_calibration(model, observers, max_batches, until_stable, window, save_every, ranks)
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches is a {type(batches).__name__}; give an iterable of batches, such as a DataLoader")
+    check_batches(batches)
     if mask is not None and not callable(mask):
         raise TypeError(f"mask is a {type(mask).__name__}; give a function from a batch to a bool tensor")
     path = None if checkpoint is None else _rank_path(Path(checkpoint), ranks, group)
@@ -354,9 +367,20 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
+def check_batches(batches: object) -> None:
+    """Raise TypeError unless `batches` may be batches; one mapping is one of them."""
+    if isinstance(batches, Mapping):
+        raise TypeError(f"batches is one {type(batches).__name__}; give an iterable of batches: [batch]")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches is a {type(batches).__name__}; give an iterable of batches, such as a DataLoader")
+
+
 def is_observed(module: nn.Module, name: str) -> bool:
     """Say whether `module` is a layer with observers in."""
     return isinstance(module, Observed)
+
+
+_PREPARE = "prepare_ makes them, and convert_ takes them all"
 
 
 def unfit(model: nn.Module, wanted: Filter = is_observed, min_rows: int = 1) -> dict[str, str]:
@@ -368,15 +392,16 @@ def unfit(model: nn.Module, wanted: Filter = is_observed, min_rows: int = 1) -> 
                 found[public_name(name)] = fault
             elif (rows := module.rows) < min_rows:
                 found[public_name(name)] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
-            elif not bool(module.weight.isfinite().all()):
-                found[public_name(name)] = "the weight has NaN or Inf; mend it, or leave the layer in float"
+            elif not all(bool(p.isfinite().all()) for p in (module.weight, module.bias) if p is not None):
+                found[public_name(name)] = "weight or bias has NaN or Inf; mend it, or leave the layer in float"
     return found
 
 
 def unfit_error(faults: Mapping[str, str]) -> fsq.CalibrationError:
     """Return the error that names every unfit layer."""
     return fsq.CalibrationError(
-        f"{len(faults)} layers cannot be converted, and the model is as it was:\n{_listed(faults)}"
+        f"{len(faults)} layers cannot be converted, and the model is as it was "
+        f"(convert_(..., on_unfit='float') leaves them in float):\n{_listed(faults)}"
     )
 
 
@@ -388,8 +413,7 @@ def _convert(
     on_unfit: str = "refuse",
 ) -> None:
     _check_kinds(model, *(() if config is None else (config,)))
-    if min_rows < 1:
-        raise ValueError(f"min_rows={min_rows}; it must be at least 1")
+    _check_counts(min_rows=min_rows)
     if on_unfit not in ("refuse", "float"):
         raise ValueError(f"on_unfit={on_unfit!r}; use 'refuse' or 'float'")
     faults = unfit(model, wanted, min_rows)
@@ -401,9 +425,10 @@ def _convert(
         own = None if config is None else config.of(layer, public_name(name))
         if public_name(name) in faults or (config is not None and own is None):
             return layer.to_float()
+        check_plain(layer)
         return quantized_layer(own, layer)
 
-    swap_(model, lambda module, name: wanted(module, public_name(name)), converted, "a prepared layer")
+    swap_(model, lambda module, name: wanted(module, public_name(name)), converted, "a prepared layer", _PREPARE)
     if faults:
         warnings.warn(f"{len(faults)} layers are left in float:\n{_listed(faults)}", stacklevel=3)
 
@@ -454,12 +479,10 @@ def _check_calibration(
             "the model is in training mode, in which dropout and batch norm change what is recorded; "
             "call model.eval() first"
         )
-    for name, value in (("max_batches", max_batches), ("window", window), ("save_every", save_every)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}; it must be at least 1")
+    _check_counts(max_batches=max_batches, window=window, save_every=save_every)
     if until_stable is not None:
-        if not 0 < until_stable < 1:
-            raise ValueError(f"until_stable={until_stable}; it is a share between 0 and 1, such as 0.01")
+        if not isinstance(until_stable, (int, float)) or not 0 < until_stable < 1:
+            raise ValueError(f"until_stable={until_stable!r}; it is a share between 0 and 1, such as 0.01")
         if ranks > 1:
             raise ValueError(
                 "until_stable with several ranks: each would stop at another batch; use max_batches, or one rank"
@@ -467,6 +490,12 @@ def _check_calibration(
     if ranks > 1:
         for observer in observers.values():
             observer.spec.observer.merge(observer.state, observer.state)  # the TypeError of a moving average
+
+
+def _check_counts(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}={value!r}; give an int, at least 1")
 
 
 def _record(observers: Mapping[str, ObserverModule]) -> _Record:
@@ -567,8 +596,11 @@ def _progress(batches: Iterator[Any], done: int, total: int | None) -> Iterable[
 
 def mask_of(batch: Any) -> Tensor | None:
     found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    # Hugging Face's mask is 1 for a token and 0 for padding; a mask of other rank is no padding mask.
-    return None if found is None or found.ndim != 2 else found != 0
+    # Hugging Face's mask is 1 for a token and 0 for padding; a mask of other rank is no padding mask. One of floats
+    # may be what is added to scores: 0 for a token, and far below for padding.
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        return None
+    return found >= 0 if bool((found < 0).any()) else found != 0
 
 
 @contextmanager

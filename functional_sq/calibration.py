@@ -189,7 +189,8 @@ def check(spec: QuantSpec, state: State, *, min_count: int = 1) -> None:
         >>> fsq.check(spec, fsq.init(spec, (4, 8)))
         Traceback (most recent call last):
         ...
-        functional_sq.observer.CalibrationError: nothing was seen, at least 1 needed; calibrate with more data
+        functional_sq.observer.CalibrationError: nothing was seen, at least 1 needed; calibrate with data \
+that reaches it
     """
     check_spec(spec)
     spec.observer.stat_shape(state, exact=False)

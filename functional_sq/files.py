@@ -35,6 +35,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         b'new'
     """
     path = Path(os.path.realpath(path))  # a rename would replace a link, not the file it points to
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
     # Not tempfile: it makes files that only their owner can read, and the rename would keep that.
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:

@@ -258,8 +258,10 @@ class Accumulator(Observer):
         blocks = f" in {{}} of {count.numel()} blocks" if count.numel() > 1 else ""
         few = count < min_count
         if bool(few.any()):
-            seen = "nothing was seen" if int(count.max()) == 0 else f"only {int(count.min())} values were seen"
-            return f"{seen}{blocks.format(int(few.sum()))}, at least {min_count} needed; calibrate with more data"
+            nothing = int(count.max()) == 0
+            seen = "nothing was seen" if nothing else f"only {int(count.min())} values were seen"
+            remedy = "calibrate with data that reaches it" if nothing else "calibrate with more data"
+            return f"{seen}{blocks.format(int(few.sum()))}, at least {min_count} needed; {remedy}"
         real = {name: state[name] for name in self.reductions if state[name].is_floating_point()}
         for name, value in real.items():
             if not bool(value.isfinite().all()):

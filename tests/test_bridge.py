@@ -652,7 +652,7 @@ GROUPS = QuantSpec(torch.int8, fsq.PerGroup(4))
         pytest.param(
             lambda: insert_observers_(nn.Sequential(nn.ReLU()), observer(), observer()),
             ValueError,
-            "no module of Sequential is a torch.nn.Linear that the filter takes; nothing was changed",
+            "no module of Sequential is a torch.nn.Linear to replace, and nothing was changed; look at the filter",
             id="insert_observers_(no layer)",
         ),
     ],

@@ -378,8 +378,8 @@ def test_what_several_ranks_cannot_do_is_refused_by_each_before_a_batch_runs(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"window": 0}, "window=0; it must be at least 1"),
-        ({"save_every": -1}, "save_every=-1; it must be at least 1"),
+        ({"window": 0}, "window=0; give an int, at least 1"),
+        ({"save_every": -1}, "save_every=-1; give an int, at least 1"),
         ({"until_stable": 0.0}, r"until_stable=0\.0; it is a share between 0 and 1, such as 0\.01"),
         ({"until_stable": 1.5}, r"until_stable=1\.5; it is a share"),
     ],

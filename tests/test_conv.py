@@ -1433,7 +1433,7 @@ def converted(config: StaticQuantConfig) -> nn.Module:
         pytest.param(
             lambda: bridge.prepare_(nn.Sequential(nn.ReLU()), StaticQuantConfig(torch.int8)),
             ValueError,
-            "no module of Sequential is one of torch.nn.Linear, .*, torch.nn.ConvTranspose3d that the filter takes",
+            "no module of Sequential is one of torch.nn.Linear, .*, torch.nn.ConvTranspose3d to replace",
             id="prepare_(no layer)",
         ),
         pytest.param(

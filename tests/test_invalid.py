@@ -264,7 +264,7 @@ INVALID: dict[str, tuple[object, ...]] = {
     "calc_qparams(tensor, x)": (ValueError, f"{READS}Tensor", READ),
     "calc_qparams(tensor, init(fixed, x.shape))": (ValueError, f"{READS}['count']", READ),
     "check(tensor, {})": (ValueError, f"{READS}[]", READ),
-    "check(tensor, init(tensor, x.shape))": (fsq.CalibrationError, "nothing was seen", "calibrate with more data"),
+    "check(tensor, init(tensor, x.shape))": (fsq.CalibrationError, "nothing was seen", "calibrate with data that"),
     "check(channel, init(channel, x.shape))": (fsq.CalibrationError, "nothing was seen in 4 of 4 blocks", "calibrate"),
     "check(tensor, seen, min_count=33)": (fsq.CalibrationError, "only 32 values", "at least 33 needed", "more data"),
     "check(tensor, observe(tensor, init(tensor, x.shape), x * 0))": (

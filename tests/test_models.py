@@ -251,9 +251,9 @@ def test_what_stays_in_float_is_listed_once_with_its_reason() -> None:
     with pytest.warns(UserWarning, match="2 modules stay in float") as caught:
         bridge.prepare_(encoder().eval(), INT8)
     assert len(caught) == 1
-    told = str(caught[0].message).splitlines()[1:]
-    assert [line.split(":")[0] for line in told] == ["  layers.0.self_attn", "  layers.1.self_attn"]
-    assert all("multiplies its projections itself, calling no layer; to have them quantized" in line for line in told)
+    (told,) = str(caught[0].message).splitlines()[1:]
+    assert told.startswith("  layers.0.self_attn, layers.1.self_attn: ")
+    assert "multiplies its projections itself, calling no layer; to have them quantized" in told
 
 
 def test_what_the_user_leaves_in_float_is_not_listed() -> None:
@@ -272,6 +272,150 @@ def test_a_kind_that_has_no_quantized_layer_is_listed() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": Mixed(), "c": nn.LazyLinear(3)})
     with pytest.warns(UserWarning, match=r"b: no quantized layer does what Mixed does\n  c: LazyLinear has no"):
         bridge.prepare_(model.eval(), INT8)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.scale = nn.Parameter(torch.ones(3, 4, 4)), nn.Parameter(torch.ones(1, 5, 4))
+
+
+def test_what_multiplies_a_parameter_of_its_own_is_listed() -> None:
+    layers = {
+        "a": nn.Linear(4, 4),
+        "lstm": nn.LSTM(4, 4),
+        "cell": nn.GRUCell(4, 4),
+        "bilinear": nn.Bilinear(4, 4, 4),
+        "experts": Experts(),
+        "embedding": nn.Embedding(5, 4),
+        "norm": nn.LayerNorm((4, 4)),
+        "prelu": nn.PReLU(4),
+    }
+    with pytest.warns(UserWarning, match="4 modules stay in float") as caught:
+        bridge.prepare_(nn.ModuleDict(layers).eval(), INT8)
+    told = str(caught[0].message).splitlines()[1:]
+    assert [line.split(" of its own")[0] for line in told] == [
+        "  lstm: LSTM has weight_ih_l0",
+        "  cell: GRUCell has weight_ih",
+        "  bilinear: Bilinear has weight",
+        "  experts: Experts has up",
+    ]
+    rules = dict.fromkeys(("lstm", "cell", "bilinear", "experts"))
+    bridge.prepare_(nn.ModuleDict(layers).eval(), StaticQuantConfig(torch.int8, rules=rules))
+
+
+class Looks(nn.Module):
+    """Casts its input to the dtype of its layers' weights, as many vision models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 4, 2, 2), nn.ConvTranspose2d(4, 6, 3, groups=2)
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.conv(x.to(self.conv.weight.dtype)).to(self.up.weight.dtype))
+        assert y.shape[1] == self.up.weight.shape[1] * 2
+        return self.linear(y.mean((2, 3)).to(self.linear.weight.device))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_quantized_layer_shows_its_weight_to_who_looks_at_it(preset: str) -> None:
+    model, x = Looks().eval().bfloat16(), torch.randn(2, 3, 8, 8)
+    bridge.prepare_(model, PRESETS[preset])
+    bridge.calibrate(model, [x])
+    before = {name: getattr(model, name).weight for name in ("conv", "up", "linear")}
+    bridge.convert_(model)
+    keys = set(model.state_dict())
+    for name, weight in before.items():
+        shown = getattr(model, name).weight
+        assert (shown.shape, shown.dtype, shown.device) == (weight.shape, weight.dtype, weight.device)
+        values = shown.dequantize() if hasattr(shown, "int_data") else shown
+        assert compute_error(weight.float(), values.float()) > 25
+    assert not [name for name in keys if name.endswith("weight")]
+    with torch.no_grad():
+        y = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), y, atol=0.05, rtol=0.05)
+
+
+LOST: dict[str, Callable[[nn.Module], object]] = {
+    "hooks": lambda layer: layer.register_forward_hook(lambda module, args, y: y + 100),
+    "a forward of its own": lambda layer: setattr(layer, "forward", lambda x: x),
+    "computed by a parametrization": lambda layer: nn.utils.parametrizations.weight_norm(layer).eval(),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_what_was_put_on_an_observed_layer_is_not_lost(case: str) -> None:
+    for take in (bridge.convert_, bridge.unprepare_):
+        model = prepared(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval())
+        bridge.calibrate(model, [inputs()])
+        LOST[case](model[1])
+        with pytest.raises(ValueError, match=rf"1: .*{case}, which would be lost; .*rule"):
+            take(model)
+        assert type(model[0]) is bridge.ObservedLinear
+
+
+def test_a_layer_that_is_called_otherwise_is_left_alone() -> None:
+    class Twice(nn.Linear):
+        def __call__(self, x: Tensor) -> Tensor:
+            return 2 * super().__call__(x)
+
+    model = nn.Sequential(Twice(16, 16), nn.Linear(16, 16)).eval()
+    with pytest.warns(UserWarning, match="0: Twice has a forward of its own"):
+        bridge.prepare_(model, INT8)
+    assert type(model[0]) is Twice
+
+
+def test_a_sharded_weight_is_refused() -> None:
+    layer = nn.Linear(16, 16)
+    layer.weight.placements = ()  # what a DTensor has
+    with pytest.raises(ValueError, match="0: the weight is sharded; quantize the model before it is sharded"):
+        bridge.prepare_(nn.Sequential(layer).eval(), INT8)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_model_may_be_prepared_before_it_has_memory(assign: bool) -> None:
+    model = prepared(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval())
+    with torch.device("meta"):
+        other = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    bridge.prepare_(other, INT8)
+    if not assign:
+        other.to_empty(device="cpu")
+        assert all(int(layer.act_obs.count) == 0 for layer in (other[0], other[2]))
+    float_state = {name: value for name, value in model.state_dict().items() if "obs" not in name}
+    assert not other.load_state_dict(float_state, assign=assign, strict=False).unexpected_keys
+    x = inputs()
+    for each in (model, other):
+        bridge.calibrate(each, [x])
+        bridge.convert_(each)
+    assert torch.equal(run(model, x), run(other, x))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (torch.int8, torch.int4),
+        (torch.int8, torch.int2),
+        (torch.uint8, torch.uint4),
+        (torch.float8_e4m3fn, torch.float8_e5m2),
+        (torch.float8_e4m3fn, torch.int8),
+        (torch.int8, torch.float8_e4m3fn),
+    ],
+    ids=str,
+)
+def test_the_state_of_another_format_is_refused(source: torch.dtype, target: torch.dtype) -> None:
+    models = []
+    for dtype in (source, target):
+        torch.manual_seed(0)
+        models.append(prepared(nn.Sequential(nn.Linear(16, 16)).eval(), StaticQuantConfig(dtype)))
+        bridge.calibrate(models[-1], [inputs()])
+        bridge.convert_(models[-1])
+    before = copy.deepcopy(models[1].state_dict())
+    with pytest.raises(RuntimeError, match=r"0.weight_codes .*; load the state of a layer that was quantized alike"):
+        models[1].load_state_dict(models[0].state_dict(), strict=False)
+    for name, value in models[1].state_dict().items():
+        assert torch.equal(value, before[name])
+    models[1].load_state_dict(before)
 
 
 def test_all_layers_that_cannot_be_prepared_are_named_at_once() -> None:

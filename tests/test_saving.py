@@ -442,7 +442,7 @@ def test_attention_recurrent_and_parametrized_layers_beside(tmp_path: Path) -> N
             return self.norm(self.lstm(self.attention(x, x, x, need_weights=False)[0])[0])
 
     data = torch.randn(2, 6, 16)
-    floats = StaticQuantConfig(torch.int8, rules={"attention": None, "norm": None})
+    floats = StaticQuantConfig(torch.int8, rules={"attention": None, "norm": None, "lstm": None})
     model = quantized(Mixed(), floats, data)
     bridge.save(model, tmp_path / "m")
     for factory in (Mixed, lambda: on_meta(Mixed)):

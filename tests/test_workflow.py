@@ -118,7 +118,13 @@ def test_a_batch_is_a_tensor_positional_arguments_or_keyword_arguments(batch: ob
 def test_padding_is_left_out_by_the_attention_mask_of_a_batch_or_by_a_function() -> None:
     keep = torch.tensor([[1, 1, 0], [1, 0, 0]])
     x = torch.where(keep[..., None] == 1, 1.0, 99.0).expand(2, 3, 16)
-    for mask, batch in ((None, {"x": x, "attention_mask": keep}), (lambda b: keep != 0, x)):
+    added = (1.0 - keep) * torch.finfo(torch.float32).min
+    for mask, batch in (
+        (None, {"x": x, "attention_mask": keep}),
+        (None, {"x": x, "attention_mask": keep.float()}),
+        (None, {"x": x, "attention_mask": added}),
+        (lambda b: keep != 0, x),
+    ):
         model = prepared(Named())
         bridge.calibrate(model, [batch], mask=mask)
         assert largest(model) == 1.0
@@ -218,7 +224,7 @@ def test_nan_and_inf_in_activations_are_named_with_a_remedy(bad: float, kind: st
     data = batches()
     data[1, 0, 0] = bad
     model = calibrated(two_layers(), data=data)
-    with pytest.raises(CalibrationError, match=rf"0: {kind} was seen.*remove such values.*mask="):
+    with pytest.raises(CalibrationError, match=rf"0: {kind} was seen.*remove such values.*a mask, or .* SkipNonfinite"):
         bridge.convert_(model)
     assert kinds(model)[0] == "ObservedLinear"
 
@@ -229,7 +235,7 @@ def test_nan_and_inf_in_a_weight_are_named_with_a_remedy(bad: float) -> None:
     with torch.no_grad():
         model[2].weight[0, 0] = bad
     calibrated(model)
-    with pytest.raises(CalibrationError, match=r"1 layers .*\n  2: the weight has NaN or Inf; mend it, or leave"):
+    with pytest.raises(CalibrationError, match=r"1 layers .*\n  2: weight or bias has NaN or Inf; mend it, or leave"):
         bridge.convert_(model)
 
 
@@ -388,15 +394,45 @@ def no_batches() -> Iterator[Tensor]:
     ("call", "error", "message"),
     [
         pytest.param(
+            lambda: bridge.calibrate(prepared(two_layers()), {"input": batches()}),
+            TypeError,
+            r"batches is one dict; give an iterable of batches: \[batch\]",
+            id="calibrate(one mapping)",
+        ),
+        pytest.param(
+            lambda: bridge.report(prepared(two_layers()), {"input": batches()}),
+            TypeError,
+            r"batches is one dict; give an iterable of batches: \[batch\]",
+            id="report(one mapping)",
+        ),
+        pytest.param(
+            lambda: bridge.calibrate(prepared(two_layers()), batches(), max_batches=2.5),
+            ValueError,
+            r"max_batches=2\.5; give an int, at least 1",
+            id="calibrate(max_batches=2.5)",
+        ),
+        pytest.param(
+            lambda: bridge.calibrate(prepared(two_layers()), batches(), until_stable="a"),
+            ValueError,
+            "until_stable='a'; it is a share between 0 and 1",
+            id="calibrate(until_stable='a')",
+        ),
+        pytest.param(
+            lambda: StaticQuantConfig(torch.int8, rules=None),
+            TypeError,
+            "rules=None; give a dict of pattern or module class to config or None",
+            id="StaticQuantConfig(rules=None)",
+        ),
+        pytest.param(
             lambda: bridge.prepare_(nn.Sequential(nn.ReLU()), INT8),
             ValueError,
-            "no module of Sequential is one of torch.nn.Linear, .* that the filter takes; nothing was changed",
+            "no module of Sequential is one of torch.nn.Linear, .*; look at the filter and the rules",
             id="prepare_(no linear layer)",
         ),
         pytest.param(
             lambda: bridge.prepare_(two_layers(), INT8, lambda module, name: False),
             ValueError,
-            "no module of Sequential is one of torch.nn.Linear, .* that the filter takes; nothing was changed",
+            "no module of Sequential is one of torch.nn.Linear, .*; look at the filter and the rules",
             id="prepare_(filter takes none)",
         ),
         pytest.param(
@@ -476,7 +512,7 @@ def no_batches() -> Iterator[Tensor]:
         pytest.param(
             lambda: bridge.calibrate(prepared(two_layers()), batches(), max_batches=0),
             ValueError,
-            "max_batches=0; it must be at least 1",
+            "max_batches=0; give an int, at least 1",
             id="calibrate(max_batches=0)",
         ),
         pytest.param(
@@ -488,13 +524,13 @@ def no_batches() -> Iterator[Tensor]:
         pytest.param(
             lambda: bridge.quantize_(two_layers(), INT8),
             ValueError,
-            "no module of Sequential is a prepared layer that the filter takes; nothing was changed",
+            "no module of Sequential is a prepared layer to replace, and nothing was changed; prepare_ makes",
             id="quantize_(convert float model)",
         ),
         pytest.param(
             lambda: bridge.convert_(prepared(two_layers()), min_rows=0),
             ValueError,
-            "min_rows=0; it must be at least 1",
+            "min_rows=0; give an int, at least 1",
             id="convert_(min_rows=0)",
         ),
         pytest.param(
