@@ -35,7 +35,7 @@ class Int64:
         return codes.dtype is torch.int8 and zero_point is None
 
     def requantizes(self, spec: fsq.QuantSpec, scale: Tensor, activation: str) -> bool:
-        return spec.bounds in ((0, 255), (-128, 127))
+        return scale.numel() == 1 and spec.bounds in ((0, 255), (-128, 127))
 
     def key(self) -> tuple[object, ...]:
         return ()
@@ -44,7 +44,7 @@ class Int64:
         return 2
 
     def sum(self, q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
-        return ((q.long() - zero_point.long()).unsqueeze(1) * codes.long()).sum(-1)
+        return ((q.double() - zero_point) @ codes.double().t()).long()  # exact below 2**53
 
     def then(self, y: Tensor, activation: str, to_scale: Tensor | None, to_zero_point: Tensor | None) -> Tensor:
         if to_scale is None:
@@ -174,6 +174,72 @@ class NoActivation(Int64):
         return super().then(y, "none", *to)
 
 
+class ReadsWithoutStrides(Int64):
+    def product(
+        self, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Any, *then: Any, **to: Any
+    ) -> Any:
+        if bias is not None:
+            bias = bias.as_strided(bias.shape, (1,))
+        return super().product(q, zero_point, codes, scale, bias, *then, **to)
+
+
+class KeepsTheFirstWeight(Int64):
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def once(self, codes: Tensor) -> Tensor:
+        if id(codes) not in self.kept:
+            self.kept[id(codes)] = codes, codes.clone()
+        return self.kept[id(codes)][1]
+
+    def sum(self, q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
+        return super().sum(q, zero_point, self.once(codes))
+
+    def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+        return super().sums(q, zero_point, self.once(codes), *rest)
+
+
+class FewRows(Int64):
+    def sum(self, q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
+        total = super().sum(q, zero_point, codes)
+        total[64:] = 0
+        return total
+
+
+class OneForAnother(Int64):
+    """The two differ by less than 0.21."""
+
+    def then(self, y: Tensor, activation: str, *to: Any) -> Tensor:
+        return super().then(y, "silu" if activation == "gelu" else activation, *to)
+
+
+class MakesCodesOfAnyBits(Int64):
+    def requantizes(self, spec: fsq.QuantSpec, scale: Tensor, activation: str) -> bool:
+        return True
+
+
+class ReadsChannelsFirst(Int64):
+    def sums(self, q: Tensor, *rest: Any) -> Tensor:
+        channels, height, width = q.shape[1:]
+        first = q.as_strided(q.shape, (channels * height * width, height * width, width, 1))
+        return super().sums(first, *rest)
+
+
+class FewGroups(Int64):
+    def sums(self, *given: Any) -> Tensor:
+        total = super().sums(*given)
+        each = total.shape[1] // given[-1]
+        total[:, 8 * each :] = 0
+        return total
+
+
+class Narrow(Int64):
+    def sums(self, *given: Any) -> Tensor:
+        total = super().sums(*given)
+        total[..., 24:] = 0
+        return total
+
+
 class PadsWithCodesOfZero(Int64):
     def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, stride: Any, padding: Any, *rest: Any) -> Tensor:
         top, bottom, left, right = padding
@@ -225,6 +291,11 @@ class OneScaleAGroup(Int64):
                 AnotherDtype,
                 CodesOffByTwo,
                 NoActivation,
+                ReadsWithoutStrides,
+                KeepsTheFirstWeight,
+                FewRows,
+                OneForAnother,
+                MakesCodesOfAnyBits,
             )
         ),
         *(
@@ -237,6 +308,10 @@ class OneScaleAGroup(Int64):
                 OneScaleAGroup,
                 CodesOffByTwo,
                 NoActivation,
+                KeepsTheFirstWeight,
+                ReadsChannelsFirst,
+                FewGroups,
+                Narrow,
             )
         ),
     ],
@@ -252,6 +327,16 @@ def test_a_wrong_backend_is_found_with_the_call_that_shows_it(
     with pytest.raises(AssertionError):
         law(wrong(), **arguments)
     law(Int64(), **arguments)
+
+
+def test_a_backend_that_supports_nothing_is_not_passed() -> None:
+    class Nothing(Int64):
+        def supports(self, codes: Tensor, zero_point: Tensor | None) -> bool:
+            return False
+
+    for check in (check_product, check_convolution):
+        with pytest.raises(AssertionError, match="supports none of the weights that were drawn"):
+            check(Nothing())
 
 
 def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
