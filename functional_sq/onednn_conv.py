@@ -10,6 +10,8 @@ which oneDNN 3.12 needs some care; each point was found by comparing with exact 
   wrong in 70 000 random geometries, with AMX and without.
 * A zero point other than 0, and groups of one channel that have more than 32 outputs each: wrong for most
   numbers of outputs. Each group is given a second channel, whose weight is 0.
+* Images one pixel wide, of which a stride leaves rows out: with two threads results are wrong now and then, and
+  memory is written to that is not the result's. Such an image is one pixel high instead.
 * Sums above 2**24, see `functional_sq.onednn.exactly`.
 * The layout of a packed weight depends on the image's shape, and on whether the zero point is 0: where it is not,
   the weight holds the sums of its rows. One in another layout is reordered in each call, which for 512 x 512 x
@@ -221,18 +223,31 @@ def _conv(
         q = F.pad(q.unsqueeze(2), [0, 0, 0, 0, 0, 1]).flatten(1, 2)
         q = q.contiguous(memory_format=torch.channels_last)
     q, steps, around = _fitted(q, z, codes, stride, padding, dilation)
-    packed = _pack(codes, (q.shape, z == 0, steps, around, tuple(dilation), groups))
+    along = [tuple(pair) for pair in (_kernel(codes), steps, around, dilation)]
+    turned = q.shape[3] == 1
+    if turned:
+        q, along = _turned(q), [pair[::-1] for pair in along]
+    kernel, *settings = along
+    packed = _pack(codes, (q.shape, z == 0, kernel, *settings, groups))
 
     def convolved(
         q: Tensor, z: int, scale: Tensor, bias: Tensor | None, tail: onednn.Tail, onto: Tensor | None
     ) -> Tensor:
         y: Tensor = torch.ops.onednn.qconv_pointwise.default(
-            q, 1.0, z, packed.weight, scale, packed.zero, bias, steps, around, dilation, groups, *tail
+            q, 1.0, z, packed.weight, scale, packed.zero, bias, *settings, groups, *tail
         )
         return y
 
     then = activation, to_scale, to_zero_point, dtype
-    return onednn.exactly(convolved, q, z, scale, bias, packed.largest, *then)
+    y = onednn.exactly(convolved, q, z, scale, bias, packed.largest, *then)
+    return _turned(y) if turned else y
+
+
+def _turned(x: Tensor) -> Tensor:
+    """Return images that are one pixel wide or high, with height and width exchanged; the channels last in memory."""
+    batch, channels, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x.as_strided((batch, channels, width, height), (x[0].numel(), 1, channels * height, channels))
 
 
 def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -325,16 +340,16 @@ def _pack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
 def _made(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
     # Which layout fits is remembered in torch without the zero point: of two layers with one form but for it, the
     # second gets the layout of the first, and is reordered in each call.
-    shape, is_zero, *settings, groups = form
+    shape, is_zero, kernel, *settings = form
     with torch.inference_mode(False):  # what is kept serves calls outside of it too
-        weight, one = codes.reshape(*codes.shape[:2], *_kernel(codes)), torch.ones(1, dtype=torch.float32)
-        if _is_widened(codes, groups):
+        weight, one = codes.reshape(*codes.shape[:2], *kernel), torch.ones(1, dtype=torch.float32)
+        if _is_widened(codes, settings[-1]):
             weight = F.pad(weight, [0, 0, 0, 0, 0, 1])
         return _Packed(
             onednn.state(codes),
             form,
             form,
-            torch.ops.onednn.qconv_prepack(weight, one, 1.0, int(not is_zero), *settings, groups, shape),
+            torch.ops.onednn.qconv_prepack(weight, one, 1.0, int(not is_zero), *settings, shape),
             torch.zeros(1, dtype=torch.int32),
             onednn.largest_sum(codes),
         )

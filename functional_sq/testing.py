@@ -1250,8 +1250,8 @@ def _products(draw: st.DrawFn, backend: Product) -> dict[str, Any]:
 
 @st.composite
 def _convolutions(draw: st.DrawFn, backend: Convolution) -> dict[str, Any]:
-    channels = draw(st.one_of(st.integers(1, 8), st.sampled_from([65, 900, 5000])))
-    outputs = draw(st.one_of(st.integers(1, 12), st.sampled_from([33, 48, 65])))
+    channels = draw(st.one_of(st.integers(1, 8), st.sampled_from([1, 65, 900, 5000])))
+    outputs = draw(st.one_of(st.integers(1, 12), st.integers(33, 80)))
     groups = draw(st.one_of(st.integers(1, 6), st.sampled_from([9, 17]))) if channels * outputs < 100 else 1
     kernel = draw(st.one_of(st.tuples(st.integers(1, 4)), st.tuples(st.integers(1, 4), st.integers(1, 4))))
     codes = torch.empty((groups * outputs, channels, *kernel), dtype=torch.int8)
