@@ -46,6 +46,7 @@ from functional_sq.requantize import ACTIVATIONS, apply_epilogue
 __all__ = [
     "LAWS",
     "Law",
+    "a_constant_is_represented",
     "assert_same_bits",
     "cases",
     "check_convolution",
@@ -57,6 +58,7 @@ __all__ = [
     "convolution_is_exact",
     "granularities",
     "granularities_agree",
+    "large_is_its_pieces",
     "masked_values_do_not_count",
     "merge_is_a_commutative_monoid",
     "observe_is_a_homomorphism",
@@ -68,6 +70,7 @@ __all__ = [
     "shapes",
     "specs",
     "tensors",
+    "unfit_states_are_faulty",
     "vmap_equals_loop",
     "zero_is_exact",
 ]
@@ -822,6 +825,90 @@ def granularities_agree(spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype
     )
 
 
+def large_is_its_pieces(spec: fsq.QuantSpec, *, rows: int, dtype: torch.dtype = torch.float32) -> None:
+    """Assert that a tensor of any size counts its elements, and is recorded as its pieces are.
+
+    An observer that depends on order has the first part alone to obey.
+
+    Args:
+        spec: the quantization, with the observer under test; its granularity reduces the first axis whole.
+        rows: of a tensor of normal values `(rows, 3)`, which is cut into 16 pieces.
+        dtype: dtype of the states.
+
+    Example:
+        >>> large_is_its_pieces(fsq.QuantSpec(torch.int8, fsq.PerTensor()), rows=2000)
+    """
+    x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows))
+    empty = fsq.init(spec, x.shape, dtype=dtype)
+    state = fsq.observe(spec, empty, x)
+    counted = int(state["count"].sum())
+    _require(counted == x.numel(), "the counts of a state sum to the elements", counted=counted, elements=x.numel())
+    if _depends_on_order(spec, empty):
+        return
+    pieces = [fsq.observe(spec, empty, piece) for piece in x.tensor_split(16)]
+    merged = functools.reduce(functools.partial(fsq.merge, spec), pieces)
+    assert_same_bits("observe(init, x)", "the merge of its 16 pieces", state, merged)
+
+
+def unfit_states_are_faulty(
+    spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Assert that `fault` tells of a state that saw nothing, and of one that saw a NaN.
+
+    An observer whose range does not depend on data need not. One that leaves NaN out need not either, but then
+    its state says so: it is another than that of the data without them.
+
+    Args:
+        spec: the quantization, with the observer under test.
+        batches: three tensors of one shape, finite.
+        dtype: dtype of the states.
+
+    Example:
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> unfit_states_are_faulty(spec, (torch.ones(2), torch.zeros(2), torch.rand(2)))
+    """
+    empty = fsq.init(spec, batches[0].shape, dtype=dtype)
+    if spec.observer.fault(empty, 1) is None:
+        fixed = fsq.calc_qparams(spec, empty)
+        for x in batches:
+            qp = fsq.calc_qparams(spec, _seen(spec, empty, x))
+            assert_same_bits("calc_qparams(observe(init, x))", "calc_qparams(init), which is not faulty", qp, fixed)
+        return
+    x = batches[0].clone(memory_format=torch.contiguous_format)
+    x.view(-1)[0] = math.nan
+    seen, without = fsq.observe(spec, empty, x), fsq.observe(spec, empty, x, mask=~x.isnan())
+    told = any(not torch.equal(_bits(seen[name]), _bits(without[name])) for name in seen)
+    _require(
+        spec.observer.fault(seen, 1) is not None or told, "a NaN is a fault, or the state tells of it", x=x, s=seen
+    )
+
+
+def a_constant_is_represented(
+    spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Assert that where one value was seen, of either sign, it has a code that stands for it within an eighth.
+
+    An observer whose range does not depend on data need not.
+
+    Args:
+        spec: the quantization, of 8 bits, with the observer under test.
+        batches: tensors of one element that is not 0, within `[2**-12, 2**12]`.
+        dtype: dtype of the states.
+
+    Example:
+        >>> a_constant_is_represented(fsq.QuantSpec(torch.int8, fsq.PerTensor()), (torch.tensor([-3.0]),))
+    """
+    for one in batches:
+        x = one.expand(4, 3).contiguous()
+        empty = fsq.init(spec, x.shape, dtype=dtype)
+        if spec.observer.fault(empty, 1) is None:
+            return
+        qp = fsq.calc_qparams(spec, _seen(spec, empty, x, x))
+        y = fsq.dequantize(spec, fsq.quantize(spec, x, qp), qp)
+        near = (y - x).abs() <= x.abs() / 8
+        _require(bool(near.all()), "dequantize(quantize(x)) is near to x", **qp._asdict(), x=x, dequantized=y)
+
+
 def product_is_exact(
     backend: Product,
     *,
@@ -1124,6 +1211,26 @@ def _with_exponent(draw: st.DrawFn, observer: Observer) -> dict[str, Any]:
     }
 
 
+def _large_cases(observer: Observer) -> SearchStrategy[dict[str, Any]]:
+    """Return a few fixed cases: less and more than what a cache, or a piece of an observer, holds."""
+    granularities = fsq.PerTensor(), fsq.PerAxis(-1)
+    specs = [fsq.QuantSpec(torch.int8, granularity, observer=observer) for granularity in granularities]
+    return st.sampled_from([{"spec": spec, "rows": rows} for rows in (2_000, 40_000, 130_000) for spec in specs])
+
+
+@st.composite
+def _constants(draw: st.DrawFn, observer: Observer) -> dict[str, Any]:
+    kinds = [(torch.int8, fsq.MappingType.SYMMETRIC), (torch.uint8, fsq.MappingType.ASYMMETRIC)]
+    kinds.append((torch.float8_e4m3fn, fsq.MappingType.SYMMETRIC))
+    dtype, mapping = draw(st.sampled_from(kinds))
+    value = draw(st.floats(2.0**-12, 2.0**12, width=32)) * draw(st.sampled_from([1.0, -1.0]))
+    granularity = draw(st.sampled_from([fsq.PerTensor(), fsq.PerAxis(-1)]))
+    return {
+        "spec": fsq.QuantSpec(dtype, granularity, mapping=mapping, observer=observer),
+        "batches": (torch.tensor([value]),),
+    }
+
+
 def _compiled_cases(observer: Observer) -> SearchStrategy[dict[str, Any]]:
     """Return a few fixed cases: a compilation takes too long for drawn ones."""
     generator = torch.Generator().manual_seed(0)
@@ -1177,6 +1284,9 @@ LAWS: Final[Mapping[str, Law]] = MappingProxyType(
             Law(scale_equivariance, _with_exponent),
             Law(granularities_agree, _finite),
             Law(qparams_ignore_splits, _finite),
+            Law(large_is_its_pieces, _large_cases, max_examples=6),
+            Law(unfit_states_are_faulty, _finite),
+            Law(a_constant_is_represented, _constants),
         )
     }
 )

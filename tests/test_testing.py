@@ -324,6 +324,48 @@ class KeepsFirst(fsq.MinMax):
         return {name: torch.where(a["count"] > 0, a[name], b[name]) for name in a}
 
 
+@dataclass(frozen=True)
+class FewElements(fsq.MinMax):
+    """Records a thousand at most."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        new = super().observe(state, x, keep)
+        return state | {"count": new["count"]} if x.numel() > 1000 else new
+
+
+@dataclass(frozen=True)
+class CountsUpTo(fsq.MinMax):
+    """Has a counter of few bits."""
+
+    def merge(self, a: State, b: State) -> State:
+        new = super().merge(a, b)
+        return new | {"count": new["count"].clamp(max=5000)}
+
+
+@dataclass(frozen=True)
+class NeverFaulty(fsq.MinMax):
+    """Lets a range be chosen from nothing."""
+
+    def fault(self, state: State, min_count: int) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class DropsNaN(fsq.MinMax):
+    """Leaves NaN out and says nothing."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        return super().observe(state, x, ~x.isnan() if keep is None else keep & ~x.isnan())
+
+
+@dataclass(frozen=True)
+class Positive(fsq.MinMax):
+    """Has no room for what is below 0."""
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        return state["max"] * 0, state["max"].clamp(min=0)
+
+
 WRONG = [
     (MeanRange(), "merge_is_a_commutative_monoid"),
     (CountsFromOne(), "merge_is_a_commutative_monoid"),
@@ -344,6 +386,11 @@ WRONG = [
     (AtLeastOne(), "scale_equivariance"),
     (WeighsAxes(), "granularities_agree"),
     (MeanRange(), "qparams_ignore_splits"),
+    (FewElements(), "large_is_its_pieces"),
+    (CountsUpTo(), "large_is_its_pieces"),
+    (NeverFaulty(), "unfit_states_are_faulty"),
+    (DropsNaN(), "unfit_states_are_faulty"),
+    (Positive(), "a_constant_is_represented"),
 ]
 
 
@@ -355,7 +402,7 @@ def test_wrong_observer_fails_its_law(observer: fsq.Observer, name: str) -> None
         check_law(LAWS[name], observer)
     message = str(failure.value)
     assert message.startswith(f"{name}(\n    spec=QuantSpec(")
-    assert "batches=(tensor(" in message
+    assert "batches=(tensor(" in message or "rows=2000" in message
 
 
 def test_every_law_has_an_observer_that_breaks_it() -> None:
@@ -386,9 +433,9 @@ def test_check_observer_names_each_broken_law_once(capfd: pytest.CaptureFixture[
     with pytest.raises(AssertionError) as failure:
         check_observer(AtLeastOne(), max_examples=10)
     title, *examples = str(failure.value).split("\n\n")
-    assert title == f"AtLeastOne() fails 1 of {len(LAWS)} laws: scale_equivariance"
-    assert len(examples) == 1
-    assert examples[0].startswith("scale_equivariance(\n")
+    broken = ["scale_equivariance", "a_constant_is_represented"]
+    assert title == f"AtLeastOne() fails 2 of {len(LAWS)} laws: {', '.join(broken)}"
+    assert [example.partition("(\n")[0] for example in examples] == broken
     assert capfd.readouterr() == ("", "")
 
 
