@@ -273,19 +273,17 @@ class Quantized(Buffers):
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """Say which codes and zero points of a state are none of this layer's formats."""
         found = []
-        low, high = self.weight_spec.bounds
-        shift = 128 if self.weight_spec.format.bounds[1] == 255 else 0  # as `fold` stores them
-        bounds = {"weight_codes": (low - shift, high - shift), "act_zero_point": self.act_spec.bounds}
-        for name, (least, most) in bounds.items():
+        for name, spec in (("weight_codes", self.weight_spec), ("act_zero_point", self.act_spec)):
             value, own = state_dict.get(prefix + name), getattr(self, name)
             if not isinstance(value, Tensor) or value.is_meta or value.numel() == 0:
                 continue
-            spec = self.act_spec if name == "act_zero_point" else self.weight_spec
             if value.dtype is not own.dtype:
                 found.append(f"{prefix}{name} is {value.dtype}, and a layer of {spec.dtype} has {own.dtype}")
-            elif not value.is_floating_point() and not least <= int(value.min()) <= int(value.max()) <= most:
-                ends = f"{int(value.min())} to {int(value.max())}"
-                found.append(f"{prefix}{name} has codes from {ends}, and {spec.dtype} those from {least} to {most}")
+            elif not value.is_floating_point():
+                codes = fsq.unfold(spec, self.folded._replace(codes=value))[0] if name == "weight_codes" else value
+                (low, high), (least, most) = spec.bounds, (int(codes.min()), int(codes.max()))
+                if not low <= least <= most <= high:
+                    found.append(f"{prefix}{name} has codes from {least} to {most}, and {spec.dtype} {low} to {high}")
         return [f"{fault}; load the state of a layer that was quantized alike" for fault in found]
 
     @property

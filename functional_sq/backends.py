@@ -7,7 +7,7 @@ rows enough.
 Without one the arithmetic is that of `functional_sq.int_mm` and `float8_mm`, with the same bits.
 
 All but the products themselves are asked while a graph is traced: they see shapes, dtypes, devices and the
-machine, never values.
+machine, never values. Codes may be written to between two products; scale and bias may have strides.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Backend(Protocol):
         """Whether it takes a folded weight: its int8 codes, and its zero point, which is None where it is 0."""
 
     def requantizes(self, spec: QuantSpec, scale: Tensor, activation: str, /) -> bool:
-        """Whether it applies a key of `ACTIVATIONS` and makes uint8 codes of the result, one scale."""
+        """Whether it applies a key of `ACTIVATIONS` and makes uint8 codes of the result: of all 8 bits, one scale."""
 
     def key(self) -> tuple[object, ...]:
         """What its answers depend on, beside their arguments; its `repr` is part of `fingerprint`."""

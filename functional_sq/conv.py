@@ -441,11 +441,9 @@ def _corrected(
     assert weight.zero_point is not None
     codes = weight.codes
     ones = torch.ones((groups, *codes.shape[1:]), dtype=torch.int8, device=codes.device)
+    unscaled = torch.ones(len(codes), dtype=torch.float32, device=codes.device)
     product, window = (
-        _by(backend, q, qp, w, torch.ones(len(w), dtype=torch.float32, device=w.device), None, geometry, groups).to(
-            torch.int32
-        )
-        for w in (codes, ones)
+        _by(backend, q, qp, w, unscaled[: len(w)], None, geometry, groups).to(torch.int32) for w in (codes, ones)
     )
     zero_point = weight.zero_point.reshape(-1, *(1 for _ in codes.shape[2:]))
     return product - zero_point * window.repeat_interleave(len(codes) // groups, 1)
