@@ -228,8 +228,9 @@ def main() -> None:
     args = parser.parse_args()
     keep_memory()
     small = [(1, 384, 384), (32, 384, 384), (128, 384, 384)]
-    large = [(32, 1024, 1024), (1, 1024, 4096), (1024, 1024, 4096), (4096, 384, 1536), (4096, 1536, 384)]
-    shapes, seconds = (small[:2], 0.1) if args.quick else (small + large, 6.0)
+    few = [(1, 1024, 4096), (1, 4096, 4096), (1, 11008, 4096), (16, 4096, 11008), (32, 1024, 1024)]  # tokens
+    large = [(1024, 1024, 4096), (4096, 384, 1536), (4096, 1536, 384)]
+    shapes, seconds = (small[:2], 0.1) if args.quick else (small + few + large, 6.0)
     print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchao {torchao.__version__}")
     print("compiled where not said; medians in ms, and as multiples of quantize + product\n")
     table(of_shapes(shapes, columns), ("quantize", "product"), seconds)
