@@ -88,11 +88,15 @@ class ObserverModule(Buffers):
             self._forget()
         return self
 
+    def nothing(self, device: torch.device | None = None) -> fsq.State:
+        """Return the state of an observer like this one that has seen nothing."""
+        count = self.state["count"]
+        return self.spec.observer.init(tuple(count.shape), torch.float32, device or count.device)
+
     def _forget(self, device: torch.device | None = None) -> None:
-        count = self._buffers["count"]
-        state = self.spec.observer.init(tuple(count.shape), torch.float32, device or count.device)
-        for name, value in state.items():
-            self.register_buffer(name, value)
+        with torch.inference_mode(False):  # as `reset`
+            for name, value in self.nothing(device).items():
+                self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._buffers:

@@ -45,8 +45,8 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
     Parameters and their names stay: the prepared model computes what the float model computes and
     loads its `state_dict`. `unprepare_` takes the observers out again.
 
-    Layers that no one chose to leave in float and that yet must stay so (the projections inside
-    `torch.nn.MultiheadAttention`, which it multiplies itself) are listed once, in one warning.
+    Modules that no one chose to leave in float and that yet must stay so, for they multiply parameters of
+    their own and call no layer (`torch.nn.MultiheadAttention`, recurrent ones), are listed once, in one warning.
 
     Args:
         model: any module with such layers inside; may be compiled already.
@@ -115,7 +115,7 @@ def unprepare_(model: nn.Module) -> nn.Module:
         `model`; its layers are the very modules that `prepare_` replaced.
 
     Raises:
-        ValueError: the model has no observed layer.
+        ValueError: the model has no observed layer, or one got hooks or a parametrization, which would be lost.
 
     Example:
         >>> import torch, bridge
@@ -200,7 +200,7 @@ def calibrate(
     if ranks > 1:
         # Each rank records from nothing, so that what was there already is not counted once a rank.
         for observer in observers.values():
-            write(observer, _nothing(observer))
+            write(observer, observer.nothing())
     done = _resume(path, observers) if path is not None and path.exists() else 0
     stability = None if until_stable is None else _Stability(observers, until_stable, window)
     record = done, _record(observers)
@@ -303,7 +303,8 @@ def convert_(
     Raises:
         CalibrationError: layers are unfit, each with its reason; all layers are, for `"float"`. The
             model is as it was.
-        ValueError: the model has no observed layer, or an argument is outside its range.
+        ValueError: the model has no observed layer, one got hooks or a parametrization, which would be lost, or an
+            argument is outside its range.
 
     Example:
         >>> import torch, bridge
@@ -504,12 +505,6 @@ def _record(observers: Mapping[str, ObserverModule]) -> _Record:
 
 def _merged(observers: Mapping[str, ObserverModule], a: _Record, b: _Record) -> _Record:
     return {name: fsq.merge(observer.spec, a[name], b[name]) for name, observer in observers.items()}
-
-
-def _nothing(observer: ObserverModule) -> fsq.State:
-    """Return the state of `observer` that has seen nothing."""
-    count = observer.state["count"]
-    return observer.spec.observer.init(tuple(count.shape), torch.float32, count.device)
 
 
 def _restore(observers: Mapping[str, ObserverModule], record: _Record) -> None:

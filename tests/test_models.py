@@ -387,6 +387,7 @@ def test_a_model_may_be_prepared_before_it_has_memory(assign: bool) -> None:
     x = inputs()
     for each in (model, other):
         bridge.calibrate(each, [x])
+        each(x)  # records outside of inference mode too
         bridge.convert_(each)
     assert torch.equal(run(model, x), run(other, x))
 
