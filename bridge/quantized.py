@@ -264,8 +264,7 @@ class Quantized(Buffers):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         faults = self._misfits(state_dict, prefix)
         if faults:
-            *_, messages = args
-            messages.extend(faults)
+            args[-1].extend(faults)  # error_msgs
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._fold()
@@ -277,9 +276,10 @@ class Quantized(Buffers):
             value, own = state_dict.get(prefix + name), getattr(self, name)
             if not isinstance(value, Tensor) or value.is_meta or value.numel() == 0:
                 continue
+            held = spec.format.storage if name == "weight_codes" else value.dtype
             if value.dtype is not own.dtype:
                 found.append(f"{prefix}{name} is {value.dtype}, and a layer of {spec.dtype} has {own.dtype}")
-            elif not value.is_floating_point():
+            elif not value.is_floating_point() and spec.bounds != (torch.iinfo(held).min, torch.iinfo(held).max):
                 codes = fsq.unfold(spec, self.folded._replace(codes=value))[0] if name == "weight_codes" else value
                 (low, high), (least, most) = spec.bounds, (int(codes.min()), int(codes.max()))
                 if not low <= least <= most <= high:

@@ -954,22 +954,17 @@ def product_is_exact(
     q, w = _drawn_codes(draw, (rows, k), (n, k), fill, zero_point, seed)
     z = torch.tensor([zero_point], dtype=torch.int32)
     scale, b = _drawn_epilogue(draw, n, bias, strided)
-
-    def compare() -> Tensor:
+    multiply = functools.partial(backend.product, q, z, w, scale, b)
+    for _ in range(2):
         total = (q.long() - zero_point) @ w.long().t()
-        multiply = functools.partial(backend.product, q, z, w, scale, b)
         _assert_rounded(backend, multiply, total, scale, b, dtype, activation, step)
-        return total
-
-    total = compare()
-    if residual:
-        added = torch.randn(rows, n, generator=draw).to(dtype)
-        before = added.clone()
-        right = apply_epilogue(total, scale, b, dtype, added)
-        assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, q, z, w, scale, b), right)
-        assert_same_bits("residual after the call", "residual", added, before)
-    w.bitwise_not_()
-    compare()
+        if residual:
+            added = torch.randn(rows, n, generator=draw).to(dtype)
+            before = added.clone()
+            right = apply_epilogue(total, scale, b, dtype, added)
+            assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, q, z, w, scale, b), right)
+            assert_same_bits("residual after the call", "residual", added, before)
+        w.bitwise_not_()
 
 
 def convolution_is_exact(
