@@ -23,8 +23,7 @@ def is_traced(x: Tensor) -> bool:
 
 def is_known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds; for sizes that are symbols, whatever they are, and without a guard."""
-    if isinstance(condition, bool):
-        return condition
+    # Not asked of a bool apart: Dynamo takes a condition on symbols for one, and guards its value.
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
     return statically_known_true(condition)
