@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from functional_sq import onednn, onednn_conv
-from functional_sq.blocks import is_known
 from functional_sq.spec import QuantSpec
 
 __all__ = ["CONVOLUTIONS", "PRODUCTS", "Convolution", "Product", "convolution_for", "fingerprint", "product_for"]
@@ -164,4 +163,6 @@ def _reaches(rows: int, least: int) -> bool:
     """
     if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
         return rows >= least
-    return not is_known(rows < least)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return not statically_known_true(rows < least)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["align", "blockwise", "is_batched", "is_known", "is_traced", "split"]
+__all__ = ["align", "blockwise", "is_batched", "is_traced", "split"]
 
 
 def is_traced(x: Tensor) -> bool:
@@ -19,14 +19,6 @@ def is_traced(x: Tensor) -> bool:
     The type tells where the compiler traces an operator of ours and torch before 2.13 does not say so.
     """
     return torch.compiler.is_compiling() or type(x) is not Tensor
-
-
-def is_known(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes holds; for sizes that are symbols, whatever they are, and without a guard."""
-    # Not asked of a bool apart: Dynamo takes a condition on symbols for one, and guards its value.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
-    return statically_known_true(condition)
 
 
 def is_batched(*tensors: Tensor | None) -> bool:

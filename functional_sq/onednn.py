@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from functional_sq.blocks import is_batched, is_known, is_traced
+from functional_sq.blocks import is_batched, is_traced
 from functional_sq.granularity import PerTensor
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.qparams import MappingType, QParams
@@ -213,13 +213,21 @@ def plus(residual: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: 
     operands = q, zero_point, codes, scale, bias
     # A batch of vmap is no memory to write to, and an operator of ours has no gradient. Where Inductor leaves the
     # copy out and then needs one, it takes it from the start of the storage (torch 2.13).
-    within = is_traced(residual) and not is_known(residual.storage_offset() == 0)
+    within = is_traced(residual) and not _is_zero(residual.storage_offset())
     alone = is_batched(residual, *operands) or residual.requires_grad or made(residual.dtype) is not residual.dtype
     if alone or within:
         return (product(*operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
     y = residual.clone(memory_format=torch.contiguous_format)
     torch.ops.functional_sq.onednn_add_product.default(y.reshape(-1, codes.shape[0]), *operands)
     return y
+
+
+def _is_zero(offset: int | torch.SymInt) -> bool:
+    if isinstance(offset, int):
+        return offset == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return statically_known_true(offset == 0)
 
 
 def made(dtype: torch.dtype) -> torch.dtype:
