@@ -21,21 +21,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from functional_sq import onednn, onednn_conv
+from functional_sq import onednn, onednn_conv, triton_conv, triton_mm
+from functional_sq.blocks import reaches
 from functional_sq.spec import QuantSpec
 
-__all__ = ["CONVOLUTIONS", "PRODUCTS", "Convolution", "Product", "convolution_for", "fingerprint", "product_for"]
+__all__ = [
+    "CONVOLUTIONS",
+    "PRODUCTS",
+    "Convolution",
+    "Product",
+    "codes_made",
+    "convolution_for",
+    "fingerprint",
+    "product_for",
+]
 
 
 class _Backend(Protocol):
     NAME: str
     """What `repr` of a layer and the report call it."""
 
+    CODES: torch.dtype
+    """Which codes of activations it takes and makes, with zero points that belong to them: torch.uint8 or int8."""
+
     def supports(self, codes: Tensor, zero_point: Tensor | None, /) -> bool:
         """Whether it takes a folded weight: its int8 codes, and its zero point, which is None where it is 0."""
 
     def requantizes(self, spec: QuantSpec, scale: Tensor, activation: str, /) -> bool:
-        """Whether it applies a key of `ACTIVATIONS` and makes uint8 codes of the result: of all 8 bits, one scale."""
+        """Whether it applies a key of `ACTIVATIONS` and makes codes of the result: of all 8 bits, one scale."""
 
     def key(self) -> tuple[object, ...]:
         """What its answers depend on, beside their arguments; its `repr` is part of `fingerprint`."""
@@ -52,7 +65,9 @@ class Product(_Backend, Protocol):
         q: Tensor,
         zero_point: Tensor,
         codes: Tensor,
+        weight_zero_point: Tensor | None,
         scale: Tensor,
+        offset: Tensor,
         bias: Tensor | None,
         activation: str = "none",
         to_scale: Tensor | None = None,
@@ -60,10 +75,23 @@ class Product(_Backend, Protocol):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return `(q - zero_point) @ codes.T * scale + bias` in `dtype`, or uint8 codes of it with `to_scale`."""
+        """Return `(q - zero_point) @ (codes - weight_zero_point).T * scale + bias` in `dtype`, or codes of it.
+
+        `offset` is `zero_point * (codes - weight_zero_point).sum(1)` for a backend whose `CODES` are int8, and not to
+        be read where they are uint8. It makes codes where there is `to_scale`.
+        """
 
     def plus(
-        self, residual: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, /
+        self,
+        residual: Tensor,
+        q: Tensor,
+        zero_point: Tensor,
+        codes: Tensor,
+        weight_zero_point: Tensor | None,
+        scale: Tensor,
+        offset: Tensor,
+        bias: Tensor | None,
+        /,
     ) -> Tensor:
         """Return the product plus `residual`, rounded once to its dtype."""
 
@@ -80,6 +108,7 @@ class Convolution(_Backend, Protocol):
         zero_point: Tensor,
         codes: Tensor,
         scale: Tensor,
+        offset: Tensor,
         bias: Tensor | None,
         stride: Sequence[int],
         padding: Sequence[int],
@@ -91,11 +120,11 @@ class Convolution(_Backend, Protocol):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return the sums over windows, times `scale`, plus `bias`, in `dtype`, or uint8 codes with `to_scale`."""
+        """Return the sums over windows, times `scale`, plus `bias`, in `dtype`, or codes; `offset` as of a product."""
 
 
-PRODUCTS: list[Product] = [onednn]
-CONVOLUTIONS: list[Convolution] = [onednn_conv]
+PRODUCTS: list[Product] = [onednn, triton_mm]
+CONVOLUTIONS: list[Convolution] = [onednn_conv, triton_conv]
 
 
 def product_for(rows: int, codes: Tensor, zero_point: Tensor | None) -> Product | None:
@@ -108,7 +137,7 @@ def product_for(rows: int, codes: Tensor, zero_point: Tensor | None) -> Product 
         True
     """
     for each in PRODUCTS:
-        if each.supports(codes, zero_point) and _reaches(rows, each.least_rows(codes)):
+        if each.supports(codes, zero_point) and reaches(rows, each.least_rows(codes)):
             return each
     return None
 
@@ -130,9 +159,22 @@ def convolution_for(
         True
     """
     for each in CONVOLUTIONS:
-        if each.supports(codes, zero_point) and _reaches(windows, each.least_windows(codes, stride, dilation, groups)):
+        if each.supports(codes, zero_point) and reaches(windows, each.least_windows(codes, stride, dilation, groups)):
             return each
     return None
+
+
+def codes_made(codes: Tensor) -> torch.dtype:
+    """Return of which dtype codes are where one layer hands them to the next: those of the backend for its weight.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq.backends import codes_made
+        >>> codes_made(torch.zeros(4, 16, dtype=torch.int8))
+        torch.uint8
+    """
+    known: list[Product] | list[Convolution] = PRODUCTS if codes.ndim == 2 else CONVOLUTIONS
+    return next((each.CODES for each in known if each.supports(codes, None)), torch.uint8)
 
 
 def fingerprint() -> str:
@@ -153,16 +195,3 @@ def fingerprint() -> str:
 def _sources() -> str:
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _reaches(rows: int, least: int) -> bool:
-    """Whether `rows` is `least` or more, or not known yet.
-
-    In a compiled graph for any number of rows it counts as more: 40 us lost on few are less than what many gain,
-    and a guard on the number would compile each layer's side of it.
-    """
-    if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
-        return rows >= least
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
-    return not statically_known_true(rows < least)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["align", "blockwise", "is_batched", "is_traced", "split"]
+__all__ = ["align", "blockwise", "is_batched", "is_traced", "reaches", "split"]
 
 
 def is_traced(x: Tensor) -> bool:
@@ -81,3 +81,21 @@ def blockwise(op: Callable[..., Tensor], x: Tensor, *stats: Tensor) -> Tensor:
         return op(x, *stats)
     sizes = [1 if i in dims else n for i, n in enumerate(view.shape)]
     return op(view, *(s.reshape(sizes) for s in stats)).reshape(x.shape)
+
+
+def reaches(rows: int, least: int) -> bool:
+    """Whether `rows` is `least` or more, or not known yet.
+
+    Example:
+        >>> from functional_sq.blocks import reaches
+        >>> reaches(3, 4)
+        False
+
+    In a compiled graph for any number of rows it counts as more: 40 us lost on few are less than what many gain,
+    and a guard on the number would compile each layer's side of it.
+    """
+    if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
+        return rows >= least
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return not statically_known_true(rows < least)

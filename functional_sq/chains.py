@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from functional_sq.backends import codes_made
 from functional_sq.conv import conv, fold_batch_norm
 from functional_sq.conv_transpose import conv_transpose
-from functional_sq.formats import Integer
 from functional_sq.linear import Epilogue, FoldedWeight, linear
 from functional_sq.observers.min_max import MinMax
 from functional_sq.qparams import MappingType, QParams
@@ -239,7 +239,7 @@ def hand_on(graph: fx.Graph) -> list[Link]:
         if written(producer, node, passed):
             continue
         links.append(Link(producer, activation, tuple(node.users)))
-        to_scale, to_zero_point, to_spec = _unsigned(graph, node)
+        to_scale, to_zero_point, to_spec = _handed(graph, producer, node)
         producer.args = (*producer.args[:-4], activation, to_scale, to_zero_point, to_spec)
         # After its new arguments, which are known before it: a buffer, or computed from one.
         node.append(producer)
@@ -404,22 +404,25 @@ def _writes(node: fx.Node) -> bool:
     return in_place or bare in ("setitem", "delitem") or bare.endswith("_")
 
 
-def _unsigned(graph: fx.Graph, node: fx.Node) -> tuple[Any, Any, Any]:
-    """Return scale, zero point and spec of the codes that a `functional_sq::quantize` makes: uint8, if it can be.
+def _handed(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> tuple[Any, Any, Any]:
+    """Return scale, zero point and spec of the codes that a `functional_sq::quantize` makes, as a backend makes them.
 
-    Codes of int8 plus 128, and their zero point, are the same differences; they are what oneDNN makes and
-    multiplies, and flipping their top bit twice between two layers would cost two passes.
+    Codes of int8 plus 128, and their zero point, are the same differences; flipping their top bit twice between two
+    layers would cost two passes.
     """
     _, scale, zero_point, text = node.args
     assert isinstance(text, str)
-    spec = _spec(text)
+    spec, codes = _spec(text), _example(producer.args[_CODES])
+    made = torch.uint8 if codes is None else codes_made(codes)
     multiplied = all(user.target is _PRODUCT and user.args[0] is node for user in node.users)
-    if not multiplied or not isinstance(spec.format, Integer) or spec.format.storage is not torch.int8:
+    eight = spec.format.bounds[1] == 255  # what `operand` shifts
+    if not multiplied or not (spec.format.storage is torch.int8 or eight) or spec.format.storage is made:
         return scale, zero_point, text
-    low, high = (int(code) + 128 for code in spec.bounds)
-    shifted = QuantSpec(torch.uint8, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
+    up = 128 if made is torch.uint8 else -128
+    low, high = (int(code) + up for code in spec.bounds)
+    shifted = QuantSpec(made, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
     with graph.inserting_before(node):
-        zero_point = graph.call_function(torch.add, (zero_point, 128))
+        zero_point = graph.call_function(torch.add, (zero_point, up))
     text = describe(shifted)
     for user in tuple(node.users):
         user.args = (user.args[0], user.args[1], zero_point, text, *user.args[4:])

@@ -44,9 +44,9 @@ from functional_sq.linear import (
     check_epilogue,
     check_operands,
     fits_operator,
+    given_to,
     made_by,
     operand,
-    unsigned,
 )
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
 from functional_sq.onednn import looped
@@ -147,9 +147,11 @@ def conv(
     if backend is not None and weight.zero_point is None:
         assert epilogue is not None
         known = None if bias is None else bias.to(wide)
-        convolve = partial(_by, backend, x, qp, weight.codes, epilogue.scale, known, geometry, groups)
+        assert epilogue.offset is not None
+        operands = *given_to(backend.CODES, spec, x, qp), weight.codes, epilogue.scale, epilogue.offset, known
+        convolve = partial(_by, backend, *operands, geometry, groups)
         if then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
-            y, then = made_by(convolve, then), None
+            y, then = made_by(convolve, then, backend.CODES), None
         else:
             y = convolve(dtype=dtype)
     else:
@@ -159,7 +161,7 @@ def conv(
         if x.shape[0] == 0:
             product = x.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
         elif backend is not None:
-            product = _corrected(backend, x, qp, weight, geometry, groups)
+            product = _corrected(backend, *given_to(backend.CODES, spec, x, qp), weight, geometry, groups)
         elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
             product = _direct(spec, x, qp, weight, geometry, groups)
         else:
@@ -399,25 +401,26 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Ge
 def _by(
     backend: Convolution,
     q: Tensor,
-    qp: QParams,
+    zero_point: Tensor,
     codes: Tensor,
     scale: Tensor,
+    offset: Tensor,
     bias: Tensor | None,
     geometry: _Geometry,
     groups: int,
     *then: Any,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return the convolution with a kept weight, by a backend: `(B, N, *size)` in `dtype`, or uint8 codes."""
-    q, zero_point = unsigned(q, qp.zero_point)
+    """Return the convolution with a kept weight, by a backend: `(B, N, *size)` in `dtype`, or codes."""
     # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
     q = q.movedim(1, -1).contiguous().movedim(-1, 1)
     stride, padding, dilation = geometry
     if len(stride) == 2:
         settings = stride, [*chain(*padding)], dilation, groups
-        return backend.convolve(q, zero_point, codes, scale, bias, *settings, *then, dtype=dtype)
+        return backend.convolve(q, zero_point, codes, scale, offset, bias, *settings, *then, dtype=dtype)
     wide = (1, *stride), [0, 0, *padding[0]], (1, *dilation), groups
-    return backend.convolve(q.unsqueeze(2), zero_point, codes, scale, bias, *wide, *then, dtype=dtype).squeeze(2)
+    y = backend.convolve(q.unsqueeze(2), zero_point, codes, scale, offset, bias, *wide, *then, dtype=dtype)
+    return y.squeeze(2)
 
 
 def asked_for(
@@ -435,18 +438,20 @@ def asked_for(
 
 
 def _corrected(
-    backend: Convolution, q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry, groups: int
+    backend: Convolution, q: Tensor, zero_point: Tensor, weight: FoldedWeight, geometry: _Geometry, groups: int
 ) -> Tensor:
     """Return the bracket of `functional_sq.linear` over the windows, by a backend: `(B, N, *size)` int32."""
     assert weight.zero_point is not None
     codes = weight.codes
     ones = torch.ones((groups, *codes.shape[1:]), dtype=torch.int8, device=codes.device)
     unscaled = torch.ones(len(codes), dtype=torch.float32, device=codes.device)
-    product, window = (
-        _by(backend, q, qp, w, unscaled[: len(w)], None, geometry, groups).to(torch.int32) for w in (codes, ones)
-    )
-    zero_point = weight.zero_point.reshape(-1, *(1 for _ in codes.shape[2:]))
-    return product - zero_point * window.repeat_interleave(len(codes) // groups, 1)
+
+    def sums(w: Tensor) -> Tensor:
+        offset = zero_point * w.flatten(1).sum(1, dtype=torch.int32)
+        return _by(backend, q, zero_point, w, unscaled[: len(w)], offset, None, geometry, groups).to(torch.int32)
+
+    of_weight = weight.zero_point.reshape(-1, *(1 for _ in codes.shape[2:]))
+    return sums(codes) - of_weight * sums(ones).repeat_interleave(len(codes) // groups, 1)
 
 
 def _gathered(

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from functional_sq.backends import product_for
 from functional_sq.compat import is_exporting
-from functional_sq.float8_mm import float8_product
+from functional_sq.float8_mm import float8_linear, float8_product
 from functional_sq.formats import REAL_DTYPES, Float8, check_real
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import INT32_TERMS, integer_product
@@ -49,12 +49,12 @@ __all__ = [
     "epilogue",
     "fits_operator",
     "fold",
+    "given_to",
     "linear",
     "linear_reference",
     "made_by",
     "operand",
     "unfold",
-    "unsigned",
 ]
 
 
@@ -331,28 +331,35 @@ def linear(
             f"tokens; quantize and multiply with the same qp"
         )
     backend = None
-    if epilogue is not None and scale.ndim == 1 and fits_operator(scale, bias, wide):
+    if epilogue is not None and offset is not None and scale.ndim == 1 and fits_operator(scale, bias, wide):
         backend = product_for(flat.shape[0], weight.codes, weight.zero_point)
     if backend is not None:
-        operands = *unsigned(flat, qp.zero_point), weight.codes, scale, None if bias is None else bias.to(wide)
+        assert offset is not None
+        zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(n)
+        operands = *given_to(backend.CODES, spec, flat, qp), weight.codes, zero_point, scale, offset, bias
         if then is not None and residual is None and backend.requantizes(then.spec, then.qp.scale, then.activation):
-            return made_by(partial(backend.product, *operands), then).reshape(*lead, n)
+            return made_by(partial(backend.product, *operands), then, backend.CODES).reshape(*lead, n)
         if residual is None:
             y = backend.product(*operands, dtype=dtype).reshape(*lead, n)
         else:
             y = backend.plus(residual, *operands)
         return y if then is None else requantize(y, then)
     codes = operand(spec, flat)
-    if offset is None:
-        product = float8_product(codes, weight.codes, fast_accum)
-    else:
-        product = integer_product(codes, weight.codes)
-        if weight.zero_point is not None:
-            token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
-            product = product - weight.zero_point.reshape(-1) * token_sum
-        product = product - offset
-    rest = None if residual is None else residual.reshape(-1, n)
-    y = apply_epilogue(product, scale, bias, dtype, rest).reshape(*lead, n)
+    made = None
+    if offset is None and scale.ndim == 1 and residual is None and fits_operator(scale, bias, wide):
+        made = float8_linear(codes, weight.codes, scale, bias, dtype, fast_accum)
+    if made is None:
+        if offset is None:
+            product = float8_product(codes, weight.codes, fast_accum)
+        else:
+            product = integer_product(codes, weight.codes)
+            if weight.zero_point is not None:
+                token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
+                product = product - weight.zero_point.reshape(-1) * token_sum
+            product = product - offset
+        rest = None if residual is None else residual.reshape(-1, n)
+        made = apply_epilogue(product, scale, bias, dtype, rest)
+    y = made.reshape(*lead, n)
     return y if then is None else requantize(y, then)
 
 
@@ -437,17 +444,21 @@ def operand(spec: QuantSpec, q: Tensor) -> Tensor:
     return (q ^ 128 if _shift(spec) else q).view(torch.int8)
 
 
-def unsigned(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes of at most 8 bits as uint8, and the int32 zero point of one element that belongs to them."""
-    zero_point = zero_point.reshape(1).to(torch.int32)
+def given_to(made: torch.dtype, spec: QuantSpec, q: Tensor, qp: QParams) -> tuple[Tensor, Tensor]:
+    """Return codes of at most 8 bits in the dtype of a backend, and the int32 zero point of one element for them."""
+    zero_point = qp.zero_point.reshape(1).to(torch.int32)
+    if made is torch.int8:
+        return operand(spec, q), zero_point - _shift(spec)
     return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
 
 
-def made_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization) -> Tensor:
-    """Return codes of 8 bits that `make(activation, scale, zero_point)` makes as uint8, in the dtype of their spec."""
-    if then.spec.format.storage is torch.uint8:
-        return make(then.activation, then.qp.scale, then.qp.zero_point)
-    return (make(then.activation, then.qp.scale, then.qp.zero_point.to(torch.int32) + 128) ^ 128).view(torch.int8)
+def made_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization, made: torch.dtype) -> Tensor:
+    """Return codes of 8 bits that `make(activation, scale, zero_point)` makes in `made`, in the dtype of their spec."""
+    storage, zero_point = then.spec.format.storage, then.qp.zero_point.to(torch.int32)
+    if storage is made:
+        return make(then.activation, then.qp.scale, zero_point)
+    up = 128 if made is torch.uint8 else -128
+    return (make(then.activation, then.qp.scale, zero_point + up) ^ up).view(storage)
 
 
 def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:

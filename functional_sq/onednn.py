@@ -21,10 +21,11 @@ from functional_sq.blocks import is_batched, is_traced
 from functional_sq.granularity import PerTensor
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.qparams import MappingType, QParams
-from functional_sq.requantize import ACTIVATIONS, Requantization, apply_epilogue, requantize
+from functional_sq.requantize import ACTIVATIONS, Requantization, apply_epilogue, fills_a_byte, requantize
 from functional_sq.spec import QuantSpec
 
 __all__ = [
+    "CODES",
     "NAME",
     "exactly",
     "is_state",
@@ -41,6 +42,9 @@ __all__ = [
 ]
 
 NAME: str = "oneDNN"
+
+CODES: torch.dtype = torch.uint8
+"""Codes of int8 take a reference kernel where there is VNNI and no AMX: 1500 ms where these take 0.1."""
 
 AVAILABLE = (
     hasattr(torch.ops.onednn, "qlinear_prepack")
@@ -144,15 +148,16 @@ def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
         >>> onednn.requantizes(fsq.QuantSpec(torch.int8, fsq.PerTensor(), quant_min=-127), torch.ones(1), "relu")
         False
     """
-    one = scale.numel() == 1 and scale.dtype is torch.float32
-    return one and spec.bounds in ((-128, 127), (0, 255)) and activation in _POST_OPS
+    return fills_a_byte(spec, scale) and activation in _POST_OPS
 
 
 def product(
     q: Tensor,
     zero_point: Tensor,
     codes: Tensor,
+    weight_zero_point: Tensor | None,
     scale: Tensor,
+    offset: Tensor,
     bias: Tensor | None,
     activation: str = "none",
     to_scale: Tensor | None = None,
@@ -163,12 +168,13 @@ def product(
     """Return `(q - zero_point) @ codes.T * scale + bias`: the sum exact, rounded to float32, then as written.
 
     Args:
-        q: `(M, K)` uint8. Codes of int8 take oneDNN's reference kernel where there is VNNI and no AMX:
-            1500 ms where these take 0.1.
+        q: `(M, K)` uint8.
         zero_point: int32, one element.
         codes: `(N, K)` int8 that `supports` takes; packed at the first call, and again once they change.
+        weight_zero_point: None; `supports` takes no other.
         scale: `(N,)` float32.
-        bias: `(N,)` float32 or None.
+        offset: not read; oneDNN takes the zero point.
+        bias: `(N,)` of any real dtype, or None.
         activation: applied to the result, if `requantizes` takes it.
         to_scale, to_zero_point: float32 and int32, one element each: the result is uint8 codes of them.
             oneDNN adds the zero point before it rounds, and has its own polynomials for activations: beside
@@ -183,16 +189,27 @@ def product(
         >>> import torch
         >>> from functional_sq import onednn
         >>> q, w = torch.tensor([[10, 1]], dtype=torch.uint8), torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
-        >>> onednn.product(q, torch.tensor([1], dtype=torch.int32), w, torch.tensor([1.0, 0.5]), None)
+        >>> z, scale, offset = torch.tensor([1], dtype=torch.int32), torch.tensor([1.0, 0.5]), torch.tensor([3, 7])
+        >>> onednn.product(q, z, w, None, scale, offset, None)
         tensor([[ 9.0000, 13.5000]])
     """
+    bias = None if bias is None else bias.to(torch.float32)
     y: Tensor = torch.ops.functional_sq.onednn_product.default(
         q, zero_point, codes, scale, bias, activation, to_scale, to_zero_point, made(dtype)
     )
     return y if to_scale is not None else y.to(dtype)
 
 
-def plus(residual: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def plus(
+    residual: Tensor,
+    q: Tensor,
+    zero_point: Tensor,
+    codes: Tensor,
+    weight_zero_point: Tensor | None,
+    scale: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
     """Return `product(...) + residual`, rounded once to the residual's dtype.
 
     oneDNN adds to what lies in memory already. Here that is a copy of the residual; where nothing reads the residual
@@ -200,23 +217,25 @@ def plus(residual: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: 
 
     Args:
         residual: `(..., N)`, in all M rows of any real dtype.
-        q, zero_point, codes, scale, bias: as `product`.
+        q, zero_point, codes, weight_zero_point, scale, offset, bias: as `product`.
 
     Example:
         >>> import torch
         >>> from functional_sq import onednn
         >>> q, w = torch.tensor([[10, 1]], dtype=torch.uint8), torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
-        >>> z, x = torch.tensor([1], dtype=torch.int32), torch.tensor([[0.5, 100.0]])
-        >>> onednn.plus(x, q, z, w, torch.tensor([1.0, 0.5]), None)
+        >>> z, scale, offset = torch.tensor([1], dtype=torch.int32), torch.tensor([1.0, 0.5]), torch.tensor([3, 7])
+        >>> onednn.plus(torch.tensor([[0.5, 100.0]]), q, z, w, None, scale, offset, None)
         tensor([[  9.5000, 113.5000]])
     """
+    bias = None if bias is None else bias.to(torch.float32)
     operands = q, zero_point, codes, scale, bias
     # A batch of vmap is no memory to write to, and an operator of ours has no gradient. Where Inductor leaves the
     # copy out and then needs one, it takes it from the start of the storage (torch 2.13).
     within = is_traced(residual) and not _is_zero(residual.storage_offset())
     alone = is_batched(residual, *operands) or residual.requires_grad or made(residual.dtype) is not residual.dtype
     if alone or within:
-        return (product(*operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
+        y = product(q, zero_point, codes, None, scale, offset, bias).reshape(residual.shape)
+        return (y + residual.to(torch.float32)).to(residual.dtype)
     y = residual.clone(memory_format=torch.contiguous_format)
     torch.ops.functional_sq.onednn_add_product.default(y.reshape(-1, codes.shape[0]), *operands)
     return y

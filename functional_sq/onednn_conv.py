@@ -32,9 +32,11 @@ from functional_sq import onednn
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.spec import QuantSpec
 
-__all__ = ["NAME", "convolve", "key", "least_windows", "overlap", "requantizes", "supports"]
+__all__ = ["CODES", "NAME", "convolve", "key", "least_windows", "overlap", "requantizes", "supports"]
 
 NAME: str = onednn.NAME
+
+CODES: torch.dtype = onednn.CODES
 
 WORTH = 900_000 if onednn.AMX else 300_000
 """What `6 M N` must reach for M windows, with `M K + 4 N K` where they overlap and would be copied.
@@ -124,6 +126,7 @@ def convolve(
     zero_point: Tensor,
     codes: Tensor,
     scale: Tensor,
+    offset: Tensor,
     bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -143,6 +146,7 @@ def convolve(
         codes: `(N, C / groups, *kernel)` int8 that `supports` takes; those of one dimension lie along the width.
             Packed at the first call, and again once they change.
         scale: `(N,)` float32.
+        offset: not read; oneDNN takes the zero point.
         bias: `(N,)` float32 or None.
         stride, dilation: along height and width.
         padding: above, below, left and right.
@@ -158,7 +162,7 @@ def convolve(
         >>> from functional_sq import onednn_conv
         >>> q, w = torch.tensor([[[[1, 3, 1]]]], dtype=torch.uint8), torch.tensor([[[1, 2]]], dtype=torch.int8)
         >>> one, half = torch.tensor([1], dtype=torch.int32), torch.tensor([0.5])
-        >>> onednn_conv.convolve(q, one, w, half, None, (1, 1), (0, 0, 0, 1), (1, 1), 1)
+        >>> onednn_conv.convolve(q, one, w, half, torch.tensor([3]), None, (1, 1), (0, 0, 0, 1), (1, 1), 1)
         tensor([[[[2., 1., 0.]]]])
     """
     y: Tensor = torch.ops.functional_sq.onednn_conv.default(

@@ -110,15 +110,21 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
     if spec.mapping is MappingType.ASYMMETRIC:
         width = hi - lo
         n = float(qmax - qmin)
-        scale = torch.where(width.isinf(), hi / n - lo / n, width / n).clamp(least, largest)
+        scale = torch.where(width.isinf(), _over(hi, n) - _over(lo, n), _over(width, n)).clamp(least, largest)
         zero_point = (qmin - torch.round(lo / scale)).clamp(qmin, qmax)
     else:
         if spec.mapping is MappingType.SYMMETRIC:
-            scale = torch.maximum(-lo, hi) / (float(qmax - qmin) / 2)
+            scale = _over(torch.maximum(-lo, hi), float(qmax - qmin) / 2)
         else:
-            scale = torch.maximum(lo / float(qmin), hi / float(qmax))
+            scale = torch.maximum(_over(lo, float(qmin)), _over(hi, float(qmax)))
         scale = scale.clamp(least, largest)
         zero_point = torch.full_like(scale, int((qmax + qmin + 1) / 2))
     # Clamped once more as integers: a 16-bit bound rounds outwards in a 16-bit float range.
     zero_point = zero_point.to(torch.int64).clamp(int(qmin), int(qmax))
     return QParams(scale.to(spec.scale_dtype).clamp(max=cast.max), zero_point.to(spec.zero_point_dtype))
+
+
+def _over(x: Tensor, n: float) -> Tensor:
+    """Return `x / n`, rounded once on every device: CUDA multiplies by the reciprocal of a divisor that is a number."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) / torch.full((), n, dtype=wide, device=x.device)).to(x.dtype)

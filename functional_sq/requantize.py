@@ -15,7 +15,14 @@ from functional_sq.qparams import QParams
 from functional_sq.quantize import quantize
 from functional_sq.spec import QuantSpec
 
-__all__ = ["ACTIVATIONS", "Requantization", "apply_epilogue", "check_requantization", "requantize"]
+__all__ = [
+    "ACTIVATIONS",
+    "Requantization",
+    "apply_epilogue",
+    "check_requantization",
+    "fills_a_byte",
+    "requantize",
+]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -79,6 +86,11 @@ def apply_epilogue(
     for term in (bias, residual):
         y = y if term is None else y + term.to(wide)
     return y.to(dtype)
+
+
+def fills_a_byte(spec: QuantSpec, scale: Tensor) -> bool:
+    """Whether codes are of all 8 bits, with one scale for the tensor: those that products make themselves."""
+    return scale.numel() == 1 and scale.dtype is torch.float32 and spec.bounds in ((-128, 127), (0, 255))
 
 
 def check_requantization(then: object) -> None:

@@ -922,28 +922,32 @@ def product_is_exact(
     bias: bool = False,
     residual: bool = False,
     strided: bool = False,
+    asymmetric: bool = False,
     activation: str | None = None,
     step: float = 0.25,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Assert that a backend sums exactly, and then rounds as `linear` does.
 
-    `sum_k (q - zero_point) w` is converted to float32 once, scaled, the bias and the residual are added, each
-    rounded to float32, and the result is rounded to `dtype`. Where the backend makes codes they may differ by
-    one from those of `requantize`, at the border of two. A weight that is written to later is the one that is
-    multiplied then.
+    `sum_k (q - zero_point) (w - weight_zero_point)` is converted to float32 once, scaled, the bias and the residual
+    are added, each rounded to float32, and the result is rounded to `dtype`. Where the backend makes codes they may
+    differ by one from those of `requantize`, at the border of two. A weight that is written to later is the one that
+    is multiplied then.
 
     Args:
         backend: what is under test.
-        rows, k, n: sizes; `(rows, k)` codes of uint8 meet `(n, k)` of int8.
-        zero_point: that of the activations.
+        rows, k, n: sizes; `(rows, k)` codes of `backend.CODES` meet `(n, k)` of int8.
+        zero_point: that of the activations, as codes of uint8.
         fill: "all": codes are drawn among all, "ends": among the two at the ends, "far": near those that make the
             largest sums.
         seed: of what is drawn.
         dtype: of the result.
-        bias, residual: whether there is one.
+        bias, residual: whether there is one, in `dtype`.
         strided: whether scale and bias are every second element of a tensor.
+        asymmetric: whether the weight has zero points, for a backend that supports them.
         activation: a key of `ACTIVATIONS`; codes are compared too, if the backend makes them after it.
-        step: their scale.
+        step: their scale; a 32nd of it is one too.
+        device: where the backend multiplies. What is right is computed on the CPU.
 
     Example:
         >>> from functional_sq import onednn
@@ -951,19 +955,29 @@ def product_is_exact(
         ...     product_is_exact(onednn, rows=3, k=2000, n=5, zero_point=255, fill="far", seed=0, bias=True)
     """
     draw = torch.Generator().manual_seed(seed)
-    q, w = _drawn_codes(draw, (rows, k), (n, k), fill, zero_point, seed)
-    z = torch.tensor([zero_point], dtype=torch.int32)
-    scale, b = _drawn_epilogue(draw, n, bias, strided)
-    multiply = functools.partial(backend.product, q, z, w, scale, b)
+    q, w = (t.to(device) for t in _drawn_codes(draw, (rows, k), (n, k), fill, zero_point, seed))
+    z = torch.tensor([zero_point], dtype=torch.int32, device=device)
+    of_weight = torch.randint(-128, 128, (n,), generator=draw).to(device, torch.int32) if asymmetric else None
+
+    def real() -> Tensor:
+        """Return the weight less its zero points."""
+        return w.cpu().long() - (0 if of_weight is None else of_weight.cpu()[:, None].long())
+
+    largest = _largest(activation, (q.cpu().long() - zero_point) @ real().t())
+    scale, b = _drawn_epilogue(draw, n, dtype if bias else None, strided, device, largest)
     for _ in range(2):
-        total = (q.long() - zero_point) @ w.long().t()
+        total = (q.cpu().long() - zero_point) @ real().t()
+        given = _given(backend, q, z)
+        offset = (given[1].cpu() * real().sum(1)).to(device, torch.int32)
+        operands = *given, w, of_weight, scale, offset, b
+        multiply = functools.partial(backend.product, *operands)
         _assert_rounded(backend, multiply, total, scale, b, dtype, activation, step)
         if residual:
-            added = torch.randn(rows, n, generator=draw).to(dtype)
-            before = added.clone()
-            right = apply_epilogue(total, scale, b, dtype, added)
-            assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, q, z, w, scale, b), right)
-            assert_same_bits("residual after the call", "residual", added, before)
+            added = torch.randn(rows, n, generator=draw).to(device, dtype)
+            before = added.cpu().clone()
+            right = apply_epilogue(total, *_on_cpu(scale, b), dtype, before)
+            assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, *operands).cpu(), right)
+            assert_same_bits("residual after the call", "residual", added.cpu(), before)
         w.bitwise_not_()
 
 
@@ -988,6 +1002,7 @@ def convolution_is_exact(
     last: bool = True,
     activation: str | None = None,
     step: float = 0.25,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Assert that a backend sums windows exactly, and then rounds as `conv` does: as `product_is_exact`.
 
@@ -995,11 +1010,12 @@ def convolution_is_exact(
         backend: what is under test.
         images, size: how many images, and their height and width.
         channels, outputs, groups: of each group, and how many groups: `(images, groups * channels, *size)` codes of
-            uint8 meet `(groups * outputs, channels, *kernel)` of int8.
+            `backend.CODES` meet `(groups * outputs, channels, *kernel)` of int8.
         kernel: along height and width, or along the width alone.
         stride, dilation: along height and width.
         padding: above, below, left and right; what is there has the code `zero_point`.
-        zero_point, fill, seed, dtype, bias, strided, activation, step: as `product_is_exact`.
+        zero_point, fill, seed, dtype, strided, activation, step, device: as `product_is_exact`.
+        bias: whether there is one, of float32.
         last: whether the channels of the images lie last in memory, as those that `conv` gives.
 
     Example:
@@ -1012,24 +1028,35 @@ def convolution_is_exact(
     draw = torch.Generator().manual_seed(seed)
     n = groups * outputs
     shapes = (images, groups * channels, *size), (n, channels, *kernel)
-    q, w = _drawn_codes(draw, *shapes, fill, zero_point, seed)
-    z = torch.tensor([zero_point], dtype=torch.int32)
+    q, w = (t.to(device) for t in _drawn_codes(draw, *shapes, fill, zero_point, seed))
+    z = torch.tensor([zero_point], dtype=torch.int32, device=device)
     if last:
         q = q.contiguous(memory_format=torch.channels_last)
-    scale, b = _drawn_epilogue(draw, n, bias, strided)
     # Sums of float64 are exact below 2**53, in any order.
     above, below, left, right = padding
-    wide = F.pad(q.double() - zero_point, (left, right, above, below))
+    wide = F.pad(q.cpu().double() - zero_point, (left, right, above, below))
+
+    def sums() -> Tensor:
+        rows = w.cpu().double().reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
+        return F.conv2d(wide, rows, None, tuple(stride), 0, tuple(dilation), groups).long().movedim(1, -1)
+
+    bias_dtype = torch.float32 if bias else None
+    scale, b = _drawn_epilogue(draw, n, bias_dtype, strided, device, _largest(activation, sums()))
 
     def convolved(*then: Any, **to: Any) -> Tensor:
+        codes, of_q = _given(backend, q, z)
+        offset = of_q * w.flatten(1).sum(1, dtype=torch.int32)
         settings = stride, padding, dilation, groups
-        return backend.convolve(q, z, w, scale, b, *settings, *then, **to).movedim(1, -1)
+        return backend.convolve(codes, of_q, w, scale, offset, b, *settings, *then, **to).movedim(1, -1)
 
     for _ in range(2):
-        rows = w.double().reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
-        total = F.conv2d(wide, rows, None, tuple(stride), 0, tuple(dilation), groups).long().movedim(1, -1)
-        _assert_rounded(backend, convolved, total, scale, b, dtype, activation, step)
+        _assert_rounded(backend, convolved, sums(), scale, b, dtype, activation, step)
         w.bitwise_not_()
+
+
+def _given(backend: Product | Convolution, q: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes of uint8, and their zero point, as those that a backend takes."""
+    return (q, z) if backend.CODES is torch.uint8 else ((q ^ 128).view(torch.int8), z - 128)
 
 
 def _drawn_codes(
@@ -1048,11 +1075,22 @@ def _drawn_codes(
     return q, codes(-128, 127, of_w, torch.int8, upper=seed % 2 > 0)
 
 
-def _drawn_epilogue(draw: torch.Generator, n: int, bias: bool, strided: bool) -> tuple[Tensor, Tensor | None]:
-    """Return scales and, with `bias`, a bias."""
+def _drawn_epilogue(
+    draw: torch.Generator, n: int, bias: torch.dtype | None, strided: bool, device: torch.device | str, largest: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return scales, with which the largest sum is 1/4 to 16, and a bias of some dtype, or none."""
     step = 2 if strided else 1
-    scale = torch.exp2(torch.rand(n * step, generator=draw) * 6 - 12)[::step]
-    return scale, torch.randn(n * step, generator=draw)[::step] if bias else None
+    scale = (torch.exp2(torch.rand(n * step, generator=draw) * 6 - 2) / largest).to(device)[::step]
+    return scale, None if bias is None else torch.randn(n * step, generator=draw).to(device, bias)[::step]
+
+
+def _largest(activation: str | None, sums: Tensor) -> float:
+    """Return what sums are scaled by: with an activation the largest of them, so that they lie where it bends."""
+    return 1024.0 if activation is None or sums.numel() == 0 else max(1.0, float(sums.abs().max()))
+
+
+def _on_cpu(scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return scale.cpu(), None if bias is None else bias.cpu()
 
 
 def _assert_rounded(
@@ -1066,7 +1104,9 @@ def _assert_rounded(
     step: float,
 ) -> None:
     """Assert that `call(...)` is the epilogue of exact sums `(..., N)`: real values, and codes after an activation."""
-    assert_same_bits("result", "exact", call(dtype=dtype), apply_epilogue(total, scale, bias, dtype))
+    device = scale.device
+    scale, bias = _on_cpu(scale, bias)
+    assert_same_bits("result", "exact", call(dtype=dtype).cpu(), apply_epilogue(total, scale, bias, dtype))
     if activation is None:
         return
     to_scale, to_zero_point = torch.tensor([step]), torch.tensor([100], dtype=torch.int32)
@@ -1080,13 +1120,17 @@ def _assert_rounded(
         _require(not asked, "codes are made of one scale and all 8 bits alone", spec=other, scale=scales)
     if not backend.requantizes(spec, to_scale, activation):
         return
-    y = call(activation, to_scale, to_zero_point)
-    _require(y.dtype is torch.uint8, "codes are uint8", dtype=str(y.dtype))
-    then = fsq.Requantization(spec, QParams(to_scale, to_zero_point), activation)
-    right = fsq.requantize(apply_epilogue(total, scale, bias, torch.float32), then)
-    _require(y.shape == right.shape, "the result has its shape", shape=y.shape, right=right.shape)
-    off = (y.int() - right.int()).abs()
-    _require(not bool((off > 1).any()), "codes differ by one at most", codes=y, requantized=right)
+    exact = apply_epilogue(total, scale, bias, torch.float32)
+    made = backend.CODES
+    shift = 0 if made is torch.uint8 else 128
+    for each in (to_scale, to_scale / 32):
+        y = call(activation, each.to(device), (to_zero_point - shift).to(device)).cpu()
+        _require(y.dtype is made, "codes are of the backend's dtype", dtype=str(y.dtype), CODES=str(made))
+        y = (y.int() + shift).to(torch.uint8)
+        right = fsq.requantize(exact, fsq.Requantization(spec, QParams(each, to_zero_point), activation))
+        _require(y.shape == right.shape, "the result has its shape", shape=y.shape, right=right.shape)
+        off = (y.int() - right.int()).abs()
+        _require(not bool((off > 1).any()), "codes differ by one at most", codes=y, requantized=right)
 
 
 def _classes(observer: Observer) -> tuple[type, ...]:
@@ -1338,28 +1382,32 @@ def check_law(law: Law, subject: Any, *, max_examples: int = 100) -> None:
 
 
 @st.composite
-def _products(draw: st.DrawFn, backend: Product) -> dict[str, Any]:
-    k = draw(st.one_of(st.integers(1, 70), st.sampled_from([384, 513, 1025, 2048, 4999, 9001])))
-    n = draw(st.integers(1, 40))
-    if not backend.supports(torch.empty(n, k, dtype=torch.int8), None):
+def _products(draw: st.DrawFn, backend: Product, device: str) -> dict[str, Any]:
+    whole = st.integers(1, 8).map(lambda i: 16 * i)  # all that some backends take
+    k = draw(st.one_of(st.integers(1, 70), whole, st.sampled_from([384, 513, 1025, 2048, 4999, 9001, 9008])))
+    n = draw(st.one_of(st.integers(1, 40), st.sampled_from([100, 300])))
+    if not backend.supports(torch.empty(n, k, dtype=torch.int8, device=device), None):
         reject()
+    zero_points = torch.empty(n, 1, dtype=torch.int32, device=device)
+    asymmetric = backend.supports(torch.empty(n, k, dtype=torch.int8, device=device), zero_points)
     return {
         "backend": backend,
+        "asymmetric": asymmetric and draw(st.booleans()),
         "rows": draw(st.one_of(st.integers(0, 40), st.sampled_from([65, 130, 257]))),
         "k": k,
         "n": n,
-        **_roundings(draw),
+        **_roundings(draw, device),
         "residual": draw(st.booleans()),
     }
 
 
 @st.composite
-def _convolutions(draw: st.DrawFn, backend: Convolution) -> dict[str, Any]:
-    channels = draw(st.one_of(st.integers(1, 8), st.sampled_from([1, 65, 900, 5000])))
+def _convolutions(draw: st.DrawFn, backend: Convolution, device: str) -> dict[str, Any]:
+    channels = draw(st.one_of(st.integers(1, 8), st.sampled_from([1, 32, 65, 96, 128, 900, 5000])))
     outputs = draw(st.one_of(st.integers(1, 12), st.integers(33, 80)))
     groups = draw(st.one_of(st.integers(1, 6), st.sampled_from([9, 17]))) if channels * outputs < 100 else 1
     kernel = draw(st.one_of(st.tuples(st.integers(1, 4)), st.tuples(st.integers(1, 4), st.integers(1, 4))))
-    codes = torch.empty((groups * outputs, channels, *kernel), dtype=torch.int8)
+    codes = torch.empty((groups * outputs, channels, *kernel), dtype=torch.int8, device=device)
     if not backend.supports(codes, None):
         reject()
     size, stride, dilation = [], [], []
@@ -1384,13 +1432,14 @@ def _convolutions(draw: st.DrawFn, backend: Convolution) -> dict[str, Any]:
         "padding": tuple(padding),
         "dilation": tuple(dilation),
         "last": draw(st.booleans()),
-        **_roundings(draw),
+        **_roundings(draw, device),
     }
 
 
-def _roundings(draw: st.DrawFn) -> dict[str, Any]:
+def _roundings(draw: st.DrawFn, device: str) -> dict[str, Any]:
     """Return what the laws of backends have in common."""
     return {
+        "device": device,
         "zero_point": draw(st.one_of(st.integers(0, 255), st.sampled_from([0, 255]))),
         "fill": draw(st.sampled_from(["far", "ends", "all"])),
         "seed": draw(st.integers(0, 2**16)),
@@ -1402,11 +1451,12 @@ def _roundings(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def check_product(backend: Product, *, max_examples: int = 300) -> None:
+def check_product(backend: Product, *, device: torch.device | str = "cpu", max_examples: int = 300) -> None:
     """Check that a backend multiplies exactly and rounds as `linear` does.
 
     Args:
         backend: what may join `functional_sq.backends.PRODUCTS`.
+        device: where it multiplies.
         max_examples: number of cases to draw, among the weights that it supports.
 
     Raises:
@@ -1419,14 +1469,15 @@ def check_product(backend: Product, *, max_examples: int = 300) -> None:
         >>> if onednn.AVAILABLE:
         ...     check_product(onednn, max_examples=5)
     """
-    _check_backend(backend, Product, Law(product_is_exact, _products), max_examples)
+    _check_backend(backend, Product, Law(product_is_exact, lambda b: _products(b, str(device))), max_examples)
 
 
-def check_convolution(backend: Convolution, *, max_examples: int = 300) -> None:
+def check_convolution(backend: Convolution, *, device: torch.device | str = "cpu", max_examples: int = 300) -> None:
     """Check that a backend convolves exactly and rounds as `conv` does: any geometry, groups, and images of any size.
 
     Args:
         backend: what may join `functional_sq.backends.CONVOLUTIONS`.
+        device: where it convolves.
         max_examples: number of cases to draw, among the weights that it supports.
 
     Raises:
@@ -1437,7 +1488,8 @@ def check_convolution(backend: Convolution, *, max_examples: int = 300) -> None:
         >>> if onednn.AVAILABLE:
         ...     check_convolution(onednn_conv, max_examples=5)
     """
-    _check_backend(backend, Convolution, Law(convolution_is_exact, _convolutions), max_examples)
+    law = Law(convolution_is_exact, lambda b: _convolutions(b, str(device)))
+    _check_backend(backend, Convolution, law, max_examples)
 
 
 def _check_backend(backend: object, protocol: type, law: Law, max_examples: int) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +18,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import functional_sq as fsq
-from functional_sq import backends, onednn, onednn_conv
+from functional_sq import backends, onednn, onednn_conv, triton_conv, triton_mm
 from functional_sq.requantize import ACTIVATIONS, apply_epilogue
 from functional_sq.testing import check_convolution, check_product, convolution_is_exact, product_is_exact
 
@@ -30,6 +35,7 @@ class Int64:
     """What a user might write: sums in int64, by functions of torch."""
 
     NAME = "int64"
+    CODES = torch.uint8
 
     def supports(self, codes: Tensor, zero_point: Tensor | None) -> bool:
         return codes.dtype is torch.int8 and zero_point is None
@@ -56,7 +62,9 @@ class Int64:
         q: Tensor,
         zero_point: Tensor,
         codes: Tensor,
+        weight_zero_point: None,
         scale: Tensor,
+        offset: Tensor,
         bias: Tensor | None,
         activation: str = "none",
         to_scale: Tensor | None = None,
@@ -68,7 +76,7 @@ class Int64:
         return self.then(y, activation, to_scale, to_zero_point)
 
     def plus(self, residual: Tensor, *operands: Any) -> Tensor:
-        q, zero_point, codes, scale, bias = operands
+        q, zero_point, codes, _, scale, _, bias = operands
         total = self.sum(q, zero_point, codes).reshape(residual.shape)
         return apply_epilogue(total, scale, bias, residual.dtype, residual)
 
@@ -87,6 +95,7 @@ class Int64:
         zero_point: Tensor,
         codes: Tensor,
         scale: Tensor,
+        offset: Tensor,
         bias: Tensor | None,
         stride: tuple[int, ...],
         padding: tuple[int, ...],
@@ -111,6 +120,74 @@ class Int64:
 def test_onednn_obeys() -> None:
     check_product(onednn)
     check_convolution(onednn_conv)
+
+
+@pytest.mark.parametrize("what", ["product", "convolution", "float8"])
+def test_the_kernels_of_triton_obey_where_they_are_interpreted(what: str) -> None:
+    """On any machine: what each program computes, not how a GPU runs them together."""
+    triton = pytest.importorskip("triton", reason="the CPU builds of torch come without Triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip(f"the interpreter of Triton {triton.__version__} takes numpy before 2.4")
+    program = str(Path(__file__).with_name("interpreted.py"))
+    run = subprocess.run(
+        [sys.executable, program, what], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.stdout == f"{what}: right\n", run.stderr
+
+
+@pytest.mark.cuda
+def test_triton_obeys() -> None:
+    check_product(triton_mm, device="cuda", max_examples=60)
+
+
+@pytest.mark.cuda
+def test_triton_obeys_as_a_convolution() -> None:
+    check_convolution(triton_conv, device="cuda", max_examples=150)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("channels", "size"), [(32, 7), (64, 30), (96, 15), (128, 56), (512, 7)])
+def test_triton_convolves_exactly_with_every_tile_and_step(channels: int, size: int) -> None:
+    geometry = {"kernel": (3, 3), "stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 2), "groups": 1}
+    layer = {"images": 3, "size": (size, size + 3), "channels": channels, "outputs": 200, **geometry}
+    settings = {"zero_point": 3, "fill": "all", "seed": 0, "bias": True, "device": "cuda"}
+    convolution_is_exact(triton_conv, **layer, dtype=torch.bfloat16, activation="relu", **settings)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("k", [144, 512])
+@pytest.mark.parametrize(
+    ("rows", "n"), [(3, 40), (16, 17_000), (17, 40), (511, 2050), (1000, 2050), (2050, 2050)], ids=str
+)
+def test_triton_is_exact_with_every_tile(rows: int, n: int, k: int) -> None:
+    """Past the end of rows, columns and K alike; K = 144 ends within a tile."""
+    settings = {"zero_point": 3, "fill": "all", "seed": 0, "bias": True, "residual": True, "device": "cuda"}
+    for asymmetric in (False, True):
+        sizes = {"rows": rows, "k": k, "n": n, "asymmetric": asymmetric}
+        product_is_exact(triton_mm, **sizes, dtype=torch.bfloat16, activation="gelu", **settings)
+
+
+@pytest.mark.cuda
+def test_triton_multiplies_in_compiled_code_for_any_number_of_rows() -> None:
+    """Inputs lie on the grid of the codes: Triton's division changes none. ReLU bends nothing, so all is the same."""
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, torch.randn(1, 100, 64))
+    bridge.convert_(model).cuda()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    spec, qp = model[0].act_spec, model[0].act_qparams
+    for rows in (2, 16, 17, 300, 3000):
+        q = torch.randint(-120, 120, (rows, 64), dtype=torch.int8, device="cuda")
+        x = fsq.dequantize(spec, q, qp)
+        with torch.no_grad():
+            if rows == 2:
+                y, (source,) = run_and_get_code(compiled, x)
+                assert source.count("multiply_") >= 2
+                assert "_int_mm" not in source
+            else:
+                with torch.compiler.set_stance("fail_on_recompile"):
+                    y = compiled(x)
+            assert torch.equal(y, model(x))
 
 
 def test_one_of_torch_alone_obeys() -> None:
@@ -141,10 +218,19 @@ class Int16Pairs(Int64):
 
 class BiasFirst(Int64):
     def product(
-        self, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Any, *then: Any, **to: Any
+        self,
+        q: Tensor,
+        z: Tensor,
+        codes: Tensor,
+        w_z: None,
+        scale: Tensor,
+        offset: Tensor,
+        bias: Any,
+        *then: Any,
+        **to: Any,
     ) -> Any:
         rest = None if bias is None else bias / scale
-        y = apply_epilogue(self.sum(q, zero_point, codes), torch.ones_like(scale), rest, torch.float32) * scale
+        y = apply_epilogue(self.sum(q, z, codes), torch.ones_like(scale), rest, torch.float32) * scale
         return self.then(y, *then) if then else y.to(to["dtype"])
 
 
@@ -176,11 +262,20 @@ class NoActivation(Int64):
 
 class ReadsWithoutStrides(Int64):
     def product(
-        self, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Any, *then: Any, **to: Any
+        self,
+        q: Tensor,
+        z: Tensor,
+        codes: Tensor,
+        w_z: None,
+        scale: Tensor,
+        offset: Tensor,
+        bias: Any,
+        *then: Any,
+        **to: Any,
     ) -> Any:
         if bias is not None:
             bias = bias.as_strided(bias.shape, (1,))
-        return super().product(q, zero_point, codes, scale, bias, *then, **to)
+        return super().product(q, z, codes, w_z, scale, offset, bias, *then, **to)
 
 
 class KeepsTheFirstWeight(Int64):
@@ -272,7 +367,7 @@ class FloatSums(Int64):
 class OneScaleAGroup(Int64):
     def convolve(self, *given: Any, **to: Any) -> Tensor:
         q, zero_point, codes, scale, *rest = given
-        first = scale.reshape(rest[4], -1)[:, :1].expand(-1, len(scale) // rest[4]).reshape(-1)
+        first = scale.reshape(rest[5], -1)[:, :1].expand(-1, len(scale) // rest[5]).reshape(-1)
         return super().convolve(q, zero_point, codes, first, *rest, **to)
 
 
@@ -340,9 +435,13 @@ def test_a_backend_that_supports_nothing_is_not_passed() -> None:
 
 
 def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
-    with pytest.raises(TypeError, match="has no NAME, key, least_rows, plus, product, requantizes, supports; give an"):
+    with pytest.raises(
+        TypeError, match="has no CODES, NAME, key, least_rows, plus, product, requantizes, supports; give an"
+    ):
         check_product(object())
-    with pytest.raises(TypeError, match="has no NAME, convolve, key, least_windows, requantizes, supports; give"):
+    with pytest.raises(
+        TypeError, match="has no CODES, NAME, convolve, key, least_windows, requantizes, supports; give"
+    ):
         check_convolution(object())
 
 

@@ -48,6 +48,8 @@ def test_the_core_imports_torch_and_the_standard_library(path: Path) -> None:
     allowed = {"torch", "functional_sq", *sys.stdlib_module_names}
     if path == ROOT / "functional_sq" / "testing.py":
         allowed |= {"hypothesis"}
+    if path == ROOT / "functional_sq" / "triton_kernel.py":
+        allowed |= {"triton"}
     assert tops(path) <= allowed
 
 

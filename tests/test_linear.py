@@ -39,7 +39,7 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import functional_sq as fsq
-from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, float8_mm, int_mm, onednn
+from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, float8_mm, int_mm, onednn, triton_mm
 from functional_sq.formats import REAL_DTYPES, Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
 
@@ -1212,6 +1212,7 @@ def test_what_is_asked_of_cuda_is_what_cublaslt_takes(
 
     monkeypatch.setattr(torch, "_int_mm", int_mm)
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(triton_mm, "AVAILABLE", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     asymmetric = dtype is torch.uint8
     mapping = MappingType.ASYMMETRIC if asymmetric else MappingType.SYMMETRIC
@@ -1234,6 +1235,34 @@ def test_what_is_asked_of_cuda_is_what_cublaslt_takes(
         assert asked == (["float8"] if fits else [])
     else:
         assert asked == ["int"] * (2 if (rows, k, n) == LARGE else 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(("rows", "bias"), [(255, True), (256, True), (300, False)])
+def test_cuda_float8_to_bfloat16_is_rounded_once(rows: int, bias: bool, fast: bool) -> None:
+    """Sums are integers below 2**14, which any tensor core adds exactly. The bias leaves a few units of the first row:
+    what the product lacks to be a bfloat16, and is 0 if it was rounded to one before."""
+    codes = torch.randint(-16, 17, (rows + 64, 64)).float()
+    q, w = (t.cuda().to(torch.float8_e4m3fn) for t in (codes[:rows], codes[rows:]))
+    one = QParams(torch.ones(1).cuda(), torch.zeros(1, dtype=torch.int32).cuda())
+    spec = QuantSpec(torch.float8_e4m3fn, fsq.PerTensor())
+    scale = torch.ones(64, 1).cuda()
+    weight = FoldedWeight(w, scale, None, None)
+    product = codes[:rows] @ codes[rows:].t()
+    b = -product[0].bfloat16().float() if bias else torch.zeros(64)
+    kept = fsq.epilogue(spec, one, weight)
+    y = fsq.linear(
+        spec,
+        q,
+        one,
+        weight,
+        b.bfloat16().cuda() if bias else None,
+        dtype=torch.bfloat16,
+        epilogue=kept,
+        fast_accum=fast,
+    )
+    assert torch.equal(y.cpu(), (product + b).bfloat16())
 
 
 @pytest.mark.cuda

@@ -1,0 +1,205 @@
+"""The kernels of `functional_sq.triton_mm` and `triton_conv`; importing them imports Triton."""
+
+# mypy: ignore-errors
+# It is Triton's language, which has no types, and Triton is no dependency.
+
+# Its source is read by Triton, and written again by Inductor: no annotations that are text, no names but `tl`.
+import triton
+import triton.language as tl
+
+__all__ = ["convolve", "multiply"]
+
+
+@triton.jit
+def _activated(x, ACTIVATION: tl.constexpr):
+    """Apply one of `functional_sq.ACTIVATIONS` to float32."""
+    if ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    elif ACTIVATION == "relu6":
+        x = tl.minimum(tl.maximum(x, 0.0), 6.0)
+    elif ACTIVATION == "gelu":
+        x = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "hardswish":
+        x = x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) / 6.0
+    elif ACTIVATION == "tanh":
+        x = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+    return x
+
+
+@triton.jit
+def _place(m, n, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the rows and columns of this program's tile; tiles that run together share rows and columns."""
+    tall, wide = tl.cdiv(m, HEIGHT), tl.cdiv(n, WIDTH)
+    at = tl.program_id(0)
+    first = at // (16 * wide) * 16
+    together = tl.minimum(tall - first, 16)
+    within = at % (16 * wide)
+    row = (first + within % together) * HEIGHT + tl.arange(0, HEIGHT)
+    return row, within // together * WIDTH + tl.arange(0, WIDTH)
+
+
+@triton.jit
+def _finish(
+    total,
+    row,
+    column,
+    scale,
+    offset,
+    bias,
+    residual,
+    weight_zero_point,
+    row_sum,
+    to_scale,
+    to_zero_point,
+    y,
+    m,
+    n,
+    ACTIVATION: tl.constexpr,
+):
+    """Write `(total - weight_zero_point row_sum - offset) * scale + bias + residual`, or codes of it."""
+    in_columns = column < n
+    inside = (row < m)[:, None] & in_columns[None, :]
+    if weight_zero_point is not None:
+        of_row = tl.load(row_sum + row, mask=row < m, other=0)
+        total -= of_row[:, None] * tl.load(weight_zero_point + column, mask=in_columns, other=0)[None, :]
+    if offset is not None:
+        total -= tl.load(offset + column, mask=in_columns, other=0)[None, :]
+    # Where a sum follows a product a compiler would round once for both: not through a choice.
+    x = tl.where(total == 0, 0.0, total.to(tl.float32) * tl.load(scale + column, mask=in_columns, other=0.0)[None, :])
+    if bias is not None:
+        x += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    place = row[:, None].to(tl.int64) * n + column[None, :]
+    if residual is not None:
+        x += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    x = _activated(x, ACTIVATION)
+    if to_scale is not None:
+        # Within 2**21, so that adding 1.5 * 2**23 rounds to integers, half to even.
+        steps = tl.minimum(tl.maximum(x * tl.div_rn(1.0, tl.load(to_scale)), -2097152.0), 2097152.0)
+        code = ((steps + 12582912.0) - 12582912.0).to(tl.int32) + tl.load(to_zero_point)
+        tl.store(y + place, tl.minimum(tl.maximum(code, -128), 127).to(tl.int8), mask=inside)
+    else:
+        tl.store(y + place, x.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["m"])
+def multiply(
+    q,
+    codes,
+    scale,
+    offset,
+    bias,
+    residual,
+    weight_zero_point,
+    row_sum,
+    to_scale,
+    to_zero_point,
+    y,
+    m,
+    n,
+    k,
+    ACTIVATION: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Write one tile, HEIGHT x WIDTH, of `q @ codes.T` and what `_finish` makes of it.
+
+    All are contiguous: q `(m, k)` and codes `(n, k)`, residual and y `(m, n)`; None is what is left out. Codes are
+    int8, or float8 if there is no offset. WHOLE: k is a multiple of DEPTH.
+    """
+    row, column = _place(m, n, HEIGHT, WIDTH)
+    along = tl.arange(0, DEPTH)
+    # Past the end: of few rows they are not loaded, of many the first ones again, which needs no mask.
+    FEW: tl.constexpr = HEIGHT == 16
+    rows = row if FEW else row % m
+    columns = column if FEW else column % n
+    in_rows, in_columns = (row < m)[:, None], (column < n)[:, None]
+    of_q = q + rows[:, None].to(tl.int64) * k + along[None, :]
+    of_codes = codes + columns[:, None].to(tl.int64) * k + along[None, :]
+    total = tl.zeros((HEIGHT, WIDTH), tl.float32 if offset is None else tl.int32)
+    for start in range(0, k, DEPTH):
+        if not WHOLE:
+            left = along[None, :] < k - start
+            a = tl.load(of_q, mask=in_rows & left, other=0.0)
+            b = tl.load(of_codes, mask=in_columns & left, other=0.0)
+        elif FEW:
+            a = tl.load(of_q, mask=in_rows, other=0.0)
+            b = tl.load(of_codes, mask=in_columns, other=0.0)
+        else:
+            a, b = tl.load(of_q), tl.load(of_codes)
+        total = tl.dot(a, b.T, total, out_dtype=total.dtype)
+        of_q += DEPTH
+        of_codes += DEPTH
+    _finish(
+        total,
+        row,
+        column,
+        scale,
+        offset,
+        bias,
+        residual,
+        weight_zero_point,
+        row_sum,
+        to_scale,
+        to_zero_point,
+        y,
+        m,
+        n,
+        ACTIVATION,
+    )
+
+
+@triton.jit(do_not_specialize=["m"])
+def convolve(
+    q,
+    codes,
+    scale,
+    offset,
+    bias,
+    to_scale,
+    to_zero_point,
+    y,
+    m,
+    n,
+    k,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    kernel_width,
+    stride_y,
+    stride_x,
+    dilation_y,
+    dilation_x,
+    ACTIVATION: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """As `multiply`, where a row of the first matrix is a window, read where it lies.
+
+    q `(images, height, width, channels)`, padded already, codes `(n, *kernel, channels)`, and y
+    `(images, out_height, out_width, n)`, contiguous. DEPTH divides the channels: each step is within one pixel.
+    """
+    row, column = _place(m, n, HEIGHT, WIDTH)
+    along = tl.arange(0, DEPTH)
+    window = row % m
+    x, above = window % out_width, window // out_width
+    pixel = (above // out_height * height + above % out_height * stride_y) * width + x * stride_x
+    of_q = q + pixel[:, None].to(tl.int64) * channels + along[None, :]
+    of_codes = codes + (column % n)[:, None].to(tl.int64) * k + along[None, :]
+    total = tl.zeros((HEIGHT, WIDTH), tl.int32)
+    for start in range(0, k, DEPTH):
+        tap = start // channels
+        pixels = tap // kernel_width * dilation_y * width + tap % kernel_width * dilation_x
+        # Said here, as a remainder hides it from the compiler, which then loads bytes one by one.
+        a = tl.load(of_q + tl.multiple_of(pixels * channels + start % channels, DEPTH))
+        b = tl.load(of_codes + start)
+        total = tl.dot(a, b.T, total, out_dtype=tl.int32)
+    _finish(total, row, column, scale, offset, bias, None, None, None, to_scale, to_zero_point, y, m, n, ACTIVATION)

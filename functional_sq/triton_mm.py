@@ -1,0 +1,310 @@
+"""The product of codes by a kernel of Triton, for CUDA: scale, bias, activation and the next layer's codes inside.
+
+`torch._int_mm` has kernels of an earlier generation for int8 (on an H200 875 of 1979 TOP/s), and writes an int32 matrix
+that the epilogue reads again. Here tiles of 128 x 128 by four warps, two of them on a multiprocessor, so that one
+multiplies while the other stores: 1300 to 1400 TOP/s, epilogue included. A token or a few stream the weight, at 2 to
+3.9 of 4.2 TB/s. The operations are those of `functional_sq.linear` in its order, so the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sq.blocks import reaches
+from functional_sq.int_mm import INT32_TERMS
+from functional_sq.onednn import looped
+from functional_sq.requantize import ACTIVATIONS, fills_a_byte
+from functional_sq.spec import QuantSpec
+
+__all__ = [
+    "CODES",
+    "NAME",
+    "Tile",
+    "float8_product",
+    "is_capable",
+    "key",
+    "least_rows",
+    "plus",
+    "product",
+    "requantizes",
+    "supports",
+    "tile",
+]
+
+NAME: str = "Triton"
+
+CODES: torch.dtype = torch.int8
+
+AVAILABLE: bool = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed, as it is with the CUDA builds of torch."""
+
+DEVICE = "cuda"
+
+_ALIGNED = 16
+"""What K is a multiple of: bytes that a thread loads at once."""
+
+_WIDE = 128
+"""How many columns of a weight, for each multiprocessor, make it a wide one where rows are few."""
+
+Tile = tuple[int, int, int, int]
+"""Rows, columns, codes of K at a time, and how many of these are loaded ahead; four warps, and at most 98 kB. Those
+below were the fastest on an H200, for K and N from 4096 to 28672."""
+
+_FEW: Tile = (16, 32, 512, 4)
+_FEW_WIDE: Tile = (16, 64, 256, 5)
+_FEW_FLOAT8: Tile = (16, 32, 256, 4)
+_MANY: tuple[Tile, ...] = ((128, 128, 128, 3), (64, 128, 128, 4), (64, 64, 256, 3), (64, 32, 256, 4))
+"""The fastest first, where there are enough of them for all multiprocessors."""
+
+
+def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
+    """Whether the kernel multiplies a folded weight: on an NVIDIA GPU from Ampere on, K a multiple of 16.
+
+    Args:
+        codes: `(N, K)`, the weight's.
+        zero_point: the weight's; None where it is 0.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import triton_mm
+        >>> triton_mm.supports(torch.zeros(4, 16, dtype=torch.int8), None)  # not on a GPU
+        False
+    """
+    return is_capable(codes) and codes.ndim == 2 and codes.shape[1] % _ALIGNED == 0 and codes.shape[1] <= INT32_TERMS
+
+
+def least_rows(codes: Tensor) -> int:
+    """Return from how many rows on the kernel is the faster one: from the first.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import triton_mm
+        >>> triton_mm.least_rows(torch.empty(4096, 1024))
+        1
+    """
+    return 1
+
+
+def key() -> tuple[object, ...]:
+    """Return what the answers here depend on, beside their arguments."""
+    return AVAILABLE, _WIDE, _FEW, _FEW_WIDE, _FEW_FLOAT8, _MANY
+
+
+def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
+    """Whether the kernel applies an activation and makes codes of its result: of all 8 bits, one scale.
+
+    Args:
+        spec: the codes' quantization.
+        scale: its scale.
+        activation: a key of `functional_sq.ACTIVATIONS`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq import triton_mm
+        >>> triton_mm.requantizes(fsq.QuantSpec(torch.int8, fsq.PerTensor()), torch.ones(1), "relu")
+        True
+    """
+    return fills_a_byte(spec, scale) and activation in ACTIVATIONS
+
+
+def product(
+    q: Tensor,
+    zero_point: Tensor,
+    codes: Tensor,
+    weight_zero_point: Tensor | None,
+    scale: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    activation: str = "none",
+    to_scale: Tensor | None = None,
+    to_zero_point: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return `(q - zero_point) @ (codes - weight_zero_point).T * scale + bias`: exact, rounded, then as written.
+
+    Args:
+        q: `(M, K)` int8.
+        zero_point: not read; the kernel takes the offset.
+        codes: `(N, K)` int8 that `supports` takes.
+        weight_zero_point: `(N,)` int32, or None where it is 0.
+        scale: `(N,)` float32.
+        offset: `(N,)` int32, `zero_point * (codes - weight_zero_point).sum(1)`.
+        bias: `(N,)` of any real dtype, or None.
+        activation: applied to the result, if `requantizes` takes it.
+        to_scale, to_zero_point: float32 and int32, one element each: the result is int8 codes of them. Beside
+            `functional_sq.quantize` a code may differ by one where the value lies on the border of two, as the
+            kernel has its own `tanh` and `exp`.
+        dtype: what the result is rounded to, once, where it is no codes.
+
+    Returns:
+        `(M, N)` in `dtype`, or int8 with `to_scale`.
+    """
+    operands = q, codes, weight_zero_point, _row_sum(q, weight_zero_point), scale, offset, bias, None
+    y: Tensor = _operator()(*operands, activation, to_scale, to_zero_point, dtype)
+    return y
+
+
+def plus(
+    residual: Tensor,
+    q: Tensor,
+    zero_point: Tensor,
+    codes: Tensor,
+    weight_zero_point: Tensor | None,
+    scale: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return `product(...) + residual`, rounded once to the residual's dtype.
+
+    Args:
+        residual: `(..., N)`, in all M rows of any real dtype.
+        q, zero_point, codes, weight_zero_point, scale, offset, bias: as `product`.
+    """
+    if residual.requires_grad:  # an operator of ours has no gradient
+        y = product(q, zero_point, codes, weight_zero_point, scale, offset, bias)
+        return (y.reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
+    rows = residual.reshape(-1, codes.shape[0])
+    operands = q, codes, weight_zero_point, _row_sum(q, weight_zero_point), scale, offset, bias, rows
+    made: Tensor = _operator()(*operands, "none", None, None, residual.dtype)
+    return made.reshape(residual.shape)
+
+
+def float8_product(q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return `q @ codes.T * scale + bias` of float8, 16 rows at most, summed in float32; None where it is not faster.
+
+    `torch._scaled_mm` has no scale for each column beside one for all rows, so it takes two more kernels. It streams a
+    large weight faster, and many rows.
+
+    Args:
+        q, codes: `(M, K)` and `(N, K)`, on one device.
+        scale: `(N,)` float32.
+        bias: `(N,)` of any real dtype, or None.
+        dtype: of the result.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import triton_mm
+        >>> codes = torch.ones(1, 16).to(torch.float8_e4m3fn)
+        >>> triton_mm.float8_product(codes, codes, torch.ones(1), None, torch.float32) is None  # not on a GPU
+        True
+    """
+    kinds, (n, k) = {q.dtype, codes.dtype}, codes.shape
+    here = AVAILABLE and q.device.type == DEVICE and kinds == {torch.float8_e4m3fn} and k % _ALIGNED == 0 < k
+    if not here or reaches(q.shape[0], 17) or n > _WIDE * _multiprocessors(q.device) or not _has_float8(q.device):
+        return None
+    y: Tensor = _operator()(q, codes, None, None, scale, None, bias, None, "none", None, None, dtype)
+    return y
+
+
+def _row_sum(q: Tensor, weight_zero_point: Tensor | None) -> Tensor | None:
+    """Return what an asymmetric weight takes of each row; a compiler sums where it makes the codes."""
+    return None if weight_zero_point is None else q.sum(1, dtype=torch.int32)
+
+
+def is_capable(codes: Tensor) -> bool:
+    """Whether codes are int8 on a GPU that multiplies them as tiles, and has the shared memory that these take.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import triton_mm
+        >>> triton_mm.is_capable(torch.zeros(4, 16, dtype=torch.int8))
+        False
+    """
+    here = AVAILABLE and codes.device.type == DEVICE and codes.dtype is torch.int8 and codes.numel() > 0
+    return here and _has_tensor_cores(codes.device)
+
+
+@cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+@cache
+def _has_float8(device: torch.device) -> bool:
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def tile(m: int | torch.SymInt, n: int, device: torch.device) -> Tile:
+    """Return rows, columns and depth of a tile, and how many depths are loaded ahead.
+
+    Args:
+        m, n: rows and columns of the result; of unknown rows those of the input that a graph is compiled with, without
+            a guard.
+        device: that of the codes.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import triton_mm
+        >>> triton_mm.tile(1, 4096, torch.device("cpu"))[:2], triton_mm.tile(4096, 4096, torch.device("cpu"))[:2]
+        ((16, 32), (128, 128))
+    """
+    rows = m if isinstance(m, int) else m.node.hint
+    rows = rows if isinstance(rows, int) else 1024
+    processors = _multiprocessors(device)
+    if rows <= 16:
+        return _FEW if n <= _WIDE * processors else _FEW_WIDE
+    for each in _MANY:
+        if 2 * -(-rows // each[0]) * -(-n // each[1]) >= 3 * processors:
+            return each
+    return _MANY[-1]
+
+
+@cache
+def _operator() -> Any:
+    """Return `functional_sq::triton_product`, defined when it is first asked for: that imports Triton."""
+    torch.library.triton_op("functional_sq::triton_product", _multiplied, mutates_args=())
+    op = torch.ops.functional_sq.triton_product.default
+    torch.library.register_vmap(op, looped(op))
+    return op
+
+
+def _multiplied(
+    q: Tensor,
+    codes: Tensor,
+    weight_zero_point: Tensor | None,
+    row_sum: Tensor | None,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    to_scale: Tensor | None,
+    to_zero_point: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    (m, k), n = q.shape, codes.shape[0]
+    y = torch.empty((m, n), dtype=dtype if to_scale is None else CODES, device=q.device)
+    if isinstance(m, int) and m == 0:
+        return y
+    given = scale, offset, bias, residual, weight_zero_point, row_sum, to_scale, to_zero_point
+    height, width, depth, stages = _FEW_FLOAT8 if offset is None else tile(m, n, q.device)
+    from functional_sq import triton_kernel  # imports Triton
+
+    torch.library.wrap_triton(triton_kernel.multiply)[(-(-m // height) * -(-n // width),)](
+        q.contiguous(),
+        codes.contiguous(),
+        *(None if t is None else t.contiguous() for t in given),
+        y,
+        m,
+        n,
+        k,
+        ACTIVATION=activation,
+        HEIGHT=height,
+        WIDTH=width,
+        DEPTH=depth,
+        WHOLE=k % depth == 0,
+        num_warps=4,
+        num_stages=stages,
+    )
+    return y
