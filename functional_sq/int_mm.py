@@ -1,4 +1,7 @@
-"""The bare product of int8 codes, exact, on every device: `torch._int_mm`, and floats where that saturates."""
+"""The bare product of int8 codes, exact, on every device: `torch._int_mm`, or what is better than it.
+
+On CUDA Triton's kernel, where there is Triton; floats on a CPU on which oneDNN saturates.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from functional_sq.compat import is_exporting
 
 __all__ = ["INT32_TERMS", "as_written", "integer_product", "is_large", "whole_and_rest"]
 
@@ -41,6 +46,11 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return `a @ b.T` of int8 codes `(M, K)` and `(N, K)`, exact in int32."""
     (m, k), n = a.shape, b.shape[0]
     if a.is_cuda:
+        from functional_sq import triton_mm  # which imports this file
+
+        inner = k + -k % 16
+        if triton_mm.is_capable(b) and not is_exporting():
+            return triton_mm.bare_product(_zeros_to(a, m, inner), _zeros_to(b, n, inner))
         return _in_eights(a, b)
     if _SATURATES:
         exact = torch.float32 if k * 128**2 <= 2**24 else torch.float64

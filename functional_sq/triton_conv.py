@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +102,8 @@ def convolve(
         x = F.pad(x ^ byte, [0, 0, left, right, above, below]) ^ byte
     w = codes if codes.ndim == 4 else codes.unsqueeze(2)
     rest = (*stride, *dilation), activation, to_scale, to_zero_point, dtype
-    op = _operator()
+    assert _defined()
+    op = torch.ops.functional_sq.triton_convolution.default
     operands = (x, w.movedim(1, -1), scale, offset, bias)
     if groups == 1:
         return op(*operands, *rest).movedim(-1, 1)  # type: ignore[no-any-return]
@@ -115,13 +114,14 @@ def convolve(
     return torch.cat([op(*each, *rest) for each in zip(*cut, strict=True)], -1).movedim(-1, 1)
 
 
-@cache
-def _operator() -> Any:
-    """Return `functional_sq::triton_convolution`, defined when it is first asked for: that imports Triton."""
-    torch.library.triton_op("functional_sq::triton_convolution", _convolved, mutates_args=())
-    op = torch.ops.functional_sq.triton_convolution.default
-    torch.library.register_vmap(op, looped(op))
-    return op
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _defined() -> bool:
+    """Define `functional_sq::triton_convolution`, once it is needed: that imports Triton."""
+    if not hasattr(torch.ops.functional_sq, "triton_convolution"):
+        torch.library.triton_op("functional_sq::triton_convolution", _convolved, mutates_args=())
+        op = torch.ops.functional_sq.triton_convolution.default
+        torch.library.register_vmap(op, looped(op))
+    return True
 
 
 def _convolved(
@@ -136,6 +136,8 @@ def _convolved(
     to_zero_point: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    from functional_sq import triton_kernel  # imports Triton
+
     images, *size, channels = x.shape
     n, *kernel, _ = w.shape
     places = zip(size, kernel, steps[:2], steps[2:], strict=True)
@@ -146,8 +148,6 @@ def _convolved(
         return y
     height, width, deepest, stages = triton_mm.tile(m, n, x.device)
     depth = math.gcd(deepest, channels)
-    from functional_sq import triton_kernel  # imports Triton
-
     torch.library.wrap_triton(triton_kernel.convolve)[(-(-m // height) * -(-n // width),)](
         x.contiguous(),
         w.contiguous(),

@@ -63,6 +63,7 @@ def _finish(
     """Write `(total - weight_zero_point row_sum - offset) * scale + bias + residual`, or codes of it."""
     in_columns = column < n
     inside = (row < m)[:, None] & in_columns[None, :]
+    place = row[:, None].to(tl.int64) * n + column[None, :]
     if weight_zero_point is not None:
         of_row = tl.load(row_sum + row, mask=row < m, other=0)
         total -= of_row[:, None] * tl.load(weight_zero_point + column, mask=in_columns, other=0)[None, :]
@@ -72,7 +73,6 @@ def _finish(
     x = tl.where(total == 0, 0.0, total.to(tl.float32) * tl.load(scale + column, mask=in_columns, other=0.0)[None, :])
     if bias is not None:
         x += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    place = row[:, None].to(tl.int64) * n + column[None, :]
     if residual is not None:
         x += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     x = _activated(x, ACTIVATION)
@@ -107,10 +107,10 @@ def multiply(
     DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Write one tile, HEIGHT x WIDTH, of `q @ codes.T` and what `_finish` makes of it.
+    """Write one tile, HEIGHT x WIDTH, of `q @ codes.T`, or with a scale what `_finish` makes of it.
 
-    All are contiguous: q `(m, k)` and codes `(n, k)`, residual and y `(m, n)`; None is what is left out. Codes are
-    int8, or float8 if there is no offset. WHOLE: k is a multiple of DEPTH.
+    All are contiguous: q `(m, k)` and codes `(n, k)` int8 or float8, residual and y `(m, n)`; None is what is left out.
+    WHOLE: k is a multiple of DEPTH.
     """
     row, column = _place(m, n, HEIGHT, WIDTH)
     along = tl.arange(0, DEPTH)
@@ -121,7 +121,7 @@ def multiply(
     in_rows, in_columns = (row < m)[:, None], (column < n)[:, None]
     of_q = q + rows[:, None].to(tl.int64) * k + along[None, :]
     of_codes = codes + columns[:, None].to(tl.int64) * k + along[None, :]
-    total = tl.zeros((HEIGHT, WIDTH), tl.float32 if offset is None else tl.int32)
+    total = tl.zeros((HEIGHT, WIDTH), tl.int32 if codes.dtype.element_ty == tl.int8 else tl.float32)
     for start in range(0, k, DEPTH):
         if not WHOLE:
             left = along[None, :] < k - start
@@ -135,23 +135,27 @@ def multiply(
         total = tl.dot(a, b.T, total, out_dtype=total.dtype)
         of_q += DEPTH
         of_codes += DEPTH
-    _finish(
-        total,
-        row,
-        column,
-        scale,
-        offset,
-        bias,
-        residual,
-        weight_zero_point,
-        row_sum,
-        to_scale,
-        to_zero_point,
-        y,
-        m,
-        n,
-        ACTIVATION,
-    )
+    if scale is None:
+        place = row[:, None].to(tl.int64) * n + column[None, :]
+        tl.store(y + place, total, mask=in_rows & (column < n)[None, :])
+    else:
+        _finish(
+            total,
+            row,
+            column,
+            scale,
+            offset,
+            bias,
+            residual,
+            weight_zero_point,
+            row_sum,
+            to_scale,
+            to_zero_point,
+            y,
+            m,
+            n,
+            ACTIVATION,
+        )
 
 
 @triton.jit(do_not_specialize=["m"])

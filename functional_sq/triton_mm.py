@@ -9,7 +9,6 @@ multiplies while the other stores: 1300 to 1400 TOP/s, epilogue included. A toke
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ __all__ = [
     "CODES",
     "NAME",
     "Tile",
+    "bare_product",
     "float8_product",
     "is_capable",
     "key",
@@ -58,8 +58,14 @@ below were the fastest on an H200, for K and N from 4096 to 28672."""
 _FEW: Tile = (16, 32, 512, 4)
 _FEW_WIDE: Tile = (16, 64, 256, 5)
 _FEW_FLOAT8: Tile = (16, 32, 256, 4)
-_MANY: tuple[Tile, ...] = ((128, 128, 128, 3), (64, 128, 128, 4), (64, 64, 256, 3), (64, 32, 256, 4))
-"""The fastest first, where there are enough of them for all multiprocessors."""
+_MANY: tuple[Tile, ...] = (
+    (128, 128, 128, 3),
+    (64, 128, 128, 4),
+    (128, 64, 128, 4),
+    (64, 64, 256, 3),
+    (64, 32, 256, 4),
+)
+"""The fastest first, where there are enough of them for all multiprocessors, and columns enough for one."""
 
 
 def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
@@ -146,8 +152,7 @@ def product(
         `(M, N)` in `dtype`, or int8 with `to_scale`.
     """
     operands = q, codes, weight_zero_point, _row_sum(q, weight_zero_point), scale, offset, bias, None
-    y: Tensor = _operator()(*operands, activation, to_scale, to_zero_point, dtype)
-    return y
+    return _call(*operands, activation, to_scale, to_zero_point, dtype)
 
 
 def plus(
@@ -171,8 +176,7 @@ def plus(
         return (y.reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
     rows = residual.reshape(-1, codes.shape[0])
     operands = q, codes, weight_zero_point, _row_sum(q, weight_zero_point), scale, offset, bias, rows
-    made: Tensor = _operator()(*operands, "none", None, None, residual.dtype)
-    return made.reshape(residual.shape)
+    return _call(*operands, "none", None, None, residual.dtype).reshape(residual.shape)
 
 
 def float8_product(q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -198,8 +202,18 @@ def float8_product(q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
     here = AVAILABLE and q.device.type == DEVICE and kinds == {torch.float8_e4m3fn} and k % _ALIGNED == 0 < k
     if not here or reaches(q.shape[0], 17) or n > _WIDE * _multiprocessors(q.device) or not _has_float8(q.device):
         return None
-    y: Tensor = _operator()(q, codes, None, None, scale, None, bias, None, "none", None, None, dtype)
-    return y
+    return _call(q, codes, None, None, scale, None, bias, None, "none", None, None, dtype)
+
+
+def bare_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b.T` of int8 codes, int32; `b` is one that `is_capable`, K a multiple of 16.
+
+    `torch._int_mm` takes 1.5 times as long, and raises for some sizes (100352 rows, K = 64, N = 264 on an H200).
+
+    Args:
+        a, b: `(M, K)` and `(N, K)`.
+    """
+    return _call(a, b, None, None, None, None, None, None, "none", None, None, torch.int32)
 
 
 def _row_sum(q: Tensor, weight_zero_point: Tensor | None) -> Tensor | None:
@@ -220,17 +234,17 @@ def is_capable(codes: Tensor) -> bool:
     return here and _has_tensor_cores(codes.device)
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_tensor_cores(device: torch.device) -> bool:
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_float8(device: torch.device) -> bool:
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9))
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
@@ -255,18 +269,25 @@ def tile(m: int | torch.SymInt, n: int, device: torch.device) -> Tile:
     if rows <= 16:
         return _FEW if n <= _WIDE * processors else _FEW_WIDE
     for each in _MANY:
-        if 2 * -(-rows // each[0]) * -(-n // each[1]) >= 3 * processors:
+        if each[1] < 2 * n and 2 * -(-rows // each[0]) * -(-n // each[1]) >= 3 * processors:
             return each
     return _MANY[-1]
 
 
-@cache
-def _operator() -> Any:
-    """Return `functional_sq::triton_product`, defined when it is first asked for: that imports Triton."""
-    torch.library.triton_op("functional_sq::triton_product", _multiplied, mutates_args=())
-    op = torch.ops.functional_sq.triton_product.default
-    torch.library.register_vmap(op, looped(op))
-    return op
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _defined() -> bool:
+    """Define `functional_sq::triton_product`, once it is needed: that imports Triton."""
+    if not hasattr(torch.ops.functional_sq, "triton_product"):
+        torch.library.triton_op("functional_sq::triton_product", _multiplied, mutates_args=())
+        op = torch.ops.functional_sq.triton_product.default
+        torch.library.register_vmap(op, looped(op))
+    return True
+
+
+def _call(*operands: Any) -> Tensor:
+    assert _defined()
+    y: Tensor = torch.ops.functional_sq.triton_product.default(*operands)
+    return y
 
 
 def _multiplied(
@@ -274,7 +295,7 @@ def _multiplied(
     codes: Tensor,
     weight_zero_point: Tensor | None,
     row_sum: Tensor | None,
-    scale: Tensor,
+    scale: Tensor | None,
     offset: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -283,14 +304,14 @@ def _multiplied(
     to_zero_point: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    from functional_sq import triton_kernel  # imports Triton
+
     (m, k), n = q.shape, codes.shape[0]
     y = torch.empty((m, n), dtype=dtype if to_scale is None else CODES, device=q.device)
     if isinstance(m, int) and m == 0:
         return y
     given = scale, offset, bias, residual, weight_zero_point, row_sum, to_scale, to_zero_point
-    height, width, depth, stages = _FEW_FLOAT8 if offset is None else tile(m, n, q.device)
-    from functional_sq import triton_kernel  # imports Triton
-
+    height, width, depth, stages = _FEW_FLOAT8 if codes.dtype.is_floating_point else tile(m, n, q.device)
     torch.library.wrap_triton(triton_kernel.multiply)[(-(-m // height) * -(-n // width),)](
         q.contiguous(),
         codes.contiguous(),

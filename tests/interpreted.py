@@ -1,18 +1,35 @@
 """Run the laws of backends on Triton's kernels, interpreted on the CPU; a program, for Triton asks its environment.
 
-TRITON_INTERPRET=1 python tests/interpreted.py product|convolution|float8
+TRITON_INTERPRET=1 python tests/interpreted.py product, or convolution, bare, compiled
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from functional_sq import triton_conv, triton_mm
+import functional_sq as fsq
+from functional_sq import backends, triton_conv, triton_mm
 from functional_sq.testing import check_convolution, check_product
+
+
+class Kernel:
+    """What `torch.library.wrap_triton` returns here: nothing runs on fake tensors."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*operands: Any, **settings: Any) -> None:
+            if not any(isinstance(each, FakeTensor) for each in operands):
+                self.kernel[grid](*operands, **settings)
+
+        return run
 
 
 class Interpreted:
@@ -36,9 +53,11 @@ class Interpreted:
         return y.to(dtype) if y.is_floating_point() else y
 
 
-def check_float8() -> None:
-    """Sums of 272 products err by 2**-15 of what they add, and the epilogue by a few units more."""
-    for rows, k, n in ((1, 16, 5), (16, 272, 40), (7, 256, 33)):
+def check_bare() -> None:
+    """int8 is exact. Float8: sums of 272 products err by 2**-15 of what they add, and the epilogue by a few units."""
+    for rows, k, n in ((1, 16, 5), (16, 272, 40), (7, 256, 33), (0, 16, 3)):
+        a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((rows, k), (n, k)))
+        assert torch.equal(triton_mm.bare_product(a, b).long(), a.long() @ b.long().t())
         q, w = (torch.randn(shape).to(torch.float8_e4m3fn) for shape in ((rows, k), (n, k)))
         scale, bias = torch.rand(n), torch.randn(n)
         y = triton_mm.float8_product(q, w, scale, bias, torch.float32)
@@ -48,13 +67,32 @@ def check_float8() -> None:
         assert ((y - right).abs() <= bound).all()
 
 
+def check_compiled() -> None:
+    """Dynamo sees one graph of the functions that ask the backends, for any number of rows."""
+    backends.PRODUCTS[:], backends.CONVOLUTIONS[:] = [triton_mm], [triton_conv]
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+    qp = fsq.QParams(torch.tensor([0.02]), torch.zeros(1, dtype=torch.int32))
+    for shape, *sizes in (((20, 32), (2, 32), (300, 32)), ((20, 32, 3, 3), (2, 32, 5, 5), (3, 32, 4, 8))):
+        scale = torch.rand(shape[0], *(1 for _ in shape[1:]))
+        of_weight = fsq.QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+        codes = torch.randint(-128, 128, shape, dtype=torch.int8)
+        weight = fsq.fold(fsq.QuantSpec(torch.int8, fsq.PerAxis(0)), codes, of_weight)
+        known = fsq.epilogue(spec, qp, weight)
+        function = fsq.linear if len(shape) == 2 else fsq.conv
+        compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
+        for size in sizes:
+            q = torch.randint(-128, 128, size, dtype=torch.int8)
+            assert torch.equal(compiled(spec, q, qp, weight, epilogue=known), function(spec, q, qp, weight))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    torch.library.wrap_triton = lambda kernel: kernel
+    torch.library.wrap_triton = Kernel
     triton_mm.DEVICE = "cpu"
     {
         "product": lambda: check_product(Interpreted(triton_mm), max_examples=12),
         "convolution": lambda: check_convolution(Interpreted(triton_conv), max_examples=25),
-        "float8": check_float8,
+        "bare": check_bare,
+        "compiled": check_compiled,
     }[sys.argv[1]]()
     print(f"{sys.argv[1]}: right")

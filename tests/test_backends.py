@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -122,7 +123,7 @@ def test_onednn_obeys() -> None:
     check_convolution(onednn_conv)
 
 
-@pytest.mark.parametrize("what", ["product", "convolution", "float8"])
+@pytest.mark.parametrize("what", ["product", "convolution", "bare", "compiled"])
 def test_the_kernels_of_triton_obey_where_they_are_interpreted(what: str) -> None:
     """On any machine: what each program computes, not how a GPU runs them together."""
     triton = pytest.importorskip("triton", reason="the CPU builds of torch come without Triton")
@@ -133,6 +134,52 @@ def test_the_kernels_of_triton_obey_where_they_are_interpreted(what: str) -> Non
         [sys.executable, program, what], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert run.stdout == f"{what}: right\n", run.stderr
+
+
+OF_PRODUCT = {"residual", "weight_zero_point", "row_sum", "to_scale", "to_zero_point"}
+TYPES = {"scale": "*fp32", "to_scale": "*fp32", "bias": "*bf16", "residual": "*bf16", "y": "*bf16"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tile", "codes", "left_out"),
+    [
+        *(("multiply", tile, "*i8", OF_PRODUCT) for tile in (*triton_mm._MANY, triton_mm._FEW, triton_mm._FEW_WIDE)),
+        ("multiply", triton_mm._FEW_FLOAT8, "*fp8e4nv", {*OF_PRODUCT, "offset"}),
+        ("multiply", triton_mm._MANY[0], "*i8", {*OF_PRODUCT, "scale", "offset", "bias"}),
+        ("multiply", triton_mm._MANY[0], "*i8", {"residual", "weight_zero_point", "row_sum"}),
+        ("multiply", triton_mm._MANY[0], "*i8", {"weight_zero_point", "row_sum", "to_scale", "to_zero_point"}),
+        ("multiply", triton_mm._MANY[0], "*i8", {"residual", "to_scale", "to_zero_point"}),
+        *(("convolve", (128, 128, *rest), "*i8", OF_PRODUCT) for rest in ((128, 3), (64, 6), (32, 8))),
+    ],
+    ids=str,
+)
+def test_the_kernels_of_triton_compile_for_a_gpu(
+    kernel: str, tile: triton_mm.Tile, codes: str, left_out: set[str]
+) -> None:
+    """For an H100, on any machine. Both operands are loaded ahead, 16 bytes at a time, and fit twice on it."""
+    pytest.importorskip("triton", reason="the CPU builds of torch come without Triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from functional_sq import triton_kernel
+
+    function = getattr(triton_kernel, kernel)
+    made = "to_scale" not in left_out
+    constants = dict.fromkeys(left_out & {*function.arg_names}) | {"ACTIVATION": "gelu" if made else "none"}
+    constants |= dict(zip(("HEIGHT", "WIDTH", "DEPTH"), tile, strict=False))
+    constants |= {"WHOLE": True} if kernel == "multiply" else {}
+    types = TYPES | dict.fromkeys(("offset", "weight_zero_point", "row_sum", "to_zero_point"), "*i32")
+    types |= {"q": codes, "codes": codes, "y": "*i8" if made else "*i32" if "scale" in left_out else "*bf16"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
+    even = [i for i, name in enumerate(signature) if signature[name][0] == "*" or name in ("n", "k", "channels")]
+    source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in even})
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": tile[3]})
+    height, width, depth, stages = tile
+    # Fewer stages are held at once where operands of a few rows are read to registers.
+    held = stages if height > 16 else stages - 1
+    assert compiled.metadata.shared == (height + width) * depth * held <= 98 * 1024
+    wide = len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", compiled.asm["ptx"]))
+    assert wide == compiled.asm["ptx"].count("cp.async.c") - compiled.asm["ptx"].count("cp.async.commit") > 0
 
 
 @pytest.mark.cuda
