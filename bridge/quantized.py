@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
@@ -538,7 +539,11 @@ class _QuantizedConv(Quantized):
         taken = {
             e.NAME: e.least_windows(codes, *settings) for e in backends.CONVOLUTIONS if e.supports(codes, zero_point)
         }
-        return "".join(f", by {name} from {share * (least - 1) + 1} windows on" for name, least in taken.items())
+        return "".join(
+            f", by {name} from {share * (least - 1) + 1} windows on"
+            for name, least in taken.items()
+            if least < sys.maxsize
+        )
 
 
 class QuantizedConv1d(_QuantizedConv):

@@ -100,7 +100,7 @@ class Convolution(_Backend, Protocol):
     """What `conv` asks; `functional_sq.onednn_conv` is one, and says what the arguments are."""
 
     def least_windows(self, codes: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int, /) -> int:
-        """From how many windows on, of all images together, it is the faster one."""
+        """From how many windows on, of all images together, it is the faster one; `sys.maxsize`: never."""
 
     def convolve(
         self,

@@ -6,11 +6,15 @@ Shape work is plain Python on tuples; a split is a view and costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["align", "blockwise", "is_batched", "is_traced", "reaches", "split"]
+__all__ = ["align", "asked_once", "blockwise", "is_batched", "is_traced", "reaches", "split"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def is_traced(x: Tensor) -> bool:
@@ -81,6 +85,15 @@ def blockwise(op: Callable[..., Tensor], x: Tensor, *stats: Tensor) -> Tensor:
         return op(x, *stats)
     sizes = [1 if i in dims else n for i, n in enumerate(view.shape)]
     return op(view, *(s.reshape(sizes) for s in stats)).reshape(x.shape)
+
+
+def asked_once(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let Dynamo call a function where it traces, and take what it returns for a constant.
+
+    As `torch.compiler.assume_constant_result`, which imports Dynamo. The arguments are constants.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def reaches(rows: int, least: int) -> bool:

@@ -140,14 +140,14 @@ def conv(
     x = q if q.ndim == len(shape) else q[None]
     windows = x.shape[0] * math.prod(size)
     backend = None
-    if epilogue is not None and fits_operator(epilogue.scale, bias, wide):
+    if epilogue is not None and epilogue.offset is not None and fits_operator(epilogue.scale, bias, wide):
         settings = geometry.stride, geometry.dilation, groups
         zero_point, share = asked_for(weight.codes, weight.zero_point, *settings)
         backend = convolution_for((windows + share - 1) // share, weight.codes, zero_point, *settings)
     if backend is not None and weight.zero_point is None:
         assert epilogue is not None
-        known = None if bias is None else bias.to(wide)
         assert epilogue.offset is not None
+        known = None if bias is None else bias.to(wide)
         operands = *given_to(backend.CODES, spec, x, qp), weight.codes, epilogue.scale, epilogue.offset, known
         convolve = partial(_by, backend, *operands, geometry, groups)
         if then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):

@@ -961,14 +961,17 @@ def product_is_exact(
 
     def real() -> Tensor:
         """Return the weight less its zero points."""
-        return w.cpu().long() - (0 if of_weight is None else of_weight.cpu()[:, None].long())
+        return w.cpu().double() - (0 if of_weight is None else of_weight.cpu()[:, None])
 
-    largest = _largest(activation, (q.cpu().long() - zero_point) @ real().t())
+    def sums() -> Tensor:
+        return ((q.cpu().double() - zero_point) @ real().t()).long()  # exact below 2**53
+
+    largest = _largest(activation, sums())
     scale, b = _drawn_epilogue(draw, n, dtype if bias else None, strided, device, largest)
     for _ in range(2):
-        total = (q.cpu().long() - zero_point) @ real().t()
+        total = sums()
         given = _given(backend, q, z)
-        offset = (given[1].cpu() * real().sum(1)).to(device, torch.int32)
+        offset = (given[1].cpu() * real().sum(1)).to(torch.int32).to(device)
         operands = *given, w, of_weight, scale, offset, b
         multiply = functools.partial(backend.product, *operands)
         _assert_rounded(backend, multiply, total, scale, b, dtype, activation, step)

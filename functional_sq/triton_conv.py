@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq import triton_mm
+from functional_sq.blocks import asked_once
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.onednn import looped
 from functional_sq.triton_mm import CODES, key, requantizes
@@ -114,7 +115,7 @@ def convolve(
     return torch.cat([op(*each, *rest) for each in zip(*cut, strict=True)], -1).movedim(-1, 1)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _defined() -> bool:
     """Define `functional_sq::triton_convolution`, once it is needed: that imports Triton."""
     if not hasattr(torch.ops.functional_sq, "triton_convolution"):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sq.blocks import reaches
+from functional_sq.blocks import asked_once, reaches
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.onednn import looped
 from functional_sq.requantize import ACTIVATIONS, fills_a_byte
@@ -234,17 +234,17 @@ def is_capable(codes: Tensor) -> bool:
     return here and _has_tensor_cores(codes.device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _has_tensor_cores(device: torch.device) -> bool:
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _has_float8(device: torch.device) -> bool:
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
@@ -274,7 +274,7 @@ def tile(m: int | torch.SymInt, n: int, device: torch.device) -> Tile:
     return _MANY[-1]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def _defined() -> bool:
     """Define `functional_sq::triton_product`, once it is needed: that imports Triton."""
     if not hasattr(torch.ops.functional_sq, "triton_product"):

@@ -90,8 +90,8 @@ if __name__ == "__main__":
     torch.library.wrap_triton = Kernel
     triton_mm.DEVICE = "cpu"
     {
-        "product": lambda: check_product(Interpreted(triton_mm), max_examples=12),
-        "convolution": lambda: check_convolution(Interpreted(triton_conv), max_examples=25),
+        "product": lambda: check_product(Interpreted(triton_mm), max_examples=8),
+        "convolution": lambda: check_convolution(Interpreted(triton_conv), max_examples=15),
         "bare": check_bare,
         "compiled": check_compiled,
     }[sys.argv[1]]()
