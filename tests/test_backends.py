@@ -29,7 +29,9 @@ with warnings.catch_warnings():
     from bridge import StaticQuantConfig
     from bridge.inductor import HandOn
 
-UINT8 = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+UINT8, INT8 = (
+    fsq.QuantSpec(dtype, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC) for dtype in (torch.uint8, torch.int8)
+)
 
 
 class Int64:
@@ -56,7 +58,8 @@ class Int64:
     def then(self, y: Tensor, activation: str, to_scale: Tensor | None, to_zero_point: Tensor | None) -> Tensor:
         if to_scale is None:
             return y
-        return fsq.requantize(y, fsq.Requantization(UINT8, fsq.QParams(to_scale, to_zero_point), activation))
+        spec = UINT8 if self.CODES is torch.uint8 else INT8
+        return fsq.requantize(y, fsq.Requantization(spec, fsq.QParams(to_scale, to_zero_point), activation))
 
     def product(
         self,
@@ -112,6 +115,39 @@ class Int64:
         along = (-1, 1, 1)
         y = apply_epilogue(total, scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
         return self.then(y, activation, to_scale, to_zero_point)
+
+
+class Signed(Int64):
+    """Takes int8, an offset in place of the zero point, and asymmetric weights."""
+
+    CODES = torch.int8
+
+    def supports(self, codes: Tensor, zero_point: Tensor | None) -> bool:
+        return codes.dtype is torch.int8 and (zero_point is None or codes.ndim == 2)
+
+    def bracket(self, q: Tensor, codes: Tensor, of_weight: Tensor | None, offset: Tensor) -> Tensor:
+        total = (q.double() @ codes.double().t()).long() - offset
+        return total if of_weight is None else total - of_weight * q.long().sum(1, keepdim=True)
+
+    def product(
+        self,
+        q: Tensor,
+        zero_point: Tensor,
+        codes: Tensor,
+        weight_zero_point: Tensor | None,
+        scale: Tensor,
+        offset: Tensor,
+        bias: Tensor | None,
+        *then: Any,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        y = apply_epilogue(self.bracket(q, codes, weight_zero_point, offset), scale, bias, dtype)
+        return self.then(y, *then) if then else y
+
+    def plus(self, residual: Tensor, *operands: Any) -> Tensor:
+        q, _, codes, of_weight, scale, offset, bias = operands
+        total = self.bracket(q, codes, of_weight, offset).reshape(residual.shape)
+        return apply_epilogue(total, scale, bias, residual.dtype, residual)
 
 
 # --- the law ---------------------------------------------------------------------------------------
@@ -237,9 +273,10 @@ def test_triton_multiplies_in_compiled_code_for_any_number_of_rows() -> None:
             assert torch.equal(y, model(x))
 
 
-def test_one_of_torch_alone_obeys() -> None:
-    check_product(Int64())
-    check_convolution(Int64())
+@pytest.mark.parametrize("right", [Int64(), Signed()], ids=["uint8", "int8"])
+def test_one_of_torch_alone_obeys(right: Int64) -> None:
+    check_product(right)
+    check_convolution(right)
 
 
 class NoZeroPoint(Int64):
@@ -355,6 +392,22 @@ class OneForAnother(Int64):
         return super().then(y, "silu" if activation == "gelu" else activation, *to)
 
 
+class NoOffset(Signed):
+    def bracket(self, q: Tensor, codes: Tensor, of_weight: Tensor | None, offset: Tensor) -> Tensor:
+        return super().bracket(q, codes, of_weight, torch.zeros_like(offset))
+
+
+class SymmetricAlone(Signed):
+    def bracket(self, q: Tensor, codes: Tensor, of_weight: Tensor | None, offset: Tensor) -> Tensor:
+        return super().bracket(q, codes, None, offset)
+
+
+class CodesOfAnotherDtype(Int64):
+    def then(self, y: Tensor, *then: Any) -> Tensor:
+        codes = super().then(y, *then)
+        return codes if then[1] is None else (codes ^ 128).view(torch.int8)
+
+
 class MakesCodesOfAnyBits(Int64):
     def requantizes(self, spec: fsq.QuantSpec, scale: Tensor, activation: str) -> bool:
         return True
@@ -437,6 +490,9 @@ class OneScaleAGroup(Int64):
                 KeepsTheFirstWeight,
                 FewRows,
                 OneForAnother,
+                NoOffset,
+                SymmetricAlone,
+                CodesOfAnotherDtype,
                 MakesCodesOfAnyBits,
             )
         ),
@@ -468,7 +524,7 @@ def test_a_wrong_backend_is_found_with_the_call_that_shows_it(
     arguments = eval(f"dict{call.removeprefix(law.__name__)}", {"torch": torch})
     with pytest.raises(AssertionError):
         law(wrong(), **arguments)
-    law(Int64(), **arguments)
+    law(Signed() if issubclass(wrong, Signed) else Int64(), **arguments)
 
 
 def test_a_backend_that_supports_nothing_is_not_passed() -> None:
