@@ -149,24 +149,25 @@ def _convolved(
         return y
     height, width, deepest, stages = triton_mm.tile(m, n, x.device)
     depth = math.gcd(deepest, channels)
-    torch.library.wrap_triton(triton_kernel.convolve)[(-(-m // height) * -(-n // width),)](
-        x.contiguous(),
-        w.contiguous(),
-        *(None if t is None else t.contiguous() for t in (scale, offset, bias, to_scale, to_zero_point)),
-        y,
-        m,
-        n,
-        math.prod(kernel) * channels,
-        channels,
-        *size,
-        *out,
-        kernel[1],
-        *steps,
-        ACTIVATION=activation,
-        HEIGHT=height,
-        WIDTH=width,
-        DEPTH=depth,
-        num_warps=4,
-        num_stages=min(8, stages * (deepest // depth)),
-    )
+    with triton_mm.device_of(x):
+        torch.library.wrap_triton(triton_kernel.convolve)[(-(-m // height) * -(-n // width),)](
+            x.contiguous(),
+            w.contiguous(),
+            *(None if t is None else t.contiguous() for t in (scale, offset, bias, to_scale, to_zero_point)),
+            y,
+            m,
+            n,
+            math.prod(kernel) * channels,
+            channels,
+            *size,
+            *out,
+            kernel[1],
+            *steps,
+            ACTIVATION=activation,
+            HEIGHT=height,
+            WIDTH=width,
+            DEPTH=depth,
+            num_warps=4,
+            num_stages=min(8, stages * (deepest // depth)),
+        )
     return y

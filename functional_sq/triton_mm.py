@@ -9,12 +9,13 @@ multiplies while the other stores: 1300 to 1400 TOP/s, epilogue included. A toke
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_sq.blocks import asked_once, reaches
+from functional_sq.blocks import asked_once, is_traced, reaches
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.onednn import looped
 from functional_sq.requantize import ACTIVATIONS, fills_a_byte
@@ -25,6 +26,7 @@ __all__ = [
     "NAME",
     "Tile",
     "bare_product",
+    "device_of",
     "float8_product",
     "is_capable",
     "key",
@@ -249,6 +251,18 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which Triton runs where `x` is; by itself it runs on the current device.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import triton_mm
+        >>> with triton_mm.device_of(torch.zeros(1)):  # nothing to change
+        ...     pass
+    """
+    return torch.cuda.device(x.device) if x.is_cuda and not is_traced(x) else nullcontext()
+
+
 def tile(m: int | torch.SymInt, n: int, device: torch.device) -> Tile:
     """Return rows, columns and depth of a tile, and how many depths are loaded ahead.
 
@@ -312,20 +326,21 @@ def _multiplied(
         return y
     given = scale, offset, bias, residual, weight_zero_point, row_sum, to_scale, to_zero_point
     height, width, depth, stages = _FEW_FLOAT8 if codes.dtype.is_floating_point else tile(m, n, q.device)
-    torch.library.wrap_triton(triton_kernel.multiply)[(-(-m // height) * -(-n // width),)](
-        q.contiguous(),
-        codes.contiguous(),
-        *(None if t is None else t.contiguous() for t in given),
-        y,
-        m,
-        n,
-        k,
-        ACTIVATION=activation,
-        HEIGHT=height,
-        WIDTH=width,
-        DEPTH=depth,
-        WHOLE=k % depth == 0,
-        num_warps=4,
-        num_stages=stages,
-    )
+    with device_of(q):
+        torch.library.wrap_triton(triton_kernel.multiply)[(-(-m // height) * -(-n // width),)](
+            q.contiguous(),
+            codes.contiguous(),
+            *(None if t is None else t.contiguous() for t in given),
+            y,
+            m,
+            n,
+            k,
+            ACTIVATION=activation,
+            HEIGHT=height,
+            WIDTH=width,
+            DEPTH=depth,
+            WHOLE=k % depth == 0,
+            num_warps=4,
+            num_stages=stages,
+        )
     return y
