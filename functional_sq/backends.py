@@ -6,8 +6,8 @@ A backend is one file, or any object, with the functions of `Product` or `Convol
 rows enough.
 Without one the arithmetic is that of `functional_sq.int_mm` and `float8_mm`, with the same bits.
 
-All but the products themselves are asked while a graph is traced: they see shapes, dtypes, devices and the
-machine, never values. Codes may be written to between two products; scale and bias may have strides.
+All but the products themselves are asked while a graph is traced: they see shapes, dtypes, devices and the machine,
+never values. Codes may be written to between two products; scale and bias may have strides.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from functional_sq import onednn, onednn_conv, triton_conv, triton_mm
 from functional_sq.blocks import reaches
+from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
 
 __all__ = [
@@ -62,37 +63,17 @@ class Product(_Backend, Protocol):
 
     def product(
         self,
-        q: Tensor,
-        zero_point: Tensor,
-        codes: Tensor,
-        weight_zero_point: Tensor | None,
-        scale: Tensor,
-        offset: Tensor,
-        bias: Tensor | None,
+        operands: Operands,
+        /,
         activation: str = "none",
         to_scale: Tensor | None = None,
         to_zero_point: Tensor | None = None,
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return `(q - zero_point) @ (codes - weight_zero_point).T * scale + bias` in `dtype`, or codes of it.
+        """Return the product in `dtype`; with `to_scale` codes of it, after the activation."""
 
-        `offset` is `zero_point * (codes - weight_zero_point).sum(1)` for a backend whose `CODES` are int8, and not to
-        be read where they are uint8. It makes codes where there is `to_scale`.
-        """
-
-    def plus(
-        self,
-        residual: Tensor,
-        q: Tensor,
-        zero_point: Tensor,
-        codes: Tensor,
-        weight_zero_point: Tensor | None,
-        scale: Tensor,
-        offset: Tensor,
-        bias: Tensor | None,
-        /,
-    ) -> Tensor:
+    def plus(self, residual: Tensor, operands: Operands, /) -> Tensor:
         """Return the product plus `residual`, rounded once to its dtype."""
 
 
@@ -104,12 +85,8 @@ class Convolution(_Backend, Protocol):
 
     def convolve(
         self,
-        q: Tensor,
-        zero_point: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        offset: Tensor,
-        bias: Tensor | None,
+        operands: Operands,
+        /,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -120,7 +97,7 @@ class Convolution(_Backend, Protocol):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return the sums over windows, times `scale`, plus `bias`, in `dtype`, or codes; `offset` as of a product."""
+        """Return the sums over windows, scaled, in `dtype`; with `to_scale` codes of them, after the activation."""
 
 
 PRODUCTS: list[Product] = [onednn, triton_mm]

@@ -51,6 +51,7 @@ from functional_sq.linear import (
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
 from functional_sq.onednn import looped
 from functional_sq.onednn_conv import overlap
+from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
@@ -147,9 +148,9 @@ def conv(
     if backend is not None and weight.zero_point is None:
         assert epilogue is not None
         assert epilogue.offset is not None
-        known = None if bias is None else bias.to(wide)
-        operands = *given_to(backend.CODES, spec, x, qp), weight.codes, epilogue.scale, epilogue.offset, known
-        convolve = partial(_by, backend, *operands, geometry, groups)
+        given = given_to(backend.CODES, spec, x, qp)
+        operands = Operands(*given, weight.codes, None, epilogue.scale, epilogue.offset, bias)
+        convolve = partial(_by, backend, operands, geometry, groups)
         if then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
             y, then = made_by(convolve, then, backend.CODES), None
         else:
@@ -400,12 +401,7 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Ge
 
 def _by(
     backend: Convolution,
-    q: Tensor,
-    zero_point: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
+    operands: Operands,
     geometry: _Geometry,
     groups: int,
     *then: Any,
@@ -413,14 +409,13 @@ def _by(
 ) -> Tensor:
     """Return the convolution with a kept weight, by a backend: `(B, N, *size)` in `dtype`, or codes."""
     # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
-    q = q.movedim(1, -1).contiguous().movedim(-1, 1)
+    q = operands.q.movedim(1, -1).contiguous().movedim(-1, 1)
     stride, padding, dilation = geometry
     if len(stride) == 2:
         settings = stride, [*chain(*padding)], dilation, groups
-        return backend.convolve(q, zero_point, codes, scale, offset, bias, *settings, *then, dtype=dtype)
+        return backend.convolve(operands._replace(q=q), *settings, *then, dtype=dtype)
     wide = (1, *stride), [0, 0, *padding[0]], (1, *dilation), groups
-    y = backend.convolve(q.unsqueeze(2), zero_point, codes, scale, offset, bias, *wide, *then, dtype=dtype)
-    return y.squeeze(2)
+    return backend.convolve(operands._replace(q=q.unsqueeze(2)), *wide, *then, dtype=dtype).squeeze(2)
 
 
 def asked_for(
@@ -448,7 +443,8 @@ def _corrected(
 
     def sums(w: Tensor) -> Tensor:
         offset = zero_point * w.flatten(1).sum(1, dtype=torch.int32)
-        return _by(backend, q, zero_point, w, unscaled[: len(w)], offset, None, geometry, groups).to(torch.int32)
+        operands = Operands(q, zero_point, w, None, unscaled[: len(w)], offset, None)
+        return _by(backend, operands, geometry, groups).to(torch.int32)
 
     of_weight = weight.zero_point.reshape(-1, *(1 for _ in codes.shape[2:]))
     return sums(codes) - of_weight * sums(ones).repeat_interleave(len(codes) // groups, 1)

@@ -35,6 +35,7 @@ from functional_sq.float8_mm import float8_linear, float8_product
 from functional_sq.formats import REAL_DTYPES, Float8, check_real
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import INT32_TERMS, integer_product
+from functional_sq.operands import Operands
 from functional_sq.qparams import MappingType, QParams, check_qparams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
@@ -336,13 +337,13 @@ def linear(
     if backend is not None:
         assert offset is not None
         zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(n)
-        operands = *given_to(backend.CODES, spec, flat, qp), weight.codes, zero_point, scale, offset, bias
+        operands = Operands(*given_to(backend.CODES, spec, flat, qp), weight.codes, zero_point, scale, offset, bias)
         if then is not None and residual is None and backend.requantizes(then.spec, then.qp.scale, then.activation):
-            return made_by(partial(backend.product, *operands), then, backend.CODES).reshape(*lead, n)
+            return made_by(partial(backend.product, operands), then, backend.CODES).reshape(*lead, n)
         if residual is None:
-            y = backend.product(*operands, dtype=dtype).reshape(*lead, n)
+            y = backend.product(operands, dtype=dtype).reshape(*lead, n)
         else:
-            y = backend.plus(residual, *operands)
+            y = backend.plus(residual, operands)
         return y if then is None else requantize(y, then)
     codes = operand(spec, flat)
     made = None

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from functional_sq.blocks import is_batched, is_traced
 from functional_sq.granularity import PerTensor
 from functional_sq.int_mm import INT32_TERMS
+from functional_sq.operands import Operands
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.requantize import ACTIVATIONS, Requantization, apply_epilogue, fills_a_byte, requantize
 from functional_sq.spec import QuantSpec
@@ -28,6 +29,7 @@ __all__ = [
     "CODES",
     "NAME",
     "exactly",
+    "given",
     "is_state",
     "key",
     "largest_sum",
@@ -152,13 +154,7 @@ def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
 
 
 def product(
-    q: Tensor,
-    zero_point: Tensor,
-    codes: Tensor,
-    weight_zero_point: Tensor | None,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
+    operands: Operands,
     activation: str = "none",
     to_scale: Tensor | None = None,
     to_zero_point: Tensor | None = None,
@@ -168,13 +164,7 @@ def product(
     """Return `(q - zero_point) @ codes.T * scale + bias`: the sum exact, rounded to float32, then as written.
 
     Args:
-        q: `(M, K)` uint8.
-        zero_point: int32, one element.
-        codes: `(N, K)` int8 that `supports` takes; packed at the first call, and again once they change.
-        weight_zero_point: None; `supports` takes no other.
-        scale: `(N,)` float32.
-        offset: not read; oneDNN takes the zero point.
-        bias: `(N,)` of any real dtype, or None.
+        operands: uint8 codes, and a weight that `supports` takes; packed at the first call, and again once it changes.
         activation: applied to the result, if `requantizes` takes it.
         to_scale, to_zero_point: float32 and int32, one element each: the result is uint8 codes of them.
             oneDNN adds the zero point before it rounds, and has its own polynomials for activations: beside
@@ -188,57 +178,53 @@ def product(
     Example:
         >>> import torch
         >>> from functional_sq import onednn
+        >>> from functional_sq.operands import Operands
         >>> q, w = torch.tensor([[10, 1]], dtype=torch.uint8), torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
-        >>> z, scale, offset = torch.tensor([1], dtype=torch.int32), torch.tensor([1.0, 0.5]), torch.tensor([3, 7])
-        >>> onednn.product(q, z, w, None, scale, offset, None)
+        >>> z, scale = torch.tensor([1], dtype=torch.int32), torch.tensor([1.0, 0.5])
+        >>> onednn.product(Operands(q, z, w, None, scale, torch.empty(0), None))
         tensor([[ 9.0000, 13.5000]])
     """
-    bias = None if bias is None else bias.to(torch.float32)
     y: Tensor = torch.ops.functional_sq.onednn_product.default(
-        q, zero_point, codes, scale, bias, activation, to_scale, to_zero_point, made(dtype)
+        *given(operands), activation, to_scale, to_zero_point, made(dtype)
     )
     return y if to_scale is not None else y.to(dtype)
 
 
-def plus(
-    residual: Tensor,
-    q: Tensor,
-    zero_point: Tensor,
-    codes: Tensor,
-    weight_zero_point: Tensor | None,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """Return `product(...) + residual`, rounded once to the residual's dtype.
+def plus(residual: Tensor, operands: Operands) -> Tensor:
+    """Return `product(operands) + residual`, rounded once to the residual's dtype.
 
     oneDNN adds to what lies in memory already. Here that is a copy of the residual; where nothing reads the residual
     later, as mostly in a network, Inductor leaves the copy out.
 
     Args:
         residual: `(..., N)`, in all M rows of any real dtype.
-        q, zero_point, codes, weight_zero_point, scale, offset, bias: as `product`.
+        operands: as `product`.
 
     Example:
         >>> import torch
         >>> from functional_sq import onednn
+        >>> from functional_sq.operands import Operands
         >>> q, w = torch.tensor([[10, 1]], dtype=torch.uint8), torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
-        >>> z, scale, offset = torch.tensor([1], dtype=torch.int32), torch.tensor([1.0, 0.5]), torch.tensor([3, 7])
-        >>> onednn.plus(torch.tensor([[0.5, 100.0]]), q, z, w, None, scale, offset, None)
+        >>> z, scale = torch.tensor([1], dtype=torch.int32), torch.tensor([1.0, 0.5])
+        >>> onednn.plus(torch.tensor([[0.5, 100.0]]), Operands(q, z, w, None, scale, torch.empty(0), None))
         tensor([[  9.5000, 113.5000]])
     """
-    bias = None if bias is None else bias.to(torch.float32)
-    operands = q, zero_point, codes, scale, bias
+    taken = given(operands)
     # A batch of vmap is no memory to write to, and an operator of ours has no gradient. Where Inductor leaves the
     # copy out and then needs one, it takes it from the start of the storage (torch 2.13).
     within = is_traced(residual) and not _is_zero(residual.storage_offset())
-    alone = is_batched(residual, *operands) or residual.requires_grad or made(residual.dtype) is not residual.dtype
+    alone = is_batched(residual, *taken) or residual.requires_grad or made(residual.dtype) is not residual.dtype
     if alone or within:
-        y = product(q, zero_point, codes, None, scale, offset, bias).reshape(residual.shape)
-        return (y + residual.to(torch.float32)).to(residual.dtype)
+        return (product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
     y = residual.clone(memory_format=torch.contiguous_format)
-    torch.ops.functional_sq.onednn_add_product.default(y.reshape(-1, codes.shape[0]), *operands)
+    torch.ops.functional_sq.onednn_add_product.default(y.reshape(-1, operands.codes.shape[0]), *taken)
     return y
+
+
+def given(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return what oneDNN reads of them: codes, zero point, the weight's codes, scale, and the bias as float32."""
+    q, zero_point, codes, _, scale, _, bias = operands
+    return q, zero_point, codes, scale, None if bias is None else bias.to(torch.float32)
 
 
 def _is_zero(offset: int | torch.SymInt) -> bool:

@@ -30,6 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
 from functional_sq.int_mm import INT32_TERMS
+from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
 
 __all__ = ["CODES", "NAME", "convolve", "key", "least_windows", "overlap", "requantizes", "supports"]
@@ -122,12 +123,7 @@ def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
 
 
 def convolve(
-    q: Tensor,
-    zero_point: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
+    operands: Operands,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -141,15 +137,10 @@ def convolve(
     """Return the sums of `(q - zero_point) codes` over windows, times `scale`, plus `bias`; each rounded as written.
 
     Args:
-        q: `(B, C, height, width)` uint8, fastest with its channels last in memory.
-        zero_point: int32, one element; what is around the image.
-        codes: `(N, C / groups, *kernel)` int8 that `supports` takes; those of one dimension lie along the width.
-            Packed at the first call, and again once they change.
-        scale: `(N,)` float32.
-        offset: not read; oneDNN takes the zero point.
-        bias: `(N,)` float32 or None.
+        operands: uint8 codes, fastest with their channels last in memory, and a weight that `supports` takes; packed
+            at the first call, and again once it changes.
         stride, dilation: along height and width.
-        padding: above, below, left and right.
+        padding: above, below, left and right; the zero point is what is there.
         groups: as `functional_sq.conv`.
         activation: applied to the result, if `requantizes` takes it.
         to_scale, to_zero_point, dtype: as `functional_sq.onednn.product`.
@@ -160,17 +151,15 @@ def convolve(
     Example:
         >>> import torch
         >>> from functional_sq import onednn_conv
+        >>> from functional_sq.operands import Operands
         >>> q, w = torch.tensor([[[[1, 3, 1]]]], dtype=torch.uint8), torch.tensor([[[1, 2]]], dtype=torch.int8)
         >>> one, half = torch.tensor([1], dtype=torch.int32), torch.tensor([0.5])
-        >>> onednn_conv.convolve(q, one, w, half, torch.tensor([3]), None, (1, 1), (0, 0, 0, 1), (1, 1), 1)
+        >>> operands = Operands(q, one, w, None, half, torch.empty(0), None)
+        >>> onednn_conv.convolve(operands, (1, 1), (0, 0, 0, 1), (1, 1), 1)
         tensor([[[[2., 1., 0.]]]])
     """
     y: Tensor = torch.ops.functional_sq.onednn_conv.default(
-        q,
-        zero_point,
-        codes,
-        scale,
-        bias,
+        *onednn.given(operands),
         stride,
         padding,
         dilation,

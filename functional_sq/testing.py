@@ -40,6 +40,7 @@ import functional_sq as fsq
 from functional_sq.backends import Convolution, Product
 from functional_sq.formats import REAL_DTYPES, Format
 from functional_sq.observer import Observer, State
+from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
 from functional_sq.requantize import ACTIVATIONS, apply_epilogue
 
@@ -972,14 +973,14 @@ def product_is_exact(
         total = sums()
         given = _given(backend, q, z)
         offset = (given[1].cpu() * real().sum(1)).to(torch.int32).to(device)
-        operands = *given, w, of_weight, scale, offset, b
-        multiply = functools.partial(backend.product, *operands)
+        operands = Operands(*given, w, of_weight, scale, offset, b)
+        multiply = functools.partial(backend.product, operands)
         _assert_rounded(backend, multiply, total, scale, b, dtype, activation, step)
         if residual:
             added = torch.randn(rows, n, generator=draw).to(device, dtype)
             before = added.cpu().clone()
             right = apply_epilogue(total, *_on_cpu(scale, b), dtype, before)
-            assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, *operands).cpu(), right)
+            assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, operands).cpu(), right)
             assert_same_bits("residual after the call", "residual", added.cpu(), before)
         w.bitwise_not_()
 
@@ -1017,8 +1018,7 @@ def convolution_is_exact(
         kernel: along height and width, or along the width alone.
         stride, dilation: along height and width.
         padding: above, below, left and right; what is there has the code `zero_point`.
-        zero_point, fill, seed, dtype, strided, activation, step, device: as `product_is_exact`.
-        bias: whether there is one, of float32.
+        zero_point, fill, seed, dtype, bias, strided, activation, step, device: as `product_is_exact`.
         last: whether the channels of the images lie last in memory, as those that `conv` gives.
 
     Example:
@@ -1043,14 +1043,12 @@ def convolution_is_exact(
         rows = w.cpu().double().reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
         return F.conv2d(wide, rows, None, tuple(stride), 0, tuple(dilation), groups).long().movedim(1, -1)
 
-    bias_dtype = torch.float32 if bias else None
-    scale, b = _drawn_epilogue(draw, n, bias_dtype, strided, device, _largest(activation, sums()))
+    scale, b = _drawn_epilogue(draw, n, dtype if bias else None, strided, device, _largest(activation, sums()))
 
     def convolved(*then: Any, **to: Any) -> Tensor:
         codes, of_q = _given(backend, q, z)
-        offset = of_q * w.flatten(1).sum(1, dtype=torch.int32)
-        settings = stride, padding, dilation, groups
-        return backend.convolve(codes, of_q, w, scale, offset, b, *settings, *then, **to).movedim(1, -1)
+        operands = Operands(codes, of_q, w, None, scale, of_q * w.flatten(1).sum(1, dtype=torch.int32), b)
+        return backend.convolve(operands, stride, padding, dilation, groups, *then, **to).movedim(1, -1)
 
     for _ in range(2):
         _assert_rounded(backend, convolved, sums(), scale, b, dtype, activation, step)

@@ -19,6 +19,7 @@ from functional_sq import triton_mm
 from functional_sq.blocks import asked_once
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.onednn import looped
+from functional_sq.operands import Operands
 from functional_sq.triton_mm import CODES, key, requantizes
 
 __all__ = ["CODES", "NAME", "convolve", "key", "least_windows", "requantizes", "supports"]
@@ -64,12 +65,7 @@ def least_windows(codes: Tensor, stride: Sequence[int], dilation: Sequence[int],
 
 
 def convolve(
-    q: Tensor,
-    zero_point: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
+    operands: Operands,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -83,19 +79,16 @@ def convolve(
     """Return the sums of windows over `q - zero_point`, times `scale`, plus `bias`: rounded as by `triton_mm.product`.
 
     Args:
-        q: `(B, C, H, W)` int8, channels last in memory.
-        zero_point: int32, one element, and a code: what is padded with.
-        codes: `(N, C / groups, *kernel)` int8 that `supports` takes; with one dimension that of W.
-        scale, bias: `(N,)` float32, no bias for None.
-        offset: `(N,)` int32, `zero_point * codes.flatten(1).sum(1)`.
+        operands: int8 codes, and a weight that `supports` takes.
         stride, dilation: along H and W.
-        padding: above, below, left and right.
+        padding: above, below, left and right; the zero point is what is there.
         groups: the channels are cut into so many, which are convolved one after the other.
         activation, to_scale, to_zero_point, dtype: as `triton_mm.product`.
 
     Returns:
         `(B, N, H', W')` in `dtype`, or int8 with `to_scale`; channels last in memory.
     """
+    q, zero_point, codes, _, scale, offset, bias = operands
     x = q.movedim(1, -1)
     if any(padding):
         above, below, left, right = padding
@@ -105,13 +98,11 @@ def convolve(
     rest = (*stride, *dilation), activation, to_scale, to_zero_point, dtype
     assert _defined()
     op = torch.ops.functional_sq.triton_convolution.default
-    operands = (x, w.movedim(1, -1), scale, offset, bias)
+    whole = x, w.movedim(1, -1), scale, offset, bias
     if groups == 1:
-        return op(*operands, *rest).movedim(-1, 1)  # type: ignore[no-any-return]
-    axes = (-1, 0, 0, 0, 0)
-    cut = (
-        t.tensor_split(groups, dim) if t is not None else [None] * groups for t, dim in zip(operands, axes, strict=True)
-    )
+        return op(*whole, *rest).movedim(-1, 1)  # type: ignore[no-any-return]
+    axes = -1, 0, 0, 0, 0
+    cut = ([None] * groups if t is None else t.tensor_split(groups, dim) for t, dim in zip(whole, axes, strict=True))
     return torch.cat([op(*each, *rest) for each in zip(*cut, strict=True)], -1).movedim(-1, 1)
 
 

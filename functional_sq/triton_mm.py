@@ -18,6 +18,7 @@ from torch import Tensor
 from functional_sq.blocks import asked_once, is_traced, reaches
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.onednn import looped
+from functional_sq.operands import Operands
 from functional_sq.requantize import ACTIVATIONS, fills_a_byte
 from functional_sq.spec import QuantSpec
 
@@ -121,13 +122,7 @@ def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
 
 
 def product(
-    q: Tensor,
-    zero_point: Tensor,
-    codes: Tensor,
-    weight_zero_point: Tensor | None,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
+    operands: Operands,
     activation: str = "none",
     to_scale: Tensor | None = None,
     to_zero_point: Tensor | None = None,
@@ -137,13 +132,7 @@ def product(
     """Return `(q - zero_point) @ (codes - weight_zero_point).T * scale + bias`: exact, rounded, then as written.
 
     Args:
-        q: `(M, K)` int8.
-        zero_point: not read; the kernel takes the offset.
-        codes: `(N, K)` int8 that `supports` takes.
-        weight_zero_point: `(N,)` int32, or None where it is 0.
-        scale: `(N,)` float32.
-        offset: `(N,)` int32, `zero_point * (codes - weight_zero_point).sum(1)`.
-        bias: `(N,)` of any real dtype, or None.
+        operands: int8 codes, and a weight that `supports` takes.
         activation: applied to the result, if `requantizes` takes it.
         to_scale, to_zero_point: float32 and int32, one element each: the result is int8 codes of them. Beside
             `functional_sq.quantize` a code may differ by one where the value lies on the border of two, as the
@@ -153,32 +142,30 @@ def product(
     Returns:
         `(M, N)` in `dtype`, or int8 with `to_scale`.
     """
-    operands = q, codes, weight_zero_point, _row_sum(q, weight_zero_point), scale, offset, bias, None
-    return _call(*operands, activation, to_scale, to_zero_point, dtype)
+    return _call(*_given(operands), None, activation, to_scale, to_zero_point, dtype)
 
 
-def plus(
-    residual: Tensor,
-    q: Tensor,
-    zero_point: Tensor,
-    codes: Tensor,
-    weight_zero_point: Tensor | None,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """Return `product(...) + residual`, rounded once to the residual's dtype.
+def plus(residual: Tensor, operands: Operands) -> Tensor:
+    """Return `product(operands) + residual`, rounded once to the residual's dtype.
 
     Args:
         residual: `(..., N)`, in all M rows of any real dtype.
-        q, zero_point, codes, weight_zero_point, scale, offset, bias: as `product`.
+        operands: as `product`.
     """
     if residual.requires_grad:  # an operator of ours has no gradient
-        y = product(q, zero_point, codes, weight_zero_point, scale, offset, bias)
-        return (y.reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
-    rows = residual.reshape(-1, codes.shape[0])
-    operands = q, codes, weight_zero_point, _row_sum(q, weight_zero_point), scale, offset, bias, rows
-    return _call(*operands, "none", None, None, residual.dtype).reshape(residual.shape)
+        return (product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
+    rows = residual.reshape(-1, operands.codes.shape[0])
+    return _call(*_given(operands), rows, "none", None, None, residual.dtype).reshape(residual.shape)
+
+
+def _given(operands: Operands) -> tuple[Tensor | None, ...]:
+    """Return what the kernel reads of them; of each row the sum too, if the weight is asymmetric.
+
+    A compiler sums where it makes the codes.
+    """
+    q, _, codes, weight_zero_point, scale, offset, bias = operands
+    row_sum = None if weight_zero_point is None else q.sum(1, dtype=torch.int32)
+    return q, codes, weight_zero_point, row_sum, scale, offset, bias
 
 
 def float8_product(q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -216,11 +203,6 @@ def bare_product(a: Tensor, b: Tensor) -> Tensor:
         a, b: `(M, K)` and `(N, K)`.
     """
     return _call(a, b, None, None, None, None, None, None, "none", None, None, torch.int32)
-
-
-def _row_sum(q: Tensor, weight_zero_point: Tensor | None) -> Tensor | None:
-    """Return what an asymmetric weight takes of each row; a compiler sums where it makes the codes."""
-    return None if weight_zero_point is None else q.sum(1, dtype=torch.int32)
 
 
 def is_capable(codes: Tensor) -> bool:

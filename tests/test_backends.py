@@ -20,6 +20,7 @@ from torch._inductor.utils import run_and_get_code
 
 import functional_sq as fsq
 from functional_sq import backends, onednn, onednn_conv, triton_conv, triton_mm
+from functional_sq.operands import Operands
 from functional_sq.requantize import ACTIVATIONS, apply_epilogue
 from functional_sq.testing import check_convolution, check_product, convolution_is_exact, product_is_exact
 
@@ -61,28 +62,24 @@ class Int64:
         spec = UINT8 if self.CODES is torch.uint8 else INT8
         return fsq.requantize(y, fsq.Requantization(spec, fsq.QParams(to_scale, to_zero_point), activation))
 
+    def bracket(self, of: Operands) -> Tensor:
+        return self.sum(of.q, of.zero_point, of.codes)
+
     def product(
         self,
-        q: Tensor,
-        zero_point: Tensor,
-        codes: Tensor,
-        weight_zero_point: None,
-        scale: Tensor,
-        offset: Tensor,
-        bias: Tensor | None,
+        operands: Operands,
         activation: str = "none",
         to_scale: Tensor | None = None,
         to_zero_point: Tensor | None = None,
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        y = apply_epilogue(self.sum(q, zero_point, codes), scale, bias, dtype)
+        y = apply_epilogue(self.bracket(operands), operands.scale, operands.bias, dtype)
         return self.then(y, activation, to_scale, to_zero_point)
 
-    def plus(self, residual: Tensor, *operands: Any) -> Tensor:
-        q, zero_point, codes, _, scale, _, bias = operands
-        total = self.sum(q, zero_point, codes).reshape(residual.shape)
-        return apply_epilogue(total, scale, bias, residual.dtype, residual)
+    def plus(self, residual: Tensor, operands: Operands) -> Tensor:
+        total = self.bracket(operands).reshape(residual.shape)
+        return apply_epilogue(total, operands.scale, operands.bias, residual.dtype, residual)
 
     def least_windows(self, *_: object) -> int:
         return 2
@@ -95,12 +92,7 @@ class Int64:
 
     def convolve(
         self,
-        q: Tensor,
-        zero_point: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        offset: Tensor,
-        bias: Tensor | None,
+        operands: Operands,
         stride: tuple[int, ...],
         padding: tuple[int, ...],
         dilation: tuple[int, ...],
@@ -111,6 +103,7 @@ class Int64:
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
+        q, zero_point, codes, _, scale, _, bias = operands
         total = self.sums(q, zero_point, codes, stride, padding, dilation, groups)
         along = (-1, 1, 1)
         y = apply_epilogue(total, scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
@@ -125,29 +118,10 @@ class Signed(Int64):
     def supports(self, codes: Tensor, zero_point: Tensor | None) -> bool:
         return codes.dtype is torch.int8 and (zero_point is None or codes.ndim == 2)
 
-    def bracket(self, q: Tensor, codes: Tensor, of_weight: Tensor | None, offset: Tensor) -> Tensor:
-        total = (q.double() @ codes.double().t()).long() - offset
-        return total if of_weight is None else total - of_weight * q.long().sum(1, keepdim=True)
-
-    def product(
-        self,
-        q: Tensor,
-        zero_point: Tensor,
-        codes: Tensor,
-        weight_zero_point: Tensor | None,
-        scale: Tensor,
-        offset: Tensor,
-        bias: Tensor | None,
-        *then: Any,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        y = apply_epilogue(self.bracket(q, codes, weight_zero_point, offset), scale, bias, dtype)
-        return self.then(y, *then) if then else y
-
-    def plus(self, residual: Tensor, *operands: Any) -> Tensor:
-        q, _, codes, of_weight, scale, offset, bias = operands
-        total = self.bracket(q, codes, of_weight, offset).reshape(residual.shape)
-        return apply_epilogue(total, scale, bias, residual.dtype, residual)
+    def bracket(self, of: Operands) -> Tensor:
+        total = (of.q.double() @ of.codes.double().t()).long() - of.offset
+        zero_point = of.weight_zero_point
+        return total if zero_point is None else total - zero_point * of.q.long().sum(1, keepdim=True)
 
 
 # --- the law ---------------------------------------------------------------------------------------
@@ -302,31 +276,21 @@ class Int16Pairs(Int64):
 
 
 class BiasFirst(Int64):
-    def product(
-        self,
-        q: Tensor,
-        z: Tensor,
-        codes: Tensor,
-        w_z: None,
-        scale: Tensor,
-        offset: Tensor,
-        bias: Any,
-        *then: Any,
-        **to: Any,
-    ) -> Any:
+    def product(self, operands: Operands, *then: Any, **to: Any) -> Tensor:
+        scale, bias = operands.scale, operands.bias
         rest = None if bias is None else bias / scale
-        y = apply_epilogue(self.sum(q, z, codes), torch.ones_like(scale), rest, torch.float32) * scale
+        y = apply_epilogue(self.bracket(operands), torch.ones_like(scale), rest, torch.float32) * scale
         return self.then(y, *then) if then else y.to(to["dtype"])
 
 
 class RoundsTwice(Int64):
-    def plus(self, residual: Tensor, *operands: Any) -> Tensor:
-        return self.product(*operands, dtype=residual.dtype) + residual
+    def plus(self, residual: Tensor, operands: Operands) -> Tensor:
+        return self.product(operands, dtype=residual.dtype) + residual
 
 
 class WritesToTheResidual(Int64):
-    def plus(self, residual: Tensor, *operands: Any) -> Tensor:
-        return residual.copy_(super().plus(residual, *operands))
+    def plus(self, residual: Tensor, operands: Operands) -> Tensor:
+        return residual.copy_(super().plus(residual, operands))
 
 
 class AnotherDtype(Int64):
@@ -346,21 +310,11 @@ class NoActivation(Int64):
 
 
 class ReadsWithoutStrides(Int64):
-    def product(
-        self,
-        q: Tensor,
-        z: Tensor,
-        codes: Tensor,
-        w_z: None,
-        scale: Tensor,
-        offset: Tensor,
-        bias: Any,
-        *then: Any,
-        **to: Any,
-    ) -> Any:
+    def product(self, operands: Operands, *then: Any, **to: Any) -> Tensor:
+        bias = operands.bias
         if bias is not None:
-            bias = bias.as_strided(bias.shape, (1,))
-        return super().product(q, z, codes, w_z, scale, offset, bias, *then, **to)
+            operands = operands._replace(bias=bias.as_strided(bias.shape, (1,)))
+        return super().product(operands, *then, **to)
 
 
 class KeepsTheFirstWeight(Int64):
@@ -394,13 +348,13 @@ class OneForAnother(Int64):
 
 
 class NoOffset(Signed):
-    def bracket(self, q: Tensor, codes: Tensor, of_weight: Tensor | None, offset: Tensor) -> Tensor:
-        return super().bracket(q, codes, of_weight, torch.zeros_like(offset))
+    def bracket(self, of: Operands) -> Tensor:
+        return super().bracket(of._replace(offset=torch.zeros_like(of.offset)))
 
 
 class SymmetricAlone(Signed):
-    def bracket(self, q: Tensor, codes: Tensor, of_weight: Tensor | None, offset: Tensor) -> Tensor:
-        return super().bracket(q, codes, None, offset)
+    def bracket(self, of: Operands) -> Tensor:
+        return super().bracket(of._replace(weight_zero_point=None))
 
 
 class CodesOfAnotherDtype(Int64):
@@ -466,10 +420,10 @@ class FloatSums(Int64):
 
 
 class OneScaleAGroup(Int64):
-    def convolve(self, *given: Any, **to: Any) -> Tensor:
-        q, zero_point, codes, scale, *rest = given
-        first = scale.reshape(rest[5], -1)[:, :1].expand(-1, len(scale) // rest[5]).reshape(-1)
-        return super().convolve(q, zero_point, codes, first, *rest, **to)
+    def convolve(self, operands: Operands, *given: Any, **to: Any) -> Tensor:
+        scale, groups = operands.scale, given[3]
+        first = scale.reshape(groups, -1)[:, :1].expand(-1, len(scale) // groups).reshape(-1)
+        return super().convolve(operands._replace(scale=first), *given, **to)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_map
 import functional_sq as fsq
 from functional_sq import FoldedWeight, MappingType, QParams, QuantSpec, onednn, onednn_conv
 from functional_sq.formats import REAL_DTYPES
+from functional_sq.operands import Operands
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
@@ -604,7 +605,7 @@ def test_onednn_takes_images_in_any_order_of_memory(calls: list[Tensor], name: s
 
 
 def operands(name: str, batch: int | None = None) -> tuple[object, ...]:
-    """Return what `onednn_conv.convolve` takes."""
+    """Return what the operator of `onednn_conv` takes, without what comes after the sums."""
     geometry = (GEOMETRIES | UNFIT)[name]
     n, k = geometry.weight[0], geometry.weight
     q = torch.randint(0, 256, geometry.shape if batch is None else (batch, *geometry.shape[1:]), dtype=torch.uint8)
@@ -691,13 +692,12 @@ def test_a_weight_is_packed_once_again_when_it_changes_and_forgotten_with_its_co
 
 @needs_onednn
 def test_a_layout_is_chosen_anew_for_a_shape_that_comes_twice_in_a_row() -> None:
-    q, *rest = operands("2d")
-    rest.insert(3, torch.zeros(0))  # an offset, which oneDNN does not read
-    codes, images = rest[1], {n: q[:, :, :n].contiguous() for n in (4, 5, 7)}
+    q, zero_point, codes, scale, bias, *geometry = operands("2d")
 
     def packed_for(*sizes: int) -> int:
         for n in sizes:
-            onednn_conv.convolve(images[n], *rest)
+            given = Operands(q[:, :, :n].contiguous(), zero_point, codes, None, scale, torch.empty(0), bias)
+            onednn_conv.convolve(given, *geometry)
         return onednn_conv._PACKED[codes].form[0][2]
 
     assert packed_for(7) == packed_for(4, 7, 4, 7) == packed_for(4, 5, 4, 5) == 7
