@@ -161,7 +161,7 @@ TYPES = {"scale": "*fp32", "to_scale": "*fp32", "bias": "*bf16", "residual": "*b
         ("multiply", triton_mm._MANY[0], "*i8", {"residual", "to_scale", "to_zero_point"}),
         *(("convolve", (128, 128, *rest), "*i8", OF_PRODUCT) for rest in ((128, 3), (64, 6), (32, 8))),
     ],
-    ids=str,
+    ids=lambda value: f"without {' '.join(sorted(value))}" if isinstance(value, set) else str(value),
 )
 def test_the_kernels_of_triton_compile_for_a_gpu(
     kernel: str, tile: triton_mm.Tile, codes: str, left_out: set[str]
