@@ -195,7 +195,10 @@ def load(
         name: content.versions.get(public_name(name), 1) for name, _ in model.named_modules(remove_duplicate=False)
     }
     filled._metadata = {name: {"version": version} for name, version in versions.items()}  # type: ignore[attr-defined]
-    model.load_state_dict(filled, strict=True, assign=True)
+    try:
+        model.load_state_dict(filled, strict=True, assign=True)
+    except RuntimeError as error:  # a layer has refused what is its own
+        raise ValueError(f"{path}: {str(error).partition(':')[2].strip()}") from error
 
     if left := sorted(_on_meta(model)):
         raise ValueError(

@@ -769,6 +769,19 @@ def test_no_damage_escapes_as_another_error(good: Path, data: st.DataObject) -> 
         assert str(e).startswith(f"{path}: ")  # noqa: PT017 (either outcome is right)
 
 
+def test_a_code_that_its_format_has_not_is_damage(good: Path) -> None:
+    raw = bytearray(good.read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    start, end = json.loads(raw[8 : 8 + size])["0.act_zero_point"]["data_offsets"]
+    raw[8 + size + start : 8 + size + end] = (-256).to_bytes(end - start, "little", signed=True)
+    path = good.with_name("bad")
+    path.write_bytes(raw)
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(path))}: 0.act_zero_point has codes from -256 to -256, and "
+    ):
+        bridge.load(path, lambda: nn.Sequential(nn.Linear(16, 8)))
+
+
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         bridge.load(tmp_path / "none", build)
