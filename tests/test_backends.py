@@ -133,17 +133,16 @@ def test_onednn_obeys() -> None:
     check_convolution(onednn_conv)
 
 
-@pytest.mark.parametrize("what", ["product", "convolution", "bare", "compiled"])
-def test_the_kernels_of_triton_obey_where_they_are_interpreted(what: str) -> None:
+def test_the_kernels_of_triton_obey_where_they_are_interpreted() -> None:
     """On any machine: what each program computes, not how a GPU runs them together."""
     triton = pytest.importorskip("triton", reason="the CPU builds of torch come without Triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip(f"the interpreter of Triton {triton.__version__} takes numpy before 2.4")
     program = str(Path(__file__).with_name("interpreted.py"))
     run = subprocess.run(
-        [sys.executable, program, what], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, program], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
-    assert run.stdout == f"{what}: right\n", run.stderr
+    assert run.stdout == "right\n", run.stderr
 
 
 OF_PRODUCT = {"residual", "weight_zero_point", "row_sum", "to_scale", "to_zero_point"}
@@ -153,13 +152,13 @@ TYPES = {"scale": "*fp32", "to_scale": "*fp32", "bias": "*bf16", "residual": "*b
 @pytest.mark.parametrize(
     ("kernel", "tile", "codes", "left_out"),
     [
-        *(("multiply", tile, "*i8", OF_PRODUCT) for tile in (*triton_mm._MANY, triton_mm._FEW, triton_mm._FEW_WIDE)),
+        *(("multiply", tile, "*i8", OF_PRODUCT) for tile in (*triton_mm._MANY[:2], triton_mm._FEW)),
         ("multiply", triton_mm._FEW_FLOAT8, "*fp8e4nv", {*OF_PRODUCT, "offset"}),
         ("multiply", triton_mm._MANY[0], "*i8", {*OF_PRODUCT, "scale", "offset", "bias"}),
         ("multiply", triton_mm._MANY[0], "*i8", {"residual", "weight_zero_point", "row_sum"}),
         ("multiply", triton_mm._MANY[0], "*i8", {"weight_zero_point", "row_sum", "to_scale", "to_zero_point"}),
         ("multiply", triton_mm._MANY[0], "*i8", {"residual", "to_scale", "to_zero_point"}),
-        *(("convolve", (128, 128, *rest), "*i8", OF_PRODUCT) for rest in ((128, 3), (64, 6), (32, 8))),
+        *(("convolve", (128, 128, *rest), "*i8", OF_PRODUCT) for rest in ((128, 3), (32, 8))),
     ],
     ids=lambda value: f"without {' '.join(sorted(value))}" if isinstance(value, set) else str(value),
 )
