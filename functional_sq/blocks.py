@@ -1,4 +1,5 @@
-"""The only reshapes in the package: a tensor seen as blocks, each of which has one statistic.
+"""The only reshapes in the package: a tensor seen as blocks, each of which has one statistic; and what code that may
+be traced asks.
 
 Shape work is plain Python on tuples; a split is a view and costs nothing.
 """

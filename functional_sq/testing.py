@@ -967,10 +967,12 @@ def product_is_exact(
     def sums() -> Tensor:
         return ((q.cpu().double() - zero_point) @ real().t()).long()  # exact below 2**53
 
-    largest = _largest(activation, sums())
-    scale, b = _drawn_epilogue(draw, n, dtype if bias else None, strided, device, largest)
-    for _ in range(2):
-        total = sums()
+    total = sums()
+    scale, b = _drawn_epilogue(draw, n, dtype if bias else None, strided, device, _largest(activation, total))
+    for written_to in (False, True):
+        if written_to:
+            w.bitwise_not_()
+            total = sums()
         given = _given(backend, q, z)
         offset = (given[1].cpu() * real().sum(1)).to(torch.int32).to(device)
         operands = Operands(*given, w, of_weight, scale, offset, b)
@@ -982,7 +984,6 @@ def product_is_exact(
             right = apply_epilogue(total, *_on_cpu(scale, b), dtype, before)
             assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, operands).cpu(), right)
             assert_same_bits("residual after the call", "residual", added.cpu(), before)
-        w.bitwise_not_()
 
 
 def convolution_is_exact(
@@ -1043,16 +1044,19 @@ def convolution_is_exact(
         rows = w.cpu().double().reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
         return F.conv2d(wide, rows, None, tuple(stride), 0, tuple(dilation), groups).long().movedim(1, -1)
 
-    scale, b = _drawn_epilogue(draw, n, dtype if bias else None, strided, device, _largest(activation, sums()))
+    total = sums()
+    scale, b = _drawn_epilogue(draw, n, dtype if bias else None, strided, device, _largest(activation, total))
 
     def convolved(*then: Any, **to: Any) -> Tensor:
         codes, of_q = _given(backend, q, z)
         operands = Operands(codes, of_q, w, None, scale, of_q * w.flatten(1).sum(1, dtype=torch.int32), b)
         return backend.convolve(operands, stride, padding, dilation, groups, *then, **to).movedim(1, -1)
 
-    for _ in range(2):
-        _assert_rounded(backend, convolved, sums(), scale, b, dtype, activation, step)
-        w.bitwise_not_()
+    for written_to in (False, True):
+        if written_to:
+            w.bitwise_not_()
+            total = sums()
+        _assert_rounded(backend, convolved, total, scale, b, dtype, activation, step)
 
 
 def _given(backend: Product | Convolution, q: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def convolve(
         x = F.pad(x ^ byte, [0, 0, left, right, above, below]) ^ byte
     w = codes if codes.ndim == 4 else codes.unsqueeze(2)
     rest = (*stride, *dilation), activation, to_scale, to_zero_point, dtype
-    assert _defined()
+    _define()
     op = torch.ops.functional_sq.triton_convolution.default
     whole = x, w.movedim(1, -1), scale, offset, bias
     if groups == 1:
@@ -107,13 +107,12 @@ def convolve(
 
 
 @asked_once
-def _defined() -> bool:
+def _define() -> None:
     """Define `functional_sq::triton_convolution`, once it is needed: that imports Triton."""
     if not hasattr(torch.ops.functional_sq, "triton_convolution"):
         torch.library.triton_op("functional_sq::triton_convolution", _convolved, mutates_args=())
         op = torch.ops.functional_sq.triton_convolution.default
         torch.library.register_vmap(op, looped(op))
-    return True
 
 
 def _convolved(

@@ -47,6 +47,7 @@ AVAILABLE: bool = importlib.util.find_spec("triton") is not None
 """Whether Triton is installed, as it is with the CUDA builds of torch."""
 
 DEVICE = "cuda"
+"""Where Triton runs; another one where tests interpret it."""
 
 _ALIGNED = 16
 """What K is a multiple of: bytes that a thread loads at once."""
@@ -188,8 +189,8 @@ def float8_product(q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
         True
     """
     kinds, (n, k) = {q.dtype, codes.dtype}, codes.shape
-    here = AVAILABLE and q.device.type == DEVICE and kinds == {torch.float8_e4m3fn} and k % _ALIGNED == 0 < k
-    if not here or reaches(q.shape[0], 17) or n > _WIDE * _multiprocessors(q.device) or not _has_float8(q.device):
+    fits = kinds == {torch.float8_e4m3fn} and k % _ALIGNED == 0 < k and not reaches(q.shape[0], 17)
+    if not fits or not _runs_on(q.device, (8, 9)) or n > _WIDE * _multiprocessors(q.device):
         return None
     return _call(q, codes, None, None, scale, None, bias, None, "none", None, None, dtype)
 
@@ -214,18 +215,17 @@ def is_capable(codes: Tensor) -> bool:
         >>> triton_mm.is_capable(torch.zeros(4, 16, dtype=torch.int8))
         False
     """
-    here = AVAILABLE and codes.device.type == DEVICE and codes.dtype is torch.int8 and codes.numel() > 0
-    return here and _has_tensor_cores(codes.device)
+    return codes.dtype is torch.int8 and codes.numel() > 0 and _runs_on(codes.device, (8, 0))
 
 
 @asked_once
-def _has_tensor_cores(device: torch.device) -> bool:
-    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
-
-
-@asked_once
-def _has_float8(device: torch.device) -> bool:
-    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9))
+def _runs_on(device: torch.device, least: tuple[int, int]) -> bool:
+    """Whether Triton runs on a device, one of NVIDIA of this compute capability or a higher one."""
+    if not AVAILABLE or device.type != DEVICE:
+        return False
+    if device.type != "cuda":  # interpreted, in tests
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= least
 
 
 @asked_once
@@ -271,17 +271,16 @@ def tile(m: int | torch.SymInt, n: int, device: torch.device) -> Tile:
 
 
 @asked_once
-def _defined() -> bool:
+def _define() -> None:
     """Define `functional_sq::triton_product`, once it is needed: that imports Triton."""
     if not hasattr(torch.ops.functional_sq, "triton_product"):
         torch.library.triton_op("functional_sq::triton_product", _multiplied, mutates_args=())
         op = torch.ops.functional_sq.triton_product.default
         torch.library.register_vmap(op, looped(op))
-    return True
 
 
 def _call(*operands: Any) -> Tensor:
-    assert _defined()
+    _define()
     y: Tensor = torch.ops.functional_sq.triton_product.default(*operands)
     return y
 

@@ -152,13 +152,13 @@ TYPES = {"scale": "*fp32", "to_scale": "*fp32", "bias": "*bf16", "residual": "*b
 @pytest.mark.parametrize(
     ("kernel", "tile", "codes", "left_out"),
     [
-        *(("multiply", tile, "*i8", OF_PRODUCT) for tile in (*triton_mm._MANY[:2], triton_mm._FEW)),
+        *(("multiply", tile, "*i8", OF_PRODUCT) for tile in (*triton_mm._MANY, triton_mm._FEW, triton_mm._FEW_WIDE)),
         ("multiply", triton_mm._FEW_FLOAT8, "*fp8e4nv", {*OF_PRODUCT, "offset"}),
         ("multiply", triton_mm._MANY[0], "*i8", {*OF_PRODUCT, "scale", "offset", "bias"}),
         ("multiply", triton_mm._MANY[0], "*i8", {"residual", "weight_zero_point", "row_sum"}),
         ("multiply", triton_mm._MANY[0], "*i8", {"weight_zero_point", "row_sum", "to_scale", "to_zero_point"}),
         ("multiply", triton_mm._MANY[0], "*i8", {"residual", "to_scale", "to_zero_point"}),
-        *(("convolve", (128, 128, *rest), "*i8", OF_PRODUCT) for rest in ((128, 3), (32, 8))),
+        *(("convolve", (128, 128, *rest), "*i8", OF_PRODUCT) for rest in ((128, 3), (64, 6), (32, 8))),
     ],
     ids=lambda value: f"without {' '.join(sorted(value))}" if isinstance(value, set) else str(value),
 )

@@ -183,9 +183,8 @@ def test_unprepared_is_the_very_model(case: tuple[nn.Module, set[str]]) -> None:
     assert torch.equal(run(model, x), expected)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "compiled"), [*((dtype, False) for dtype in DTYPES), (torch.bfloat16, True)], ids=str
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_converted_model_is_close_to_float(
     case: tuple[nn.Module, set[str]], dtype: torch.dtype, compiled: bool
 ) -> None:
