@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from functional_sq.blocks import is_batched
+from functional_sq.blocks import is_batched, is_traced
 
 if TYPE_CHECKING:
     from functional_sq.qparams import QParams
 
-__all__ = ["FORMATS", "REAL_DTYPES", "Float8", "Format", "Integer", "check_real", "format_of"]
+__all__ = ["FORMATS", "REAL_DTYPES", "Float8", "Format", "Integer", "as_float32", "check_real", "format_of"]
 
 REAL_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of real values: what can be observed and quantized."""
@@ -121,7 +121,66 @@ class Float8(Format):
         return torch.div(x.to(torch.float32), qp.scale)
 
     def decode(self, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:
-        return (q.to(torch.float32) * qp.scale).to(dtype)
+        return (as_float32(q) * qp.scale).to(dtype)
+
+
+def as_float32(codes: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return float8 codes as float32: the values of `codes.to(torch.float32)`.
+
+    On a CPU torch casts them one after another, 1.4 ns each on two cores, or 0.15 ns in code of Inductor. By the bits
+    of a `torch.float8_e4m3fn` it takes 0.25 ns, or 0.05 to 0.1. No step meets a subnormal float32, so none is lost
+    where those are flushed to zero.
+
+    Args:
+        codes: of any shape.
+        out: float32 to write to, of that shape; eager alone.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq.formats import as_float32
+        >>> as_float32(torch.tensor([0.4375, -448.0]).to(torch.float8_e4m3fn)).tolist()
+        [0.4375, -448.0]
+    """
+    by_bits = codes.dtype is torch.float8_e4m3fn and codes.device.type == "cpu"
+    if by_bits and is_traced(codes):
+        return _float32_by_bits(codes.view(torch.int8))
+    if not by_bits or codes.numel() < _FEW or is_batched(codes):
+        return codes.to(torch.float32) if out is None else out.copy_(codes)
+    y = torch.empty_like(codes, dtype=torch.float32) if out is None else out
+    pieces = [(y, codes)]
+    if y.is_contiguous() and codes.is_contiguous():  # What the steps leave stays in the cache.
+        pieces = [*zip(*(torch.split(each.view(-1), _PIECE) for each in (y, codes)), strict=True)]
+    for to, piece in pieces:
+        to.copy_(_float16_by_bits(piece.view(torch.int8))).mul_(256)
+    return y
+
+
+_FEW = 2**13
+"""How many codes torch casts sooner than the steps by bits are called."""
+
+_PIECE = 2**19
+"""How many codes an eager pass takes at a time."""
+
+
+def _float32_by_bits(code: Tensor) -> Tensor:
+    """Return float32 of a sign, 4 bits of exponent with a bias of 7, and 3 of mantissa, without a branch.
+
+    In integers of 32 bits, as Inductor has vectors of those for all of it.
+    """
+    wide = code.to(torch.int32)
+    size = wide & 0x7F
+    bits = (size << 20) + (127 - 7 << 23)
+    bits = torch.where(size == 0x7F, bits | 0x7F800000, bits)  # NaN
+    y = torch.where(size < 8, size.to(torch.float32) * 2.0**-9, bits.view(torch.float32))
+    return (y.view(torch.int32) | (wide & -(2**31))).view(torch.float32)
+
+
+def _float16_by_bits(code: Tensor) -> Tensor:
+    """Return a 256th of the same in float16, whose exponent has a bias of 15: the bits but for a NaN, moved."""
+    wide = code.to(torch.int16)
+    bits = (wide << 7).bitwise_and_(~(1 << 14))
+    bits |= wide.bitwise_and_(0x7F).add_(1).bitwise_and_(0x80).bitwise_left_shift_(7)  # NaN: an exponent of ones
+    return bits.view(torch.float16)
 
 
 def _formats() -> dict[torch.dtype, Format]:

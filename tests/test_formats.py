@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import oracle
@@ -9,7 +11,8 @@ import pytest
 import torch
 
 import functional_sq as fsq
-from functional_sq.formats import REAL_DTYPES, Float8, Integer, format_of
+from functional_sq import formats
+from functional_sq.formats import REAL_DTYPES, Float8, Integer, as_float32, format_of
 
 BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in fsq.FORMATS}
 FLOAT8 = [name for name in BY_NAME if name.startswith("float8")]
@@ -74,6 +77,40 @@ def test_every_float8_code_decodes_to_the_value_of_ml_dtypes(name: str, scale: f
     real = ~np.isnan(expected)
     assert np.signbit(decoded)[real].tolist() == np.signbit(expected)[real].tolist()
     assert not real.all()  # each of the formats has a NaN
+
+
+def _transposed(codes: torch.Tensor) -> torch.Tensor:
+    return as_float32(codes.reshape(256, -1).t()).t().reshape(-1)
+
+
+WAYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "eager": as_float32,
+    "eager, few": lambda codes: torch.cat([as_float32(part) for part in codes.split(256)]),
+    "eager, transposed": _transposed,
+    "eager, to memory": lambda codes: as_float32(codes, torch.full(codes.shape, 7.0)),
+    "compiled": torch.compile(as_float32, fullgraph=True),
+    "compiled, transposed": torch.compile(_transposed, fullgraph=True),
+    "vmap": torch.vmap(as_float32),
+}
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_float8_code_is_a_float32(way: str, flushed: bool) -> None:
+    """By their bits where they are many, or compiled: also where the CPU takes a subnormal float32 for zero."""
+    codes = np.repeat(np.arange(256, dtype=np.uint8), 2**12)
+    with np.errstate(invalid="ignore"):
+        expected = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert codes.size > formats._PIECE > formats._FEW > 256
+    q = torch.from_numpy(codes).view(torch.float8_e4m3fn)
+    torch.set_flush_denormal(flushed)
+    try:
+        decoded = WAYS[way](q).numpy()
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(decoded, expected)
+    real = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(decoded)[real], np.signbit(expected)[real])
 
 
 @pytest.mark.parametrize("name", FLOAT8)

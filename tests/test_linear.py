@@ -830,6 +830,40 @@ def test_float8_products_under_vmap_compiled_and_exported(monkeypatch: pytest.Mo
     assert_float8_product(cases[0].linear(), cases[0], 2.0**-24)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 8, 9])
+def test_float8_products_of_few_rows_compiled(rows: int) -> None:
+    """A loop reads each code of the weight once, and finds the rows quantized: it does not quantize them for each."""
+    case = float8_product(np.random.default_rng(rows), torch.float8_e4m3fn, torch.float8_e4m3fn, rows=rows, k=71)
+    folded = case.folded()
+
+    def forward(x: Tensor, qp: QParams) -> Tensor:
+        return fsq.linear(case.act, fsq.quantize(case.act, x, qp), qp, folded, case.bias)
+
+    x = fsq.dequantize(case.act, case.q, case.qp)
+    y, (source,) = run_and_get_code(torch.compile(forward, fullgraph=True), x, case.qp)
+    assert_float8_product(y, case, 2.0**-24)
+    by_onednn = "onednn_float_product" in source
+    assert by_onednn == (float8_mm.HAS_ONEDNN and rows > 8)
+    if 0 < rows <= 8 and float8_mm.HAS_ONEDNN:
+        assert source.rindex("convert<at::Float8_e4m3fn>") < source.index("tmp_acc0")
+
+
+def test_float8_products_of_a_large_weight() -> None:
+    """Its codes become floats piece by piece; each result is that of its own row of the weight."""
+    k = 4096
+    rng = np.random.default_rng(0)
+    a, b = (float8_codes(rng, torch.float8_e4m3fn, (rows, k)) for rows in (9, 1100))
+    q, w = (array(codes).astype(np.float64) for codes in (a, b))
+    compiled = torch.compile(float8_mm.float8_product, fullgraph=True)
+    for product in (float8_mm.float8_product, compiled):
+        assert (np.abs(product(a, b, False).numpy() - q @ w.T) <= k * 2.0**-24 * (np.abs(q) @ np.abs(w).T)).all()
+    b[1090, 7] = torch.nan
+    for rows, product in itertools.product((1, 9), (float8_mm.float8_product, compiled)):
+        found = product(a[:rows], b, False).isnan()
+        assert found[:, 1090].all()
+        assert found.sum() == rows
+
+
 # --- folding ---------------------------------------------------------------------------------------
 
 GRANULARITIES = (
