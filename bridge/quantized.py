@@ -475,9 +475,13 @@ class QuantizedLinear(Quantized):
         return linear.train(self.training)
 
     def _backend(self) -> str:
-        codes = self.weight_codes
-        taken = (each for each in backends.PRODUCTS if each.supports(codes, self.weight_zero_point))
-        return "".join(f", by {each.NAME} from {each.least_rows(codes)} rows on" for each in taken)
+        weight = self.weight_codes, self.weight_zero_point
+        taken = {each.NAME: each.rows(*weight) for each in backends.PRODUCTS if each.supports(*weight)}
+        return "".join(
+            f", by {name} from {rows.start} {'rows on' if rows.stop == sys.maxsize else f'to {rows.stop - 1} rows'}"
+            for name, rows in taken.items()
+            if rows
+        )
 
 
 _GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups")

@@ -13,6 +13,7 @@ never values. Codes may be written to between two products; scale and bias may h
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -58,8 +59,8 @@ class _Backend(Protocol):
 class Product(_Backend, Protocol):
     """What `linear` asks; `functional_sq.onednn` is one, and says what the arguments are."""
 
-    def least_rows(self, codes: Tensor, /) -> int:
-        """From how many rows on it is the faster one."""
+    def rows(self, codes: Tensor, zero_point: Tensor | None, /) -> range:
+        """For how many rows it is the faster one; up to `sys.maxsize`: for any number, known or not."""
 
     def product(
         self,
@@ -114,7 +115,10 @@ def product_for(rows: int, codes: Tensor, zero_point: Tensor | None) -> Product 
         True
     """
     for each in PRODUCTS:
-        if each.supports(codes, zero_point) and reaches(rows, each.least_rows(codes)):
+        if not each.supports(codes, zero_point):
+            continue
+        those = each.rows(codes, zero_point)
+        if reaches(rows, those.start) and (those.stop == sys.maxsize or not reaches(rows, those.stop)):
             return each
     return None
 

@@ -7,12 +7,12 @@ Shape work is plain Python on tuples; a split is a view and costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["align", "asked_once", "blockwise", "is_batched", "is_traced", "reaches", "split"]
+__all__ = ["align", "asked_once", "blockwise", "is_batched", "is_traced", "looped", "reaches", "split"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -29,6 +29,19 @@ def is_traced(x: Tensor) -> bool:
 def is_batched(*tensors: Tensor | None) -> bool:
     """Whether any of them has a batch of `torch.vmap`, and one that has none cannot be written to."""
     return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)
+
+
+def looped(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """Return the vmap rule of an operator without a batch: `call` for each element."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Tensor, int]:
+        def at(i: int) -> list[Any]:
+            pairs = zip(operands, in_dims, strict=True)
+            return [t.select(dim, i) if isinstance(t, Tensor) and dim is not None else t for t, dim in pairs]
+
+        return torch.stack([call(*at(i)) for i in range(info.batch_size)]), 0
+
+    return rule
 
 
 def align(stat_shape: Sequence[int], rank: int) -> tuple[int, ...]:

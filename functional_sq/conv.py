@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.backends import Convolution, convolution_for
+from functional_sq.blocks import looped
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_product
 from functional_sq.formats import REAL_DTYPES, Float8
@@ -49,7 +50,6 @@ from functional_sq.linear import (
     operand,
 )
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
-from functional_sq.onednn import looped
 from functional_sq.onednn_conv import overlap
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from functional_sq import triton_mm
-from functional_sq.blocks import is_traced, reaches
+from functional_sq.blocks import is_traced, looped, reaches
 from functional_sq.compat import is_exporting
 from functional_sq.formats import as_float32
 from functional_sq.int_mm import as_written, is_large, whole_and_rest
-from functional_sq.onednn import looped
 
 __all__ = ["float8_linear", "float8_product"]
 

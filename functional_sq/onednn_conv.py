@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
+from functional_sq.blocks import looped
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
@@ -262,7 +263,7 @@ def _empty(
 
 torch.library.impl(_NAME, "cpu", _conv)
 torch.library.register_fake(_NAME, _fake)
-torch.library.register_vmap(_NAME, onednn.looped(torch.ops.functional_sq.onednn_conv.default))
+torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_conv.default))
 
 
 def _is_widened(codes: Tensor, groups: int) -> bool:

@@ -9,15 +9,15 @@ multiplies while the other stores: 1300 to 1400 TOP/s, epilogue included. A toke
 from __future__ import annotations
 
 import importlib.util
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_sq.blocks import asked_once, is_traced, reaches
+from functional_sq.blocks import asked_once, is_traced, looped, reaches
 from functional_sq.int_mm import INT32_TERMS
-from functional_sq.onednn import looped
 from functional_sq.operands import Operands
 from functional_sq.requantize import ACTIVATIONS, fills_a_byte
 from functional_sq.spec import QuantSpec
@@ -31,10 +31,10 @@ __all__ = [
     "float8_product",
     "is_capable",
     "key",
-    "least_rows",
     "plus",
     "product",
     "requantizes",
+    "rows",
     "supports",
     "tile",
 ]
@@ -88,16 +88,16 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
     return is_capable(codes) and codes.ndim == 2 and codes.shape[1] % _ALIGNED == 0 and codes.shape[1] <= INT32_TERMS
 
 
-def least_rows(codes: Tensor) -> int:
-    """Return from how many rows on the kernel is the faster one: from the first.
+def rows(codes: Tensor, zero_point: Tensor | None) -> range:
+    """Return for how many rows the kernel is the faster one: for any number.
 
     Example:
         >>> import torch
         >>> from functional_sq import triton_mm
-        >>> triton_mm.least_rows(torch.empty(4096, 1024))
-        1
+        >>> 1 in triton_mm.rows(torch.empty(4096, 1024), None)
+        True
     """
-    return 1
+    return range(1, sys.maxsize)
 
 
 def key() -> tuple[object, ...]:
@@ -155,8 +155,8 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     """
     if residual.requires_grad:  # an operator of ours has no gradient
         return (product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
-    rows = residual.reshape(-1, operands.codes.shape[0])
-    return _call(*_given(operands), rows, "none", None, None, residual.dtype).reshape(residual.shape)
+    flat = residual.reshape(-1, operands.codes.shape[0])
+    return _call(*_given(operands), flat, "none", None, None, residual.dtype).reshape(residual.shape)
 
 
 def _given(operands: Operands) -> tuple[Tensor | None, ...]:

@@ -50,8 +50,8 @@ class Int64:
     def key(self) -> tuple[object, ...]:
         return ()
 
-    def least_rows(self, codes: Tensor) -> int:
-        return 2
+    def rows(self, codes: Tensor, zero_point: Tensor | None) -> range:
+        return range(2, sys.maxsize)
 
     def sum(self, q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
         return ((q.double() - zero_point) @ codes.double().t()).long()  # exact below 2**53
@@ -492,9 +492,7 @@ def test_a_backend_that_supports_nothing_is_not_passed() -> None:
 
 
 def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
-    with pytest.raises(
-        TypeError, match="has no CODES, NAME, key, least_rows, plus, product, requantizes, supports; give an"
-    ):
+    with pytest.raises(TypeError, match="has no CODES, NAME, key, plus, product, requantizes, rows, supports; give an"):
         check_product(object())
     with pytest.raises(
         TypeError, match="has no CODES, NAME, convolve, key, least_windows, requantizes, supports; give"

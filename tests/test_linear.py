@@ -364,8 +364,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     found: list[Tensor] = []
     multiply = onednn.product
 
-    def recorded(*operands: Tensor, dtype: torch.dtype) -> Tensor:
-        found.append(multiply(*operands, dtype=dtype))
+    def recorded(*operands: Any, **how: Any) -> Tensor:
+        found.append(multiply(*operands, **how))
         return found[-1]
 
     monkeypatch.setattr(onednn, "product", recorded)
@@ -410,6 +410,72 @@ def test_onednn_has_the_integers_and_roundings_of_numpy(
         expected = epilogue(case.corrected(), case.scale(np.dtype(np.float32)), case.bias_array(), ARRAYS[out])
         np.testing.assert_array_equal(array(case.kept(out)), expected)
     assert len(calls) == (3 if rows else 0)
+
+
+@needs_onednn
+@pytest.mark.parametrize("cut", sorted({True, onednn.AMX}))
+@pytest.mark.parametrize(
+    ("rows", "k", "fill"),
+    [
+        (2, 256, ("all", "all")),
+        (8, 1024, ("all", "all")),  # in two parts, as the largest sum of a row of such codes could be above 2**24
+        (8, 1024, ("low", "high")),
+        (70, 9216, ("ends", "ends")),  # in four
+    ],
+)
+def test_few_rows_and_an_asymmetric_weight_that_is_packed(
+    calls: list[Tensor], cut: bool, rows: int, k: int, fill: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "AMX", cut)
+    granularities = fsq.PerTensor(), fsq.PerAxis(0)
+    specs = (QuantSpec(torch.uint8, each, mapping=MappingType.ASYMMETRIC) for each in granularities)
+    case = product(np.random.default_rng(k), *specs, (rows, k), 33, fill=fill)
+    for out in (torch.float32, torch.bfloat16, torch.float16):
+        expected = epilogue(case.corrected(), case.scale(np.dtype(np.float32)), case.bias_array(), ARRAYS[out])
+        np.testing.assert_array_equal(array(case.kept(out)), expected)
+    assert len(calls) == 3
+    residual = torch.randn(rows, 33)
+    float32 = np.dtype(np.float32)
+    total = epilogue(case.corrected(), case.scale(float32), case.bias_array(), float32, array(residual))
+    np.testing.assert_array_equal(array(case.kept(residual=residual)), total)
+    to = QuantSpec(torch.int8, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC)
+    then = fsq.Requantization(to, QParams(torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)), "relu")
+    assert torch.equal(case.kept(then=then), fsq.requantize(case.kept(), then))
+    qs = torch.stack([case.q, case.q.flip(0)])
+    folded, known = case.folded(), fsq.epilogue(case.act, case.qp, case.folded())
+
+    def forward(q: Tensor) -> Tensor:
+        return fsq.linear(case.act, q, case.qp, folded, case.bias, epilogue=known)
+
+    assert torch.equal(torch.vmap(forward)(qs), torch.stack([forward(q) for q in qs]))
+    if k > 256:
+        return
+    for q, by_onednn in ((case.q, True), (case.q[:1], False), (torch.cat([case.q] * 5), False)):
+        torch.compiler.reset()
+        y, (source,) = run_and_get_code(torch.compile(forward, fullgraph=True), q)
+        assert ("onednn_sums" in source) is by_onednn
+        assert torch.equal(y, forward(q))
+
+
+@pytest.mark.parametrize(("k", "n"), [(64, 5), (2, 5), (64, 1), (1, 5), (4096, 70)])
+def test_one_row_is_no_matrix_filled_up(k: int, n: int) -> None:
+    spec = QuantSpec(torch.int8, fsq.PerTensor())
+    case = product(np.random.default_rng(k), spec, spec, (1, k), n, bias=False)
+
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, w: Tensor) -> Tensor:
+            return int_mm.integer_product(q, w)
+
+    forward = Layer()
+    expected = case.corrected()
+    for function in (forward, torch.compile(forward, fullgraph=True), torch.compile(forward, dynamic=True)):
+        for q in (case.q, case.q.as_strided((1, k), (0, 1)), case.q.reshape(k, 1).t()):
+            np.testing.assert_array_equal(array(function(q, case.w)), expected)
+    _, (source,) = run_and_get_code(torch.compile(forward, fullgraph=True), case.q, case.w)
+    assert ("row_product" in source) == (k > 1 and not int_mm._SATURATES)
+    exported = torch.export.export(forward, (case.q, case.w))
+    assert not [node for node in exported.graph.nodes if "functional_sq" in str(node.target)]
+    np.testing.assert_array_equal(array(exported.module()(case.q, case.w)), expected)
 
 
 @pytest.mark.parametrize("by_onednn", [True, False])
@@ -550,7 +616,7 @@ def test_few_rows_of_a_small_weight_are_multiplied_as_before_unless_the_graph_is
     case = symmetric(4, 384, 384)
     folded = case.folded()
     known = fsq.epilogue(case.act, case.qp, folded)
-    least = onednn.least_rows(folded.codes)
+    least = onednn.rows(folded.codes, None).start
     assert 384 * (384 + 10 * least) >= onednn.WORTH > 384 * (384 + 10 * (least - 1))
 
     def forward(q: Tensor) -> Tensor:
