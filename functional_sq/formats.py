@@ -90,8 +90,9 @@ class Integer(Format):
 
     def steps(self, x: Tensor, qp: QParams) -> Tensor:
         # Multiplied by the reciprocal, as torchao.quantize_affine does: not the bits of x / scale.
-        # torch.round rounds halves to even. Added out of place: under vmap the zero point alone may have a batch.
-        return torch.mul(x, qp.scale.reciprocal()).round_() + qp.zero_point
+        # torch.round rounds halves to even.
+        steps = torch.mul(x, qp.scale.reciprocal()).round_()
+        return steps + qp.zero_point if is_batched(qp.zero_point) else steps.add_(qp.zero_point)
 
     def decode(self, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:
         # torchao.dequantize_affine subtracts in the output dtype (exact for 8 bits in any of them)

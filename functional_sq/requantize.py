@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sq.blocks import is_batched
 from functional_sq.qparams import QParams
 from functional_sq.quantize import quantize
 from functional_sq.spec import QuantSpec
@@ -80,11 +81,17 @@ def requantize(x: Tensor, then: Requantization) -> Tensor:
 def apply_epilogue(
     product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
 ) -> Tensor:
-    """Scale an exact product, add the bias and a residual, round once to `dtype`; in float32, or wider where it is."""
+    """Scale an exact product, add the bias and a residual, round once to `dtype`; in float32, or wider where it is.
+
+    The product is the caller's no more: it is written to, as another matrix takes an eager call as long as arithmetic.
+    """
     wide = torch.promote_types(dtype, torch.float32)
-    y = product.to(wide) * scale.to(wide)
+    y = product.to(wide)
+    batched = is_batched(scale, bias, residual)
+    y = y * scale.to(wide) if batched else y.mul_(scale.to(wide))
     for term in (bias, residual):
-        y = y if term is None else y + term.to(wide)
+        if term is not None:
+            y = y + term.to(wide) if batched else y.add_(term.to(wide))
     return y.to(dtype)
 
 
