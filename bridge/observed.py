@@ -42,6 +42,7 @@ class ObserverModule(Buffers):
     Attributes:
         spec: as given.
         mask: bool tensor of the leading axes of the tensors to come, True where they count, or None.
+        masked: set where a tensor had the axes of `mask`.
             It also fits tensors in which these axes are one (tokens of all sequences in a row);
             others are recorded whole.
 
@@ -64,6 +65,7 @@ class ObserverModule(Buffers):
         super().__init__()
         self.spec = spec
         self.mask: Tensor | None = None
+        self.masked = False
         if shape is None and isinstance(spec.granularity, fsq.PerTensor):
             shape = (1,)
         if shape is not None:
@@ -103,7 +105,10 @@ class ObserverModule(Buffers):
             self.reset(tuple(x.shape), x.device)
         elif self._buffers["count"].is_meta and not x.is_meta:  # parameters were assigned to a model without memory
             self._forget(x.device)
-        write(self, fsq.observe(self.spec, self.state, x, mask=fit_mask(self.mask, x)))
+        mask = fit_mask(self.mask, x)
+        if mask is not None:
+            self.masked = True
+        write(self, fsq.observe(self.spec, self.state, x, mask=mask))
         return x
 
     def fault(self, min_count: int = 1) -> str | None:

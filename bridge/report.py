@@ -207,7 +207,7 @@ def report(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    mask: Callable[[Any], Tensor] | None = None,
+    mask: Callable[[Any], Tensor | None] | None = None,
     output: Callable[[Any], Tensor] | None = None,
     rank: Rank | None = "quantize",
     config: StaticQuantConfig | None = None,
@@ -266,7 +266,7 @@ def report(
         for batch in batches:
             if not whole.seconds:
                 whole.capture(batch)
-            whole.add(batch, mask_of(batch) if mask is None else mask(batch))
+            whole.add(batch, mask_of(batch, mask))
     if not whole.seconds:
         raise ValueError("there were no batches to report on; give at least one (an iterator is used up once)")
     return whole.result()

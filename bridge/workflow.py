@@ -134,7 +134,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    mask: Callable[[Any], Tensor] | None = None,
+    mask: Callable[[Any], Tensor | None] | None = None,
     max_batches: int | None = None,
     until_stable: float | None = None,
     window: int = 8,
@@ -156,8 +156,9 @@ def calibrate(
         batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword
             arguments.
         mask: `batch -> bool tensor`, True where a position counts, for inputs whose leading axes
-            have the mask's shape, or its axes flattened into one. Default: a batch's own
-            `attention_mask`, if it has one. Other inputs (pooled ones) are recorded whole.
+            have the mask's shape, or its axes flattened into one; or None, for a batch without
+            padding. Default: a batch's own `attention_mask`, if it has one. Other inputs (pooled
+            ones) are recorded whole.
         max_batches: stop after so many, those of the checkpoint included.
         until_stable: stop when in the last `window` batches no layer's scale moved by more than this
             share of itself, and no zero point by more than this share of the codes. Where the
@@ -175,8 +176,10 @@ def calibrate(
 
     Raises:
         ValueError: there are no batches; the model is not prepared, or not in eval mode; the
-            checkpoint is of other layers; an argument is outside its range.
-        TypeError: an observer whose states do not merge (a moving average), with several ranks.
+            checkpoint is of other layers; `mask` gives positions that no layer's input has; an argument is
+            outside its range.
+        TypeError: an observer whose states do not merge (a moving average), with several ranks;
+            `mask` gives no bool tensor.
 
     Example:
         >>> import torch, bridge
@@ -207,8 +210,11 @@ def calibrate(
     try:
         with torch.inference_mode():
             for batch in _progress(itertools.islice(batches, done, max_batches), done, max_batches):
-                with _masked(observers.values(), mask_of(batch) if mask is None else mask(batch)):
+                given = mask_of(batch, mask)
+                with _masked(observers.values(), given):
                     call(model, batch)
+                if mask is not None and given is not None:
+                    _check_masked(observers.values(), given)
                 record = record[0] + 1, _record(observers)
                 if path is not None and record[0] % save_every == 0:
                     _save(path, observers, record)
@@ -589,7 +595,14 @@ def _progress(batches: Iterator[Any], done: int, total: int | None) -> Iterable[
     return bar
 
 
-def mask_of(batch: Any) -> Tensor | None:
+def mask_of(batch: Any, mask: Callable[[Any], Tensor | None] | None = None) -> Tensor | None:
+    """Return what `mask` gives for a batch, or the batch's own mask; None where every position counts."""
+    if mask is not None:
+        given = mask(batch)
+        if given is not None and (not isinstance(given, Tensor) or given.dtype is not torch.bool):
+            found = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"mask(batch) is a {found}; return a bool tensor, True where a position counts, or None")
+        return given
     found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     # Hugging Face's mask is 1 for a token and 0 for padding; a mask of other rank is no padding mask. One of floats
     # may be what is added to scores: 0 for a token, and far below for padding.
@@ -598,10 +611,18 @@ def mask_of(batch: Any) -> Tensor | None:
     return found >= 0 if bool((found < 0).any()) else found != 0
 
 
+def _check_masked(observers: Iterable[ObserverModule], mask: Tensor) -> None:
+    if not any(observer.masked for observer in observers):
+        raise ValueError(
+            f"mask(batch) has shape {tuple(mask.shape)}, and no layer's input has these axes in front, or all of them "
+            f"as one: nothing was masked; return an entry for each position, as (batch, tokens)"
+        )
+
+
 @contextmanager
 def _masked(observers: Iterable[ObserverModule], mask: Tensor | None) -> Iterator[None]:
     for observer in observers:
-        observer.mask = mask
+        observer.mask, observer.masked = mask, False
     try:
         yield
     finally:

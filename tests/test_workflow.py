@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -131,6 +132,23 @@ def test_padding_is_left_out_by_the_attention_mask_of_a_batch_or_by_a_function()
         assert model.fc.act_obs.state["count"].item() == 3 * 16
         model(x)  # the mask was for that batch alone
         assert largest(model) == 99.0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mask_of_positions_that_no_input_has_is_refused_and_nothing_recorded(compiled: bool) -> None:
+    """Padding would be recorded, and the range be that of padding, without a word."""
+    model = prepared(torch.compile(Named(), fullgraph=True) if compiled else Named())
+    x = torch.ones(2, 3, 16)
+    bridge.calibrate(model, [x], mask=lambda batch: torch.ones(2, 3, dtype=torch.bool))
+    before = copy.deepcopy(model.fc.act_obs.state)
+    for shape in ((2, 4), (3, 2), (2, 1, 3), (7,)):
+        with pytest.raises(ValueError, match=re.escape(f"mask(batch) has shape {shape}, and no layer's input has")):
+            bridge.calibrate(model, [99 * x], mask=lambda batch, shape=shape: torch.ones(shape, dtype=torch.bool))
+        assert model.fc.act_obs.state == before
+    for mask, found in (([True], "list"), (torch.ones(2, 3), "torch.float32")):
+        with pytest.raises(TypeError, match=rf"mask\(batch\) is a {found}; return a bool tensor"):
+            bridge.calibrate(model, [x], mask=lambda batch, mask=mask: mask)
+    assert bridge.calibrate(model, [x, x], mask=lambda batch: None) == 2
 
 
 def test_a_mask_is_dropped_when_a_batch_fails() -> None:
