@@ -42,9 +42,9 @@ class ObserverModule(Buffers):
     Attributes:
         spec: as given.
         mask: bool tensor of the leading axes of the tensors to come, True where they count, or None.
-        masked: set where a tensor had the axes of `mask`.
             It also fits tensors in which these axes are one (tokens of all sequences in a row);
             others are recorded whole.
+        masked: whether it fitted any tensor since `calibrate` set it.
 
     Example:
         >>> import torch, functional_sq as fsq

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from functional_sq.blocks import is_batched, is_traced
+from functional_sq.compat import is_exporting
 
 if TYPE_CHECKING:
     from functional_sq.qparams import QParams
@@ -142,7 +143,7 @@ def as_float32(codes: Tensor, out: Tensor | None = None) -> Tensor:
         >>> as_float32(torch.tensor([0.4375, -448.0]).to(torch.float8_e4m3fn)).tolist()
         [0.4375, -448.0]
     """
-    by_bits = codes.dtype is torch.float8_e4m3fn and codes.device.type == "cpu"
+    by_bits = codes.dtype is torch.float8_e4m3fn and codes.device.type == "cpu" and not is_exporting()
     if by_bits and is_traced(codes):
         return _float32_by_bits(codes.view(torch.int8))
     if not by_bits or codes.numel() < _FEW or is_batched(codes):

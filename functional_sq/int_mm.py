@@ -59,7 +59,7 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
             return (a.to(exact) @ b.to(exact).t()).to(torch.int32)
     # oneDNN reads a pitch off the stride of an axis of size 1, which torch leaves undefined, and
     # then returns memory that nothing was written to (pytorch/pytorch#195066).
-    if m == 1 < k and not is_exporting():
+    if m == 1 < k and a.device.type == "cpu" and not is_exporting():
         y: Tensor = torch.ops.functional_sq.row_product.default(a, b)
         return y
     return _filled_up(a, b, *(2 if size == 1 else size for size in (m, k or 1, n)))
