@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.backends import product_for
-from functional_sq.blocks import is_batched
+from functional_sq.blocks import is_batched, is_traced
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_linear, float8_product
 from functional_sq.formats import REAL_DTYPES, Float8, check_real
@@ -358,7 +358,7 @@ def linear(
             if weight.zero_point is not None:
                 token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
                 offset = offset + weight.zero_point.reshape(-1) * token_sum
-            product = product - offset if is_batched(offset) else product.sub_(offset)
+            product = product - offset if is_traced(product) or is_batched(offset) else product.sub_(offset)
         rest = None if residual is None else residual.reshape(-1, n)
         made = apply_epilogue(product, scale, bias, dtype, rest)
     y = made.reshape(*lead, n)

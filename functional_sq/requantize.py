@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.blocks import is_batched
+from functional_sq.blocks import is_batched, is_traced
 from functional_sq.qparams import QParams
 from functional_sq.quantize import quantize
 from functional_sq.spec import QuantSpec
@@ -87,11 +87,12 @@ def apply_epilogue(
     """
     wide = torch.promote_types(dtype, torch.float32)
     y = product.to(wide)
-    batched = is_batched(scale, bias, residual)
-    y = y * scale.to(wide) if batched else y.mul_(scale.to(wide))
+    # In a graph it may be a view of any size, and what is written to one is computed again.
+    apart = is_traced(y) or is_batched(scale, bias, residual)
+    y = y * scale.to(wide) if apart else y.mul_(scale.to(wide))
     for term in (bias, residual):
         if term is not None:
-            y = y + term.to(wide) if batched else y.add_(term.to(wide))
+            y = y + term.to(wide) if apart else y.add_(term.to(wide))
     return y.to(dtype)
 
 
