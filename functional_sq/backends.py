@@ -13,7 +13,6 @@ never values. Codes may be written to between two products; scale and bias may h
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from functional_sq import onednn, onednn_conv, triton_conv, triton_mm
-from functional_sq.blocks import reaches
+from functional_sq.blocks import is_among, reaches
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
 
@@ -115,10 +114,7 @@ def product_for(rows: int, codes: Tensor, zero_point: Tensor | None) -> Product 
         True
     """
     for each in PRODUCTS:
-        if not each.supports(codes, zero_point):
-            continue
-        those = each.rows(codes, zero_point)
-        if reaches(rows, those.start) and (those.stop == sys.maxsize or not reaches(rows, those.stop)):
+        if each.supports(codes, zero_point) and is_among(rows, each.rows(codes, zero_point)):
             return each
     return None
 

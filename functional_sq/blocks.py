@@ -6,13 +6,14 @@ Shape work is plain Python on tuples; a split is a view and costs nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["align", "asked_once", "blockwise", "is_batched", "is_traced", "looped", "reaches", "split"]
+__all__ = ["align", "asked_once", "blockwise", "is_among", "is_batched", "is_traced", "looped", "reaches", "split"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -126,3 +127,14 @@ def reaches(rows: int, least: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
     return not statically_known_true(rows < least)
+
+
+def is_among(rows: int, those: range) -> bool:
+    """Whether `rows` is one of `those`; a number that is not known yet, where they have no end: `sys.maxsize`.
+
+    Example:
+        >>> from functional_sq.blocks import is_among
+        >>> is_among(3, range(1, 4)), is_among(4, range(1, 4))
+        (True, False)
+    """
+    return reaches(rows, those.start) and (those.stop == sys.maxsize or not reaches(rows, those.stop))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_sq import triton_mm
-from functional_sq.blocks import is_traced, looped, reaches
+from functional_sq.blocks import is_among, is_traced, looped, reaches
 from functional_sq.compat import is_exporting
 from functional_sq.formats import as_float32
 from functional_sq.int_mm import as_written, is_large, whole_and_rest
@@ -27,7 +27,7 @@ def float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
         if a.device.type != "cpu" or not HAS_ONEDNN or is_exporting():
             with as_written(a.device):
                 return a @ as_float32(b).t()
-        few = is_traced(a) and reaches(a.shape[0], 1) and not reaches(a.shape[0], 9)
+        few = is_traced(a) and is_among(a.shape[0], range(1, 9))
         return _of_few(a, b) if few else _in_pieces(a, b)
     if b.shape[0] % 16 and is_large(b):
         pieces = whole_and_rest(b, 16)

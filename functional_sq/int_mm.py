@@ -16,7 +16,7 @@ from torch import Tensor
 from functional_sq.blocks import looped
 from functional_sq.compat import is_exporting
 
-__all__ = ["INT32_TERMS", "as_written", "integer_product", "is_large", "whole_and_rest"]
+__all__ = ["INT32_TERMS", "as_written", "integer_product", "is_large", "plain", "whole_and_rest"]
 
 INT32_TERMS = (2**31 - 1) // 255**2
 """The largest K for which the corrected product stays in int32: 33025."""
@@ -71,8 +71,7 @@ torch.library.define(_ROW, "(Tensor a, Tensor b) -> Tensor")
 
 
 def _row_product(a: Tensor, b: Tensor) -> Tensor:
-    a, b = (x.contiguous().as_strided(x.shape, (x.shape[1], 1)) for x in (a, b))
-    return torch._int_mm(a, b.t())
+    return torch._int_mm(plain(a), plain(b).t())
 
 
 torch.library.impl(_ROW, "cpu", _row_product)
@@ -87,6 +86,11 @@ def _in_eights(a: Tensor, b: Tensor) -> Tensor:
     if n != columns and k == inner and is_large(b):
         return torch.cat([_in_eights(a, piece) for piece in whole_and_rest(b, 8)], 1)
     return _filled_up(a, b, rows, inner, columns)
+
+
+def plain(x: Tensor) -> Tensor:
+    """Return a matrix with the strides that its shape says: torch leaves those of an axis of size 1 undefined."""
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
 
 
 def as_written(device: torch.device) -> AbstractContextManager[object]:

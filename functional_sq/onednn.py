@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq.blocks import is_batched, is_traced, looped
 from functional_sq.granularity import PerTensor
-from functional_sq.int_mm import INT32_TERMS
+from functional_sq.int_mm import INT32_TERMS, plain
 from functional_sq.operands import Operands
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.requantize import ACTIVATIONS, Requantization, apply_epilogue, fills_a_byte, requantize
@@ -302,7 +302,7 @@ def _product(
 
 def _add_product(y: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     multiply, largest = _multiply(codes)
-    result = exactly(multiply, q, int(zero_point), scale, bias, largest, dtype=y.dtype, onto=_plain(y))
+    result = exactly(multiply, q, int(zero_point), scale, bias, largest, dtype=y.dtype, onto=plain(y))
     if result.data_ptr() != y.data_ptr():
         y.copy_(result)
 
@@ -318,7 +318,7 @@ def _multiply(codes: Tensor) -> tuple[Callable[..., Tensor], int]:
     packed, zero, largest = _pack(codes)
 
     def multiply(q: Tensor, z: int, scale: Tensor, bias: Tensor | None, tail: Tail, onto: Tensor | None) -> Tensor:
-        known = _plain(q), 1.0, z, packed, scale, zero
+        known = plain(q), 1.0, z, packed, scale, zero
         op = torch.ops.onednn.qlinear_pointwise
         y: Tensor
         if onto is None:
@@ -418,7 +418,7 @@ def _pack(codes: Tensor) -> tuple[Tensor, Tensor, int]:
     known = _PACKED.get(codes)
     if known is None or not is_state(known[0], codes):
         with torch.inference_mode(False):  # what is kept serves calls outside of it too
-            packed = torch.ops.onednn.qlinear_prepack(_plain(codes), None)
+            packed = torch.ops.onednn.qlinear_prepack(plain(codes), None)
             known = state(codes), (packed, torch.zeros(1, dtype=torch.int32), largest_sum(codes))
         _PACKED[codes] = known
     return known[1]  # type: ignore[no-any-return]
@@ -432,8 +432,3 @@ def state(codes: Tensor) -> int | Tensor:
 def is_state(known: int | Tensor, codes: Tensor) -> bool:
     """Whether codes are what they were when `state` gave `known`; a copy compares in a 20th of packing's time."""
     return torch.equal(known, codes) if isinstance(known, Tensor) else known == codes._version
-
-
-def _plain(x: Tensor) -> Tensor:
-    """Return a matrix with the strides that its shape says: torch leaves those of an axis of size 1 undefined."""
-    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
