@@ -28,7 +28,7 @@ from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.inductor import capture
 from bridge.observed import Observed, ObserverModule, fit_mask, public_name, weight_of
 from bridge.quantized import Quantized
-from bridge.workflow import call, check_batches, mask_of, unfit, unfit_error
+from bridge.workflow import call, check_batches, check_fitted, check_mask, mask_of, unfit, unfit_error
 from functional_sq.files import replacing
 from functional_sq.formats import REAL_DTYPES
 from functional_sq.observers.histogram import histogram_of
@@ -243,8 +243,9 @@ def report(
     Raises:
         CalibrationError: layers saw nothing, NaN or Inf; names each of them.
         ValueError: the model has no observed layer, there are no batches, `rank` is another value, the
-            config is of another dtype, or the compared output changes its shape.
-        TypeError: what is compared is no tensor of real values.
+            config is of another dtype, `mask` gives positions that no layer's input has, or the compared
+            output changes its shape.
+        TypeError: what is compared is no tensor of real values; `mask` gives no bool tensor.
 
     Example:
         >>> import torch, bridge
@@ -260,13 +261,17 @@ def report(
     if rank not in ("quantize", "float", None):
         raise ValueError(f"rank={rank!r}; use one of 'quantize', 'float', None")
     check_batches(batches)
+    check_mask(mask)
     layers = _layers(model, config)
     whole = _Whole(model, layers, output or _first_tensor, rank)
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"), _stand_in(model, layers):
         for batch in batches:
             if not whole.seconds:
                 whole.capture(batch)
-            whole.add(batch, mask_of(batch, mask))
+            keep = mask_of(batch, mask)
+            whole.add(batch, keep)
+            if mask is not None:
+                check_fitted(keep, any(layer.masked for layer in layers))
     if not whole.seconds:
         raise ValueError("there were no batches to report on; give at least one (an iterator is used up once)")
     return whole.result()
@@ -328,6 +333,7 @@ class _Layer:
             raise type(error)(f"{name}: {error}") from error
         self.form = "float"
         self.keep: Tensor | None = None
+        self.masked = False
         self.calls = 0
         self.values = 0
         self.saturated = 0
@@ -357,8 +363,9 @@ class _Layer:
             x = args[0] if args else kwargs["input"]
             self.calls += 1
             self.ran = True
+            positions = self.observed.positions
+            self.masked |= fit_mask(self.keep, positions(x)) is not None
             if x.numel():
-                positions = self.observed.positions
                 self.output.add(positions(y), positions(self.twin(*args, **kwargs)), self.keep)
                 self._measure(x)
         return y
@@ -436,7 +443,7 @@ class _Whole:
 
     def add(self, batch: Any, keep: Tensor | None) -> None:
         for layer in self.layers:
-            layer.keep, layer.ran = keep, False
+            layer.keep, layer.masked, layer.ran = keep, False, False
         exact = self.run(_copy(batch), dict.fromkeys(self.layers, "measure"))
         ran = [layer for layer in self.layers if layer.ran]
 

@@ -193,8 +193,7 @@ def calibrate(
     ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     _check_calibration(model, observers, max_batches, until_stable, window, save_every, ranks)
     check_batches(batches)
-    if mask is not None and not callable(mask):
-        raise TypeError(f"mask is a {type(mask).__name__}; give a function from a batch to a bool tensor")
+    check_mask(mask)
     path = None if checkpoint is None else _rank_path(Path(checkpoint), ranks, group)
     if path is not None and not path.absolute().parent.is_dir():
         # Not when the first batches have run.
@@ -213,8 +212,8 @@ def calibrate(
                 given = mask_of(batch, mask)
                 with _masked(observers.values(), given):
                     call(model, batch)
-                if mask is not None and given is not None:
-                    _check_masked(observers.values(), given)
+                if mask is not None:
+                    check_fitted(given, any(observer.masked for observer in observers.values()))
                 record = record[0] + 1, _record(observers)
                 if path is not None and record[0] % save_every == 0:
                     _save(path, observers, record)
@@ -595,6 +594,12 @@ def _progress(batches: Iterator[Any], done: int, total: int | None) -> Iterable[
     return bar
 
 
+def check_mask(mask: object) -> None:
+    """Raise TypeError unless `mask` is a function, or None."""
+    if mask is not None and not callable(mask):
+        raise TypeError(f"mask is a {type(mask).__name__}; give a function from a batch to a bool tensor")
+
+
 def mask_of(batch: Any, mask: Callable[[Any], Tensor | None] | None = None) -> Tensor | None:
     """Return what `mask` gives for a batch, or the batch's own mask; None where every position counts."""
     if mask is not None:
@@ -611,8 +616,9 @@ def mask_of(batch: Any, mask: Callable[[Any], Tensor | None] | None = None) -> T
     return found >= 0 if bool((found < 0).any()) else found != 0
 
 
-def _check_masked(observers: Iterable[ObserverModule], mask: Tensor) -> None:
-    if not any(observer.masked for observer in observers):
+def check_fitted(mask: Tensor | None, fitted: bool) -> None:
+    """Raise ValueError where a user's mask fitted no layer's input."""
+    if mask is not None and not fitted:
         raise ValueError(
             f"mask(batch) has shape {tuple(mask.shape)}, and no layer's input has these axes in front, or all of them "
             f"as one: nothing was masked; return an entry for each position, as (batch, tokens)"

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -409,6 +410,16 @@ def test_what_the_mask_leaves_out_does_not_count(kind: str) -> None:
     for field in ("values", "input_sqnr", "output_sqnr", "saturated", "clipping", "model_sqnr"):
         assert getattr(found.layers[0], field) == same(getattr(alone.layers[0], field)), field
     assert bridge.report(model, [padded]).layers[0].saturated > 0.1
+
+
+def test_a_mask_that_fits_no_input_is_refused() -> None:
+    model = calibrated(Named(), [torch.ones(2, 5, 16)])
+    with pytest.raises(ValueError, match=re.escape("mask(batch) has shape (5, 2), and no layer's input")):
+        bridge.report(model, [torch.ones(2, 5, 16)], mask=lambda batch: torch.ones(5, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask is a Tensor; give a function from a batch to a bool tensor"):
+        bridge.report(model, [torch.ones(2, 5, 16)], mask=torch.ones(2, 5, dtype=torch.bool))
+    empty = bridge.report(model, [torch.ones(0, 5, 16)], mask=lambda batch: torch.ones(0, 5, dtype=torch.bool))
+    assert empty.layers[0].values == 0
 
 
 @pytest.mark.parametrize("batch", [torch.ones(3, 16), (torch.ones(3, 16),), {"x": torch.ones(3, 16)}], ids=type)
