@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import warnings
@@ -29,6 +30,7 @@ from bridge.observed import (
     observed_type,
     public_name,
     swap_,
+    weight_of,
 )
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 from functional_sq import serialize
@@ -167,7 +169,8 @@ def calibrate(
         checkpoint: a file. What was recorded is saved to it after every `save_every` batches, at the
             end, and on an interruption; if the file is there, its record is taken and as many batches
             are skipped as it has seen. The same batches, in the same order, so give the same bits as
-            one run. With several ranks each has a file of its own, `checkpoint` with `.rank0` added.
+            one run. A record of layers with other weights is refused. With several ranks each has a file
+            of its own, `checkpoint` with `.rank0` added.
         save_every: batches between two savings.
         group: ranks to merge; default: all.
 
@@ -176,7 +179,7 @@ def calibrate(
 
     Raises:
         ValueError: there are no batches; the model is not prepared, or not in eval mode; the
-            checkpoint is of other layers; `mask` gives positions that no layer's input has; an argument is
+            checkpoint is of other layers or weights; `mask` gives positions that no layer's input has; an argument is
             outside its range.
         TypeError: an observer whose states do not merge (a moving average), with several ranks;
             `mask` gives no bool tensor.
@@ -199,11 +202,13 @@ def calibrate(
         # Not when the first batches have run.
         raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no folder {path.absolute().parent}; make it first")
     before = _record(observers)
-    if ranks > 1:
+    weights, done = 0 if path is None else _fingerprint(model), 0
+    if path is not None and path.exists():
+        done = _resume(path, weights, observers)
+    elif ranks > 1:
         # Each rank records from nothing, so that what was there already is not counted once a rank.
         for observer in observers.values():
             write(observer, observer.nothing())
-    done = _resume(path, observers) if path is not None and path.exists() else 0
     stability = None if until_stable is None else _Stability(observers, until_stable, window)
     record = done, _record(observers)
     try:
@@ -216,16 +221,16 @@ def calibrate(
                     check_fitted(given, any(observer.masked for observer in observers.values()))
                 record = record[0] + 1, _record(observers)
                 if path is not None and record[0] % save_every == 0:
-                    _save(path, observers, record)
+                    _save(path, weights, observers, record)
                 if stability is not None and stability.reached():
                     break
     except BaseException:
         _restore(observers, record[1] if ranks == 1 else _merged(observers, before, record[1]))
         if path is not None:
-            _save(path, observers, record)
+            _save(path, weights, observers, record)
         raise
     if path is not None and record[0] > done:
-        _save(path, observers, record)
+        _save(path, weights, observers, record)
     if ranks > 1:
         all_ranks = {name: all_merge(o.spec, record[1][name], group=group) for name, o in observers.items()}
         _restore(observers, _merged(observers, before, all_ranks))
@@ -455,8 +460,12 @@ def _listed(reasons: Mapping[str, str]) -> str:
 # What calibrate records, saves and takes up again.
 
 _Record = dict[str, fsq.State]
-_DONE: Final = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Fixed(0.0, 0.0))
-"""In a checkpoint the model itself, whose name is empty, has a state: its `count` is that of batches."""
+_NUMBER: Final = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Fixed(0.0, 0.0))
+"""In a checkpoint two names that no observer has stand for numbers, each the `count` of a state."""
+_DONE: Final = ""
+"""The number of batches."""
+_WEIGHTS: Final = ".weights"
+"""The `_fingerprint` of the model."""
 
 
 def _observers(model: nn.Module) -> dict[str, ObserverModule]:
@@ -517,28 +526,47 @@ def _restore(observers: Mapping[str, ObserverModule], record: _Record) -> None:
         write(observers[name], state)
 
 
-def _save(path: Path, observers: Mapping[str, ObserverModule], record: tuple[int, _Record]) -> None:
+def _save(path: Path, weights: int, observers: Mapping[str, ObserverModule], record: tuple[int, _Record]) -> None:
     states = {name: (observer.spec, record[1][name]) for name, observer in observers.items()}
-    serialize.save(path, {"": (_DONE, {"count": torch.tensor([record[0]])})} | states)
+    numbers = {_DONE: record[0], _WEIGHTS: weights}
+    serialize.save(path, {k: (_NUMBER, {"count": torch.tensor([v])}) for k, v in numbers.items()} | states)
 
 
-def _resume(path: Path, observers: Mapping[str, ObserverModule]) -> int:
+def _resume(path: Path, weights: int, observers: Mapping[str, ObserverModule]) -> int:
     """Take up the record in a file; return the number of batches that it has seen."""
     specs = {name: observer.spec for name, observer in observers.items()}
     kinds = {type(value) for spec in specs.values() for value in (spec.observer, spec.granularity)}
     own = [kind for kind in kinds if not kind.__module__.startswith("functional_sq.")]
     saved = serialize.load(path, classes=own)
-    done = saved.pop("", None)
+    done, known = (saved.pop(name, None) for name in (_DONE, _WEIGHTS))
     found = {name: spec for name, (spec, _) in saved.items()}
-    if done is None or found != specs:
-        differ = sorted(name for name in found.keys() | specs.keys() if found.get(name) != specs.get(name))
+    differ = sorted(name for name in found.keys() | specs.keys() if found.get(name) != specs.get(name))
+    fault = None
+    if differ:
+        fault = f"{', '.join(differ[:8])} differ{'...' if differ[8:] else ''}"
+    elif done is None or known is None:
+        fault = "it counts no batches"
+    elif int(known[1]["count"]) != weights:
+        fault = "the layers had other weights"
+    if fault is not None or done is None:
         raise ValueError(
-            f"{path} is no checkpoint of this calibration: "
-            + (f"{', '.join(differ[:8])} differ{'...' if differ[8:] else ''}" if differ else "it counts no batches")
-            + "; use the model and the config that it was made with, or another file"
+            f"{path} is no checkpoint of this calibration: {fault}; "
+            f"use the model and the config that it was made with, or another file"
         )
     _restore(observers, {name: state for name, (_, state) in saved.items()})
     return int(done[1]["count"])
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """Return a number by which the weights of observed layers are known again: their bits are added up, exactly."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        if isinstance(module, Observed):
+            w = weight_of(module).detach()
+            bits = w.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[w.itemsize])
+            total = None if w.is_meta else int(bits.sum(dtype=torch.int64))
+            digest.update(f"{public_name(name)} {w.dtype} {tuple(w.shape)} {total}\n".encode())
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
 
 def _rank_path(path: Path, ranks: int, group: dist.ProcessGroup | None) -> Path:

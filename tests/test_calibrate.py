@@ -187,7 +187,7 @@ def test_a_checkpoint_is_a_calibration_that_serialize_reads(tmp_path: Path) -> N
     model = net(StaticQuantConfig(torch.int8, activation=HISTOGRAM))
     bridge.calibrate(model, data(), checkpoint=path)
     saved = serialize.load(path)
-    assert saved.keys() == {"", "0.act_obs", "2.act_obs"}
+    assert saved.keys() == {"", ".weights", "0.act_obs", "2.act_obs"}
     assert int(saved[""][1]["count"]) == 7
     spec, state = saved["0.act_obs"]
     assert spec == HISTOGRAM
@@ -236,6 +236,14 @@ def test_a_killed_process_loses_the_batches_since_the_last_saving_and_the_next_g
     assert_same(states(model), whole())
 
 
+def trained(model: nn.Module) -> nn.Module:
+    """Return the model with one bit of one weight changed."""
+    with torch.no_grad():
+        weight = model[2].weight.view(torch.int32)
+        weight[0, 0] ^= 1
+    return model
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -247,8 +255,15 @@ def test_a_killed_process_loses_the_batches_since_the_last_saving_and_the_next_g
             lambda: bridge.prepare_(nn.Sequential(nn.Linear(16, 8)).eval(), PRESETS["int8"]),
             r"is no checkpoint of this calibration: 2\.act_obs differ",
         ),
+        (lambda: trained(net()), r"is no checkpoint of this calibration: the layers had other weights; use the"),
+        (
+            lambda: bridge.prepare_(
+                nn.Sequential(nn.Linear(16, 9), nn.ReLU(), nn.Linear(9, 4)).eval(), PRESETS["int8"]
+            ),
+            "the layers had other weights",
+        ),
     ],
-    ids=["config", "model"],
+    ids=["config", "model", "weights", "sizes"],
 )
 def test_a_checkpoint_of_something_else_is_refused_and_nothing_is_changed(
     tmp_path: Path, other: Callable[[], nn.Module], message: str
@@ -317,6 +332,9 @@ def worker(rank: int, world: int, folder: str, what: str) -> None:
         half = len(shard) // 2
         if what == "twice":
             bridge.calibrate(model, shard[:half])
+            Path(f"{folder}/c.safetensors.rank{rank}").write_bytes(b"of another program")
+            with pytest.raises(ValueError, match="not a safetensors file"):  # and nothing is lost
+                bridge.calibrate(model, shard, checkpoint=f"{folder}/c.safetensors")
             bridge.calibrate(model, shard[half:])
         elif what == "stable":
             bridge.calibrate(model, shard, until_stable=0.1)
