@@ -22,6 +22,7 @@ from functional_sq.serialize import spec_from_json, spec_to_json
 __all__ = ["PRESETS", "StaticQuantConfig"]
 
 Rules = tuple[tuple["str | type[nn.Module]", "StaticQuantConfig | None"], ...]
+"""What a config holds."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,7 +127,7 @@ class StaticQuantConfig(AOBaseConfig):
                 continue
             text = repr(value)
             if f.name == "rules":
-                text = "{" + ", ".join(f"{_key(key)}: {config!r}" for key, config in value) + "}"
+                text = "{" + ", ".join(f"{written(key)}: {config!r}" for key, config in value) + "}"
             shown.append(f"{f.name}={text}")
         return f"StaticQuantConfig({', '.join(shown)})"
 
@@ -157,7 +158,7 @@ class StaticQuantConfig(AOBaseConfig):
             ValueError: `text` is not such JSON, or names what is not known.
         """
         classes = tuple(classes)
-        modules = {_key(c): c for c in classes if issubclass(c, nn.Module)}
+        modules = {written(c): c for c in classes if issubclass(c, nn.Module)}
         values = tuple(c for c in classes if not issubclass(c, nn.Module))
         try:
             return _config(json.loads(text), modules, values)
@@ -183,14 +184,14 @@ def _rule(pair: Any) -> tuple[str | type[nn.Module], StaticQuantConfig | None]:
     if not (isinstance(key, str) or (isinstance(key, type) and issubclass(key, nn.Module))):
         raise TypeError(f"rules has the key {key!r}; give a name pattern such as 'encoder.*', or a module class")
     if config is not None and not isinstance(config, StaticQuantConfig):
-        raise TypeError(f"rules has {config!r} for {_key(key)}; give a StaticQuantConfig, or None for float")
+        raise TypeError(f"rules has {config!r} for {written(key)}; give a StaticQuantConfig, or None for float")
     if config is not None and config.rules:
-        raise ValueError(f"the rule for {_key(key)} has rules itself; put them into the outer ones, before it")
+        raise ValueError(f"the rule for {written(key)} has rules itself; put them into the outer ones, before it")
     return key, config
 
 
-def _key(key: str | type) -> str:
-    """Return a rule's key as it is written."""
+def written(key: str | type) -> str:
+    """Return a rule's key as one writes it."""
     if isinstance(key, str):
         return repr(key)
     short = f"torch.nn.{key.__name__}"
@@ -207,7 +208,7 @@ def _plain(config: StaticQuantConfig | None) -> dict[str, Any] | None:
         "weight": json.loads(spec_to_json(config.weight)),
         "form": config.form,
         **settings_of(config, SWITCHES),
-        "rules": [[{"name": k} if isinstance(k, str) else {"class": _key(k)}, _plain(v)] for k, v in config.rules],
+        "rules": [[{"name": k} if isinstance(k, str) else {"class": written(k)}, _plain(v)] for k, v in config.rules],
     }
 
 
@@ -278,7 +279,7 @@ def check_reread(config: StaticQuantConfig, observed: Observed) -> None:
 def reread_layer(config: StaticQuantConfig, observed: Observed) -> None:
     """Make `observed` read what it recorded as `config` says; `check_reread` has allowed it."""
     observed.act_obs.spec = config.activation
-    observed.weight_obs = ObserverModule(config.weight)
+    observed.weight_obs = ObserverModule(config.weight).train(observed.training)
     observed.observe_weight()
     observed.config = config
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import fx, nn
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from bridge.buffers import check_module
+from bridge.observed import Observed, choose_paths, public_name
 from functional_sq import backends
 from functional_sq.chains import hand_on
 
@@ -105,6 +109,7 @@ def chains(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Chain, ...]:
 
     Raises:
         TypeError: `model` is no module.
+        ValueError: the model has observers, which would record this call.
 
     Example:
         >>> import torch, bridge
@@ -116,7 +121,10 @@ def chains(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Chain, ...]:
         0 -> gelu 2
     """
     check_module(model)
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: public_name(name) for name, module in model.named_modules()}
+    if observed := [name for module, name in names.items() if isinstance(module, Observed)]:
+        raise ValueError(f"{observed[0]} has observers, which would record this call; call convert_(model) first")
+    choose_paths(model)
     return capture(lambda: model(*args, **kwargs), names)
 
 
@@ -136,6 +144,9 @@ def capture(run: Callable[[], object], names: Mapping[nn.Module, str]) -> tuple[
             found.append(Chain(name(link.producer), link.activation, tuple(map(name, link.consumers))))
         return graph.forward
 
-    with torch.inference_mode():
-        torch.compile(run, backend=backend)()
+    # However often this runs, it sees a graph, and code that a user compiles has its own count of compilations.
+    unlimited = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+    with torch.no_grad(), torch._dynamo.config.patch(unlimited):
+        torch.compile(run, backend=backend, **apart)()  # type: ignore[call-overload]
     return tuple(found)

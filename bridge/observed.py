@@ -87,7 +87,7 @@ class ObserverModule(Buffers):
         unwritten = any(value.is_meta for value in self._buffers.values())
         super()._apply(fn, recurse)
         if unwritten:  # to_empty gives memory that holds anything
-            self._forget()
+            self.forget()
         return self
 
     def nothing(self, device: torch.device | None = None) -> fsq.State:
@@ -95,7 +95,8 @@ class ObserverModule(Buffers):
         count = self.state["count"]
         return self.spec.observer.init(tuple(count.shape), torch.float32, device or count.device)
 
-    def _forget(self, device: torch.device | None = None) -> None:
+    def forget(self, device: torch.device | None = None) -> None:
+        """Forget everything, and take memory on `device`; default: where the record is."""
         with torch.inference_mode(False):  # as `reset`
             for name, value in self.nothing(device).items():
                 self.register_buffer(name, value)
@@ -104,8 +105,8 @@ class ObserverModule(Buffers):
         if not self._buffers:
             self.reset(tuple(x.shape), x.device)
         elif self._buffers["count"].is_meta and not x.is_meta:  # parameters were assigned to a model without memory
-            self._forget(x.device)
-        mask = fit_mask(self.mask, x)
+            self.forget(x.device)
+        mask = fit_mask(self.mask, x.shape[:-1])
         if mask is not None:
             self.masked = True
         write(self, fsq.observe(self.spec, self.state, x, mask=mask))
@@ -152,11 +153,14 @@ class ObserverModule(Buffers):
         )
 
 
-def fit_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return the mask as it fits the leading axes of `x`, flattened or not; None where it is of other positions."""
-    if mask is None or mask.shape == x.shape[: mask.ndim]:
+def fit_mask(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Return the mask as it fits the first of these axes, flattened or not; None where it is of other positions.
+
+    Of what a layer takes or gives, `shape` leaves out the features, whose number may be that of tokens.
+    """
+    if mask is None or mask.shape == tuple(shape[: mask.ndim]):
         return mask
-    return mask.reshape(-1) if x.shape[:1] == (mask.numel(),) else None
+    return mask.reshape(-1) if tuple(shape[:1]) == (mask.numel(),) else None
 
 
 class AffineQuantizedMinMaxObserver(ObserverModule):
@@ -312,6 +316,13 @@ class Observed(nn.Module):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.act_obs(input if self.act_obs.mask is None else self.positions(input))
         return super().forward(input, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        # A model that was prepared without memory gets its parameters here; what its observers saw comes after.
+        if not self.weight.is_meta and any(value.is_meta for value in self.act_obs.state.values()):
+            self.act_obs.forget(self.weight.device)
+            self.observe_weight()
 
     def positions(self, x: Tensor) -> Tensor:
         """Return an input or output of the layer with the axes that a mask is for in front."""
@@ -536,8 +547,8 @@ LAYERS = ", ".join(f"torch.nn.{kind.__name__}" for kind in OBSERVED)
 def observed_type(module: nn.Module) -> type[Observed] | None:
     """Return the observed type that computes what `module` computes; None where there is none.
 
-    A subclass counts while it computes what its torch type does: with a forward of its own it is
-    something else.
+    A subclass counts while it computes what its torch type does: with a forward, or parameters, of its
+    own it is something else.
 
     Example:
         >>> import torch
@@ -552,8 +563,20 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     for kind, observed in OBSERVED.items():
         own = [name for name in ("forward", "__call__", "_conv_forward", "_output_padding") if hasattr(kind, name)]
         if isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in own):
-            return observed
+            return None if _own_parts(module) else observed
     return None
+
+
+def _own_parts(module: nn.Module) -> list[str]:
+    """Return the parameters, buffers and modules that a subclass has beside its torch type's; a parent may use them."""
+    if type(module) in OBSERVED or nn.utils.parametrize.is_parametrized(module):
+        return []
+    return [
+        name for part in (module._parameters, module._buffers, module._modules) for name in part if name not in _PARTS
+    ]
+
+
+_PARTS = ("weight", "bias")
 
 
 def float_reason(module: nn.Module) -> str | None:
@@ -579,6 +602,8 @@ def float_reason(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{kind} has no weight yet; run the float model once before"
     if isinstance(module, tuple(OBSERVED)):
+        if own := _own_parts(module):
+            return f"{kind} has {own[0]} of its own, which a quantized layer would not have"
         return f"{kind} has a forward of its own, which a quantized layer would not run"
     return f"no quantized layer does what {kind} does"
 

@@ -40,6 +40,8 @@ from functional_sq import backends, chains
 from functional_sq.compat import is_exporting
 from functional_sq.conv import asked_for
 from functional_sq.formats import Float8
+from functional_sq.granularity import check_stats
+from functional_sq.qparams import check_qparams
 
 __all__ = [
     "SWITCHES",
@@ -66,7 +68,7 @@ def _shared(qp: fsq.QParams) -> fsq.QParams:
     """Return tensors of the same values, and the same ones whenever both values and the device are."""
     if qp.scale.numel() != 1 or qp.scale.is_meta or type(qp.scale) is not Tensor:
         return qp
-    both = qp.scale.item(), qp.zero_point.item(), qp.scale.device, qp.zero_point.dtype
+    both = qp.scale.item(), qp.scale.dtype, qp.zero_point.item(), qp.zero_point.dtype, qp.scale.device
     return fsq.QParams(*(_SHARED.setdefault((*both, name), value.clone()) for name, value in qp._asdict().items()))
 
 
@@ -214,9 +216,14 @@ class Quantized(Buffers):
 
         Raises:
             CalibrationError: the weight has NaN or Inf.
-            ValueError: as the constructor.
+            TypeError: `module` is no such layer, or `act_qparams` are no two tensors.
+            ValueError: as the constructor, or `act_qparams` have not the shape that `act` gives.
         """
+        if not isinstance(module, cls.observed.float_type):
+            name = cls.observed.float_type.__name__
+            raise TypeError(f"{cls.__name__}.from_float got a {type(module).__name__}; give a torch.nn.{name}")
         w = weight_of(module).detach()
+        act_qparams = _fitted(act, act_qparams, tuple(w.shape))
         quantized = cls(
             **settings_of(module, cls.settings),
             act=act,
@@ -712,6 +719,14 @@ QUANTIZED: dict[type[Observed], type[Quantized]] = {
     )
 }
 """Which quantized type an observed one becomes."""
+
+
+def _fitted(act: fsq.QuantSpec, qp: fsq.QParams, shape: tuple[int, ...]) -> fsq.QParams:
+    """Return the qparams of an input with the shape and dtypes that a layer holds them in."""
+    check_qparams(qp)
+    scale, zero_point = qp
+    fits = check_stats(act, "the input's scale", scale.shape, shape[1:2])
+    return fsq.QParams(scale.reshape(fits).to(act.scale_dtype), zero_point.reshape(fits).to(act.zero_point_dtype))
 
 
 def _repr_of_weight(linear: nn.Linear) -> str:

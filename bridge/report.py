@@ -26,9 +26,20 @@ import functional_sq as fsq
 from bridge import picture
 from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.inductor import capture
-from bridge.observed import Observed, ObserverModule, fit_mask, public_name, weight_of
+from bridge.observed import Observed, ObserverModule, choose_paths, fit_mask, public_name, weight_of
 from bridge.quantized import Quantized
-from bridge.workflow import call, check_batches, check_fitted, check_mask, mask_of, unfit, unfit_error
+from bridge.workflow import (
+    call,
+    check_batches,
+    check_fitted,
+    check_function,
+    check_kinds,
+    check_memory,
+    check_rules,
+    mask_of,
+    unfit,
+    unfit_error,
+)
 from functional_sq.files import replacing
 from functional_sq.formats import REAL_DTYPES
 from functional_sq.observers.histogram import histogram_of
@@ -238,7 +249,7 @@ def report(
             the tensor, or the first one of a tuple, list, mapping or dataclass.
         rank: `"quantize"`: measure the model with each layer alone quantized; `"float"`: with each
             alone left in float; None: neither, for two forward passes a batch.
-        config: as `convert_` takes it.
+        config: as `convert_` takes it; a layer that its rules leave in float is in no row, and stays float.
 
     Raises:
         CalibrationError: layers saw nothing, NaN or Inf; names each of them.
@@ -260,11 +271,14 @@ def report(
     """
     if rank not in ("quantize", "float", None):
         raise ValueError(f"rank={rank!r}; use one of 'quantize', 'float', None")
+    check_kinds(model, *(() if config is None else (config,)))
     check_batches(batches)
-    check_mask(mask)
+    check_function("mask", mask, "a batch to a bool tensor")
+    check_function("output", output, "what the model returns to the tensor to compare")
     layers = _layers(model, config)
+    choose_paths(model)
     whole = _Whole(model, layers, output or _first_tensor, rank)
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"), _stand_in(model, layers):
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _stand_in(model, layers):
         for batch in batches:
             if not whole.seconds:
                 whole.capture(batch)
@@ -309,8 +323,6 @@ def _square(x: Tensor) -> float:
 
 
 def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    """Return the positions that count; all of them where the mask does not fit, as `calibrate`."""
-    keep = fit_mask(keep, x)
     return x if keep is None else x[keep]
 
 
@@ -364,19 +376,20 @@ class _Layer:
             self.calls += 1
             self.ran = True
             positions = self.observed.positions
-            self.masked |= fit_mask(self.keep, positions(x)) is not None
+            x = positions(x.detach())
+            keep = fit_mask(self.keep, x.shape[:-1])
+            self.masked |= keep is not None
             if x.numel():
-                self.output.add(positions(y), positions(self.twin(*args, **kwargs)), self.keep)
-                self._measure(x)
+                self.output.add(positions(y), positions(self.twin(*args, **kwargs)), keep)
+                self._measure(x, keep)
         return y
 
-    def _measure(self, x: Tensor) -> None:
-        x = self.observed.positions(x.detach())
-        error = _kept((x.double() - fsq.fake_quantize(self.spec, x, self.qp).double()).square_(), self.keep)
-        beyond = _kept(fsq.saturates(self.spec, x, self.qp), self.keep)
+    def _measure(self, x: Tensor, keep: Tensor | None) -> None:
+        error = _kept((x.double() - fsq.fake_quantize(self.spec, x, self.qp).double()).square_(), keep)
+        beyond = _kept(fsq.saturates(self.spec, x, self.qp), keep)
         self.values += error.numel()
         self.saturated += int(beyond.sum())
-        self.signal += _square(_kept(x, self.keep))
+        self.signal += _square(_kept(x, keep))
         self.clipping += float(error[beyond].sum())
         self.rounding += float(error[~beyond].sum())
 
@@ -421,9 +434,16 @@ def _layers(model: nn.Module, config: StaticQuantConfig | None) -> list[_Layer]:
             f"{type(model).__name__} has no observed layers; call prepare_(model, config) and "
             f"calibrate(model, batches) first, and convert_(model) only after the report"
         )
+    check_memory(model)
+    if config is not None:
+        check_rules(config, model)
     if faults := unfit(model):
-        raise unfit_error(faults)
-    return [_Layer(name, module, config) for name, module in observed.items()]
+        raise unfit_error(faults, len(observed))
+    chosen = {name: config if config is None else config.of(module, name) for name, module in observed.items()}
+    layers = [_Layer(name, module, chosen[name]) for name, module in observed.items() if config is None or chosen[name]]
+    if not layers:
+        raise ValueError("the rules of the config leave every layer in float: there is nothing to report on")
+    return layers
 
 
 # What is measured of the whole model.
@@ -473,11 +493,13 @@ class _Whole:
         by_name = {layer.name: layer for layer in self.layers}
         for layer in self.layers:
             layer.form = "captured"
-        names = {layer.twin: layer.name for layer in self.layers}
+        names = {module: public_name(name) for name, module in self.model.named_modules()}
+        names |= {layer.twin: layer.name for layer in self.layers}
         with torch.compiler.set_stance("default"), torch.random.fork_rng(self.devices):
             given = _copy(batch)
             for chain in capture(lambda: call(self.model, given), names):
-                by_name[chain.producer].hands_on = chain.to
+                if chain.producer in by_name:  # A part of the model may be converted already.
+                    by_name[chain.producer].hands_on = chain.to
 
     def run(self, batch: Any, forms: Mapping[_Layer, str]) -> Tensor:
         """Run one batch with each layer in the form that is asked for; return the compared output."""
@@ -498,7 +520,7 @@ class _Whole:
                 f"the float model's output has shape {tuple(exact.shape)} and the quantized one's "
                 f"{tuple(other.shape)}; give output=, to something whose shape does not depend on the data"
             )
-        ratio.add(exact, other, keep)
+        ratio.add(exact, other, fit_mask(keep, exact.shape))
 
     def result(self) -> Report:
         found = [layer.result(self.rank) for layer in self.layers]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,18 +20,28 @@ from torch import Tensor, nn
 
 import functional_sq as fsq
 from bridge.buffers import check_module, write
-from bridge.config import PRESETS, StaticQuantConfig, check_reread, observed_layer, quantized_layer, reread_layer
+from bridge.config import (
+    PRESETS,
+    StaticQuantConfig,
+    check_reread,
+    observed_layer,
+    quantized_layer,
+    reread_layer,
+    written,
+)
 from bridge.observed import (
     LAYERS,
     Observed,
     ObserverModule,
     check_plain,
+    choose_paths,
     float_reason,
     observed_type,
     public_name,
     swap_,
     weight_of,
 )
+from bridge.quantized import Quantized
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 from functional_sq import serialize
 from functional_sq.distributed import all_merge
@@ -74,37 +84,80 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
           )
         )
     """
-    _check_kinds(model, config)
-    names = {public_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    for pattern, _ in config.rules:
-        if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name in names):
-            near = get_close_matches(pattern, names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "a pattern is matched against the whole name"
-            raise ValueError(f"the rule for {pattern!r} fits no module of {type(model).__name__}; {hint}")
+    check_kinds(model, config)
+    check_function("filter_fn", filter_fn, "a module and its name to a bool")
+    check_rules(config, model)
 
-    def chosen(module: nn.Module, name: str) -> bool:
-        return (filter_fn is None or filter_fn(module, name)) and config.of(module, name) is not None
+    def own(module: nn.Module, name: str) -> StaticQuantConfig | None:
+        return config.of(module, name) if filter_fn is None or filter_fn(module, name) else None
 
-    def prepared(layer: nn.Module, name: str) -> nn.Module:
-        own = config.of(layer, public_name(name))
-        assert own is not None
-        return observed_layer(own, layer)
-
+    names = _named(model)
+    chosen = _chosen(names, own)
+    left: dict[str, list[str]] = {}
+    for name, module in names.items():
+        reason = float_reason(module)
+        if reason is not None and own(module, name) is not None:
+            left.setdefault(reason, []).append(name)
+    listed = _listed({", ".join(same): reason for reason, same in left.items()})
     swap_(
         model,
-        lambda module, name: observed_type(module) is not None and chosen(module, public_name(name)),
-        prepared,
+        lambda module, name: id(module) in chosen,
+        lambda layer, name: observed_layer(chosen[id(layer)], layer),
         f"one of {LAYERS}",
-        "look at the filter and the rules; layers that are prepared or converted already stay what they are",
+        "look at the filter and the rules; layers that are prepared or converted already stay what they are"
+        + (f"; and some must stay in float:\n{listed}" if left else ""),
     )
-    left = {name: reason for name, m in names.items() if (reason := float_reason(m)) and chosen(m, name)}
     if left:
-        alike: dict[str, list[str]] = {}
-        for name, reason in left.items():
-            alike.setdefault(reason, []).append(name)
-        listed = _listed({", ".join(same): reason for reason, same in alike.items()})
-        warnings.warn(f"{len(left)} modules stay in float:\n{listed}", stacklevel=2)
+        warnings.warn(f"{sum(map(len, left.values()))} modules stay in float:\n{listed}", stacklevel=2)
     return model
+
+
+def _named(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by every name that they have in the model that the user made."""
+    return {public_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _chosen(
+    names: Mapping[str, nn.Module], own: Callable[[nn.Module, str], StaticQuantConfig | None]
+) -> dict[int, StaticQuantConfig]:
+    """Return by `id` how layers are to be quantized; ValueError where one has two names and two answers."""
+    first: dict[int, tuple[str, StaticQuantConfig | None]] = {}
+    for name, module in names.items():
+        if observed_type(module) is None:
+            continue
+        config = own(module, name)
+        known, before = first.setdefault(id(module), (name, config))
+        if config != before:
+            raise ValueError(
+                f"{known!r} and {name!r} are one layer, and by rule or filter it is {before or 'to stay in float'} as "
+                f"the one, and {config or 'to stay in float'} as the other; let both names say the same"
+            )
+    return {key: config for key, (_, config) in first.items() if config is not None}
+
+
+def check_rules(config: StaticQuantConfig, model: nn.Module) -> None:
+    """Raise ValueError where a rule's pattern fits no name in the model, or a rule a part of it but no layer there."""
+    names = _named(model)
+    for key, _ in config.rules:
+        fits = fnmatchcase if isinstance(key, str) else None
+        found = [name for name, m in names.items() if (fits(name, key) if fits else isinstance(m, key))]
+        if isinstance(key, str) and not found:
+            near = get_close_matches(key, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "a pattern is matched against the whole name"
+            raise ValueError(f"the rule for {key!r} fits no module of {type(model).__name__}; {hint}")
+        layers = [name for name, module in names.items() if _is_layer(module)]
+        inside = [f"{name}.*" for name in found if any(layer.startswith(f"{name}.") for layer in layers)]
+        if inside and not set(found) & set(layers):
+            pattern = f"{key}.*" if isinstance(key, str) else inside[0]
+            raise ValueError(
+                f"the rule for {written(key)} fits {inside[0][:-2]!r}, which is no layer, and says nothing of those in "
+                f"it; use {pattern!r}"
+            )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a rule can say how a module is quantized."""
+    return isinstance(module, (Observed, Quantized)) or observed_type(module) is not None or bool(float_reason(module))
 
 
 def unprepare_(model: nn.Module) -> nn.Module:
@@ -127,7 +180,7 @@ def unprepare_(model: nn.Module) -> nn.Module:
           (0): Linear(in_features=8, out_features=4, bias=True)
         )
     """
-    _check_kinds(model)
+    check_kinds(model)
     swap_(model, is_observed, lambda layer, name: layer.to_float(), "a prepared layer", _PREPARE)
     return model
 
@@ -159,8 +212,9 @@ def calibrate(
             arguments.
         mask: `batch -> bool tensor`, True where a position counts, for inputs whose leading axes
             have the mask's shape, or its axes flattened into one; or None, for a batch without
-            padding. Default: a batch's own `attention_mask`, if it has one. Other inputs (pooled
-            ones) are recorded whole.
+            padding. Default: a batch's own `attention_mask`, if it has one; where `decoder_input_ids`
+            or `labels` have its shape, the positions of either sequence. Other inputs (pooled ones)
+            are recorded whole.
         max_batches: stop after so many, those of the checkpoint included.
         until_stable: stop when in the last `window` batches no layer's scale moved by more than this
             share of itself, and no zero point by more than this share of the codes. Where the
@@ -191,54 +245,62 @@ def calibrate(
         >>> bridge.calibrate(model, torch.randn(3, 16, 8))
         3
     """
-    _check_kinds(model)
+    check_kinds(model)
+    check_memory(model)
+    choose_paths(model)
     observers = _observers(model)
     ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     _check_calibration(model, observers, max_batches, until_stable, window, save_every, ranks)
     check_batches(batches)
-    check_mask(mask)
+    check_function("mask", mask, "a batch to a bool tensor")
     path = None if checkpoint is None else _rank_path(Path(checkpoint), ranks, group)
     if path is not None and not path.absolute().parent.is_dir():
         # Not when the first batches have run.
         raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no folder {path.absolute().parent}; make it first")
-    before = _record(observers)
-    weights, done = 0 if path is None else _fingerprint(model), 0
-    if path is not None and path.exists():
-        done = _resume(path, weights, observers)
+    file = None if path is None else _Checkpoint(path, model, observers)
+    before = _states(observers)
+    saved = None if file is None else file.load()
+    if saved is not None:
+        _restore(observers, saved.states)
     elif ranks > 1:
         # Each rank records from nothing, so that what was there already is not counted once a rank.
         for observer in observers.values():
             write(observer, observer.nothing())
-    stability = None if until_stable is None else _Stability(observers, until_stable, window)
-    record = done, _record(observers)
+    record = _Record(0, _states(observers), ()) if saved is None else saved
+    done = record.batches
+    stability = None if until_stable is None else _Stability(observers, until_stable, window, record.recent)
+    if stability is not None and stability.reached():
+        return done
     try:
-        with torch.inference_mode():
+        # Not in inference mode: what the model makes and keeps, a cache or a table of angles, would stay unusable.
+        with torch.no_grad():
             for batch in _progress(itertools.islice(batches, done, max_batches), done, max_batches):
                 given = mask_of(batch, mask)
                 with _masked(observers.values(), given):
                     call(model, batch)
                 if mask is not None:
                     check_fitted(given, any(observer.masked for observer in observers.values()))
-                record = record[0] + 1, _record(observers)
-                if path is not None and record[0] % save_every == 0:
-                    _save(path, weights, observers, record)
+                recent = () if stability is None else stability.look()
+                record = _Record(record.batches + 1, _states(observers), recent)
+                if file is not None and record.batches % save_every == 0:
+                    file.save(record)
                 if stability is not None and stability.reached():
                     break
     except BaseException:
-        _restore(observers, record[1] if ranks == 1 else _merged(observers, before, record[1]))
-        if path is not None:
-            _save(path, weights, observers, record)
+        _restore(observers, record.states if ranks == 1 else _merged(observers, before, record.states))
+        if file is not None:
+            file.save(record)
         raise
-    if path is not None and record[0] > done:
-        _save(path, weights, observers, record)
+    if file is not None and record.batches > done:
+        file.save(record)
     if ranks > 1:
-        all_ranks = {name: all_merge(o.spec, record[1][name], group=group) for name, o in observers.items()}
+        all_ranks = {name: all_merge(o.spec, record.states[name], group=group) for name, o in observers.items()}
         _restore(observers, _merged(observers, before, all_ranks))
-    elif record[0] == 0:
+    elif record.batches == 0:
         raise ValueError("there were no batches to calibrate with; give at least one (an iterator is used up once)")
     if stability is not None:
         stability.warn()
-    return record[0]
+    return record.batches
 
 
 def reread_(model: nn.Module, config: StaticQuantConfig) -> nn.Module:
@@ -270,10 +332,11 @@ def reread_(model: nn.Module, config: StaticQuantConfig) -> nn.Module:
         >>> bridge.reread_(model, mse)[0].act_obs.spec.observer
         Mse()
     """
-    _check_kinds(model, config)
+    check_kinds(model, config)
     observed = {public_name(name): module for name, module in model.named_modules() if isinstance(module, Observed)}
     if not observed:
         raise ValueError(f"{type(model).__name__} has no observed layer; call prepare_ and calibrate first")
+    check_rules(config, model)
     chosen = {name: own for name, layer in observed.items() if (own := config.of(layer, name)) is not None}
     faults: dict[str, str] = {}
     for name, own in chosen.items():
@@ -408,12 +471,20 @@ def unfit(model: nn.Module, wanted: Filter = is_observed, min_rows: int = 1) -> 
     return found
 
 
-def unfit_error(faults: Mapping[str, str]) -> fsq.CalibrationError:
-    """Return the error that names every unfit layer."""
+def unfit_error(faults: Mapping[str, str], layers: int) -> fsq.CalibrationError:
+    """Return the error that names every unfit layer, of so many that were asked for."""
+    remedy = ""
+    if len(faults) < layers:
+        remedy = " (convert_(..., on_unfit='float') leaves them in float)"
+    elif all(fault.startswith("nothing was seen") for fault in faults.values()):
+        remedy = ": call calibrate(model, batches) first"
     return fsq.CalibrationError(
-        f"{len(faults)} layers cannot be converted, and the model is as it was "
-        f"(convert_(..., on_unfit='float') leaves them in float):\n{_listed(faults)}"
+        f"{_count(len(faults), 'layer')} cannot be converted, and the model is as it was{remedy}:\n{_listed(faults)}"
     )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _convert(
@@ -423,14 +494,17 @@ def _convert(
     min_rows: int = 1,
     on_unfit: str = "refuse",
 ) -> None:
-    _check_kinds(model, *(() if config is None else (config,)))
+    check_kinds(model, *(() if config is None else (config,)))
     _check_counts(min_rows=min_rows)
     if on_unfit not in ("refuse", "float"):
         raise ValueError(f"on_unfit={on_unfit!r}; use 'refuse' or 'float'")
+    check_memory(model)
+    if config is not None:
+        check_rules(config, model)
     faults = unfit(model, wanted, min_rows)
     observed = [m for name, m in model.named_modules() if wanted(m, public_name(name))]
     if faults and (on_unfit == "refuse" or len(faults) == len(observed)):
-        raise unfit_error(faults)
+        raise unfit_error(faults, len(observed))
 
     def converted(layer: Observed, name: str) -> nn.Module:
         own = None if config is None else config.of(layer, public_name(name))
@@ -441,10 +515,10 @@ def _convert(
 
     swap_(model, lambda module, name: wanted(module, public_name(name)), converted, "a prepared layer", _PREPARE)
     if faults:
-        warnings.warn(f"{len(faults)} layers are left in float:\n{_listed(faults)}", stacklevel=3)
+        warnings.warn(f"{_count(len(faults), 'layer')} left in float:\n{_listed(faults)}", stacklevel=3)
 
 
-def _check_kinds(model: object, *configs: object) -> None:
+def check_kinds(model: object, *configs: object) -> None:
     """Raise TypeError unless these are a module and StaticQuantConfigs."""
     check_module(model)
     for config in configs:
@@ -453,19 +527,31 @@ def _check_kinds(model: object, *configs: object) -> None:
             raise TypeError(f"config is {config!r}; give a StaticQuantConfig, such as bridge.PRESETS[{name!r}]")
 
 
+def check_memory(model: nn.Module) -> None:
+    """Raise ValueError if observed layers are on meta, where there are no values."""
+    empty = [name for name, m in _named(model).items() if isinstance(m, Observed) and m.weight.is_meta]
+    if empty:
+        raise ValueError(
+            f"{_count(len(empty), 'layer')} of the model, such as {empty[0]!r}, are on the device meta, which holds no "
+            f"values; load weights first: load_state_dict(..., assign=True)"
+        )
+
+
 def _listed(reasons: Mapping[str, str]) -> str:
     return "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
 
 
 # What calibrate records, saves and takes up again.
 
-_Record = dict[str, fsq.State]
-_NUMBER: Final = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Fixed(0.0, 0.0))
-"""In a checkpoint two names that no observer has stand for numbers, each the `count` of a state."""
-_DONE: Final = ""
-"""The number of batches."""
-_WEIGHTS: Final = ".weights"
-"""The `_fingerprint` of the model."""
+_States = dict[str, fsq.State]
+
+
+class _Record(NamedTuple):
+    """So many batches, what observers saw in them, and the qparams after each of the last ones, if someone asks."""
+
+    batches: int
+    states: _States
+    recent: tuple[list[fsq.QParams], ...]
 
 
 def _observers(model: nn.Module) -> dict[str, ObserverModule]:
@@ -494,7 +580,7 @@ def _check_calibration(
             "the model is in training mode, in which dropout and batch norm change what is recorded; "
             "call model.eval() first"
         )
-    _check_counts(max_batches=max_batches, window=window, save_every=save_every)
+    _check_counts(window=window, save_every=save_every, **({} if max_batches is None else {"max_batches": max_batches}))
     if until_stable is not None:
         if not isinstance(until_stable, (int, float)) or not 0 < until_stable < 1:
             raise ValueError(f"until_stable={until_stable!r}; it is a share between 0 and 1, such as 0.01")
@@ -509,52 +595,83 @@ def _check_calibration(
 
 def _check_counts(**given: object) -> None:
     for name, value in given.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}; give an int, at least 1")
 
 
-def _record(observers: Mapping[str, ObserverModule]) -> _Record:
+def _states(observers: Mapping[str, ObserverModule]) -> _States:
     return {name: {k: v.clone() for k, v in observer.state.items()} for name, observer in observers.items()}
 
 
-def _merged(observers: Mapping[str, ObserverModule], a: _Record, b: _Record) -> _Record:
+def _merged(observers: Mapping[str, ObserverModule], a: _States, b: _States) -> _States:
     return {name: fsq.merge(observer.spec, a[name], b[name]) for name, observer in observers.items()}
 
 
-def _restore(observers: Mapping[str, ObserverModule], record: _Record) -> None:
-    for name, state in record.items():
+def _restore(observers: Mapping[str, ObserverModule], states: _States) -> None:
+    for name, state in states.items():
         write(observers[name], state)
 
 
-def _save(path: Path, weights: int, observers: Mapping[str, ObserverModule], record: tuple[int, _Record]) -> None:
-    states = {name: (observer.spec, record[1][name]) for name, observer in observers.items()}
-    numbers = {_DONE: record[0], _WEIGHTS: weights}
-    serialize.save(path, {k: (_NUMBER, {"count": torch.tensor([v])}) for k, v in numbers.items()} | states)
+class _Checkpoint:
+    """The file that a calibration is saved to and goes on from: a calibration, and numbers under names of no observer.
 
+    Args:
+        path: where it is.
+        model: by whose weights the file is known again.
+        observers: whose states it holds.
 
-def _resume(path: Path, weights: int, observers: Mapping[str, ObserverModule]) -> int:
-    """Take up the record in a file; return the number of batches that it has seen."""
-    specs = {name: observer.spec for name, observer in observers.items()}
-    kinds = {type(value) for spec in specs.values() for value in (spec.observer, spec.granularity)}
-    own = [kind for kind in kinds if not kind.__module__.startswith("functional_sq.")]
-    saved = serialize.load(path, classes=own)
-    done, known = (saved.pop(name, None) for name in (_DONE, _WEIGHTS))
-    found = {name: spec for name, (spec, _) in saved.items()}
-    differ = sorted(name for name in found.keys() | specs.keys() if found.get(name) != specs.get(name))
-    fault = None
-    if differ:
-        fault = f"{', '.join(differ[:8])} differ{'...' if differ[8:] else ''}"
-    elif done is None or known is None:
-        fault = "it counts no batches"
-    elif int(known[1]["count"]) != weights:
-        fault = "the layers had other weights"
-    if fault is not None or done is None:
-        raise ValueError(
-            f"{path} is no checkpoint of this calibration: {fault}; "
-            f"use the model and the config that it was made with, or another file"
-        )
-    _restore(observers, {name: state for name, (_, state) in saved.items()})
-    return int(done[1]["count"])
+    Raises:
+        TypeError: a spec has no JSON.
+    """
+
+    NUMBERS: Final = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.Fixed(0.0, 0.0))
+    """Integers are the `count` of a state of this."""
+    BATCHES: Final = ""
+    WEIGHTS: Final = ".weights"
+    RECENT: Final = ".recent."
+    """And an observer's name: scales and zero points after each of the last batches, as bits of float64."""
+
+    def __init__(self, path: Path, model: nn.Module, observers: Mapping[str, ObserverModule]) -> None:
+        for observer in observers.values():
+            serialize.spec_to_json(observer.spec)
+        self.path, self.observers, self.weights = path, observers, _fingerprint(model)
+
+    def save(self, record: _Record) -> None:
+        numbers = {self.BATCHES: torch.tensor([record.batches]), self.WEIGHTS: torch.tensor([self.weights])}
+        for name, over_time in zip(self.observers, zip(*record.recent, strict=True), strict=False):
+            values = torch.stack([torch.stack([value.double() for value in qp]) for qp in over_time])
+            numbers[self.RECENT + name] = values.view(torch.int64)
+        states = {name: (observer.spec, record.states[name]) for name, observer in self.observers.items()}
+        serialize.save(self.path, {k: (self.NUMBERS, {"count": v}) for k, v in numbers.items()} | states)
+
+    def load(self) -> _Record | None:
+        """Return what the file holds; None if there is none, ValueError if it is of another calibration."""
+        if not self.path.exists():
+            return None
+        specs = {name: observer.spec for name, observer in self.observers.items()}
+        kinds = {type(value) for spec in specs.values() for value in (spec.observer, spec.granularity)}
+        own = [kind for kind in kinds if not kind.__module__.startswith("functional_sq.")]
+        saved = serialize.load(self.path, classes=own)
+        names = self.BATCHES, self.WEIGHTS, *(self.RECENT + name for name in specs)
+        numbers = {name: saved.pop(name)[1]["count"] for name in names if name in saved}
+        found = {name: spec for name, (spec, _) in saved.items()}
+        differ = sorted(name for name in found.keys() | specs.keys() if found.get(name) != specs.get(name))
+        fault = None
+        if differ:
+            fault = f"{', '.join(differ[:8])} differ{'...' if differ[8:] else ''}"
+        elif not {self.BATCHES, self.WEIGHTS} <= numbers.keys():
+            fault = "it counts no batches"
+        elif int(numbers[self.WEIGHTS]) != self.weights:
+            fault = "the layers had other weights"
+        if fault is not None:
+            raise ValueError(
+                f"{self.path} is no checkpoint of this calibration: {fault}; "
+                f"use the model and the config that it was made with, or another file"
+            )
+        recent = [numbers[self.RECENT + name].view(torch.float64) for name in specs if self.RECENT + name in numbers]
+        over_time = zip(*([fsq.QParams(*qp) for qp in values] for values in recent), strict=True)
+        states = {name: state for name, (_, state) in saved.items()}
+        return _Record(int(numbers[self.BATCHES]), states, tuple(map(list, over_time)))
 
 
 def _fingerprint(model: nn.Module) -> int:
@@ -574,20 +691,30 @@ def _rank_path(path: Path, ranks: int, group: dist.ProcessGroup | None) -> Path:
 
 
 class _Stability:
-    """How far the qparams of each layer moved within the last batches."""
+    """How far the qparams of each layer moved within the last batches; `recent` are those of batches before."""
 
-    def __init__(self, observers: Mapping[str, ObserverModule], tolerance: float, window: int) -> None:
+    def __init__(
+        self,
+        observers: Mapping[str, ObserverModule],
+        tolerance: float,
+        window: int,
+        recent: tuple[list[fsq.QParams], ...],
+    ) -> None:
         self.observers, self.tolerance = observers, tolerance
-        self.last: deque[list[fsq.QParams]] = deque(maxlen=window + 1)
+        self.last: deque[list[fsq.QParams]] = deque(recent, maxlen=window + 1)
         self.moving: dict[str, float] = {}
 
-    def reached(self) -> bool:
-        """Look at the qparams of now; say whether none moved by more than the tolerance."""
+    def look(self) -> tuple[list[fsq.QParams], ...]:
+        """Take note of the qparams of now; return those of the last batches."""
         self.last.append([fsq.calc_qparams(o.spec, o.state) for o in self.observers.values()])
+        return tuple(self.last)
+
+    def reached(self) -> bool:
+        """Say whether none moved by more than the tolerance."""
         self.moving = {}
-        for (name, observer), over_time in zip(self.observers.items(), zip(*self.last, strict=True), strict=True):
-            scales = torch.stack([qp.scale for qp in over_time]).double()
-            points = torch.stack([qp.zero_point for qp in over_time]).double()
+        for (name, observer), over_time in zip(self.observers.items(), zip(*self.last, strict=True), strict=False):
+            scales = torch.stack([qp.scale.double() for qp in over_time])
+            points = torch.stack([qp.zero_point.double() for qp in over_time])
             low, high = observer.spec.bounds
             moved = max(
                 float((scales.amax(0) / scales.amin(0) - 1).max()),
@@ -622,10 +749,10 @@ def _progress(batches: Iterator[Any], done: int, total: int | None) -> Iterable[
     return bar
 
 
-def check_mask(mask: object) -> None:
-    """Raise TypeError unless `mask` is a function, or None."""
-    if mask is not None and not callable(mask):
-        raise TypeError(f"mask is a {type(mask).__name__}; give a function from a batch to a bool tensor")
+def check_function(name: str, given: object, what: str) -> None:
+    """Raise TypeError unless an argument is a function, from one thing to another, or None."""
+    if given is not None and not callable(given):
+        raise TypeError(f"{name} is a {type(given).__name__}; give a function from {what}")
 
 
 def mask_of(batch: Any, mask: Callable[[Any], Tensor | None] | None = None) -> Tensor | None:
@@ -636,12 +763,26 @@ def mask_of(batch: Any, mask: Callable[[Any], Tensor | None] | None = None) -> T
             found = given.dtype if isinstance(given, Tensor) else type(given).__name__
             raise TypeError(f"mask(batch) is a {found}; return a bool tensor, True where a position counts, or None")
         return given
-    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    # Hugging Face's mask is 1 for a token and 0 for padding; a mask of other rank is no padding mask. One of floats
-    # may be what is added to scores: 0 for a token, and far below for padding.
+    keep = _of_tokens(batch, "attention_mask")
+    for decoder in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
+        tokens = batch.get(decoder) if keep is not None else None
+        if isinstance(tokens, Tensor) and keep is not None and tokens.shape[:2] == keep.shape:
+            # Positions of the encoder and of the decoder look alike: those of both count, so that no token is lost.
+            other = _of_tokens(batch, "decoder_attention_mask")
+            return None if other is None else keep | other
+    return keep
+
+
+def _of_tokens(batch: Any, name: str) -> Tensor | None:
+    """Return where a batch's own mask has tokens: 1 there, as Hugging Face has it, and 0 at padding.
+
+    A mask of other rank is no padding mask. One of floats, none of which is above 0, is what is added to scores: 0 for
+    a token, and far below for padding.
+    """
+    found = batch.get(name) if isinstance(batch, Mapping) else None
     if not isinstance(found, Tensor) or found.ndim != 2:
         return None
-    return found >= 0 if bool((found < 0).any()) else found != 0
+    return found >= 0 if found.is_floating_point() and not bool((found > 0).any()) else found != 0
 
 
 def check_fitted(mask: Tensor | None, fitted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -172,6 +174,25 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bits(
     assert os.listdir(tmp_path) == ["calibration.safetensors"]
 
 
+def steady() -> Iterator[Tensor]:
+    """Yield batches that soon tell nothing new."""
+    yield from data(40).clamp(-1.5, 1.5)
+
+
+def test_a_calibration_that_is_cut_stops_where_the_whole_one_stops(tmp_path: Path) -> None:
+    model = net()
+    stopped = bridge.calibrate(model, steady(), until_stable=0.02, window=5)
+    assert 6 < stopped < 30
+    for cut in (1, stopped - 2, stopped - 1, stopped):
+        path = tmp_path / f"{cut}.safetensors"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it did not stand still so early
+            bridge.calibrate(net(), steady(), until_stable=0.02, window=5, max_batches=cut, checkpoint=path)
+        resumed = net()
+        assert bridge.calibrate(resumed, steady(), until_stable=0.02, window=5, checkpoint=path) == stopped
+        assert_same(states(resumed), states(model))
+
+
 def test_a_finished_checkpoint_is_taken_whole_and_no_batch_runs_again(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     bridge.calibrate(net(), data(), checkpoint=path)
@@ -276,6 +297,77 @@ def test_a_checkpoint_of_something_else_is_refused_and_nothing_is_changed(
         bridge.calibrate(model, data(), checkpoint=path)
     assert_same(states(model), before)
     assert path.read_bytes() == written
+
+
+@dataclasses.dataclass(frozen=True)
+class Holds(fsq.MinMax):
+    value: object = None
+
+
+def test_an_observer_that_cannot_be_saved_is_refused_before_a_batch_runs(tmp_path: Path) -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Holds(1j))
+    model = net(StaticQuantConfig(torch.int8, activation=spec))
+    with pytest.raises(TypeError, match=r"observer\.value=1j has no JSON"):
+        bridge.calibrate(model, failing(0, AssertionError()), checkpoint=tmp_path / "c.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["of the float model", "of a prepared one"])
+def test_a_model_that_gets_its_memory_late_takes_up_a_checkpoint(tmp_path: Path, saved: bool) -> None:
+    path = tmp_path / "c.safetensors"
+    other = net()
+    bridge.calibrate(other, data(), checkpoint=path, max_batches=3)
+    with torch.device("meta"):
+        model = net()
+    weights = {name: value for name, value in other.state_dict().items() if saved or "_obs." not in name}
+    for refused in (lambda: bridge.calibrate(model, data()), lambda: bridge.convert_(model), lambda: report(model)):
+        with pytest.raises(
+            ValueError, match="2 layers of the model, such as '0', are on the device meta, which holds no"
+        ):
+            refused()
+    model.load_state_dict(weights, assign=True)
+    if saved:
+        assert_same(states(model), states(other))
+    model.to(torch.float32)
+    assert bridge.calibrate(model, data(), checkpoint=path) == 7
+    assert_same(states(model), whole())
+    with pytest.raises(RuntimeError):
+        bridge.calibrate(model, [torch.ones(2, 3)])
+    assert_same(states(model), whole())
+    assert report(model).batches == 7
+
+
+def report(model: nn.Module) -> bridge.Report:
+    return bridge.report(model, data(), rank=None)
+
+
+class Rope(nn.Module):
+    """Keeps what it made in the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0, 1, 16).cos()
+        self.table += 0
+        return x * self.table
+
+
+def test_what_a_model_keeps_of_a_calibration_can_be_used_in_training() -> None:
+    for last in (lambda m: bridge.calibrate(m, data()), lambda m: bridge.report(m, data())):
+        model = bridge.prepare_(nn.Sequential(Rope(), nn.Linear(16, 8)).eval(), PRESETS["int8"])
+        bridge.calibrate(model, data())
+        model[0].table = None
+        last(model)
+        bridge.unprepare_(model)(data()[0].requires_grad_()).sum().backward()
+    bridge.prepare_(model, PRESETS["int8"])
+    bridge.calibrate(model, data())
+    bridge.convert_(model)[0].table = None
+    bridge.chains(model, data()[0])
+    with torch.no_grad():
+        model(data()[0])
 
 
 def test_a_calibration_that_counts_no_batches_is_no_checkpoint(tmp_path: Path) -> None:
@@ -397,6 +489,7 @@ def test_what_several_ranks_cannot_do_is_refused_by_each_before_a_batch_runs(
     ("arguments", "message"),
     [
         ({"window": 0}, "window=0; give an int, at least 1"),
+        ({"window": None, "until_stable": 0.1}, "window=None; give an int, at least 1"),
         ({"save_every": -1}, "save_every=-1; give an int, at least 1"),
         ({"until_stable": 0.0}, r"until_stable=0\.0; it is a share between 0 and 1, such as 0\.01"),
         ({"until_stable": 1.5}, r"until_stable=1\.5; it is a share"),

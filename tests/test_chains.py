@@ -747,7 +747,7 @@ class Normed(nn.Module):
         lambda m, x: (y := m.conv(x), m.conv.bias.add_(1), m.norm(y))[2],
     ],
 )
-@pytest.mark.filterwarnings("ignore:1 layers are left in float")
+@pytest.mark.filterwarnings("ignore:1 layer left in float")
 def test_another_norm_stays_what_it_is(use: Callable[[Any, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model, x = Normed(use).eval(), torch.randn(3, 6, 6)

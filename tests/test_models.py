@@ -242,6 +242,25 @@ def test_an_encoder_in_eval_mode_calls_the_layers_that_observe(padded: bool) -> 
     assert compute_error(expected[:, :4], y) > SQNR[torch.float32]
 
 
+def test_an_encoder_calls_its_layers_whoever_put_the_observers_in() -> None:
+    """Here a part of it was prepared, and the encoder around it has learned nothing of that."""
+    x = inputs()
+    padding = torch.zeros(4, 6, dtype=torch.bool)
+    padding[:, 4:] = True
+    model = encoder().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for layer in model.layers:
+            for name in ("linear1", "linear2"):
+                setattr(layer, name, bridge.prepare_(nn.Sequential(getattr(layer, name)), INT8)[0])
+        bridge.calibrate(model, [{"src": x, "src_key_padding_mask": padding}])
+    assert {int(layer.linear1.act_obs.state["count"]) for layer in model.layers} == {x.numel()}
+    for layer in model.layers:
+        for name in ("linear1", "linear2"):
+            setattr(layer, name, bridge.convert_(nn.Sequential(getattr(layer, name)))[0])
+    assert len(bridge.chains(model, x)) == 2
+
+
 @torch.inference_mode()
 def run_masked(model: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return model(x, src_key_padding_mask=mask)
@@ -436,7 +455,7 @@ def test_all_layers_that_cannot_be_prepared_are_named_at_once() -> None:
 def test_a_branch_taken_later_is_named_until_it_was_taken() -> None:
     model = prepared(Lazily().eval())
     bridge.calibrate(model, [inputs(2)])
-    with pytest.raises(bridge.CalibrationError, match=r"1 layers cannot be converted.*\n  large: nothing was seen"):
+    with pytest.raises(bridge.CalibrationError, match=r"1 layer cannot be converted.*\n  large: nothing was seen"):
         bridge.convert_(model)
     bridge.calibrate(model, [inputs(4)])
     bridge.convert_(model)

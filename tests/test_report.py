@@ -412,6 +412,66 @@ def test_what_the_mask_leaves_out_does_not_count(kind: str) -> None:
     assert bridge.report(model, [padded]).layers[0].saturated > 0.1
 
 
+def test_layers_that_the_rules_leave_in_float_stay_so() -> None:
+    data, float8 = batches(), bridge.PRESETS["float8"]
+    model = calibrated(mlp(), data)
+    rules = StaticQuantConfig(torch.int8, rules={"0": None})
+    found = bridge.report(model, data, config=rules)
+    exact = torch.stack([bridge.unprepare_(copy.deepcopy(model))(x) for x in data])
+    assert sorted(by_name(found)) == ["2", "4"]
+    converted = bridge.convert_(copy.deepcopy(model), config=rules)
+    assert found.model_sqnr == same(db(exact.detach(), torch.stack([converted(x) for x in data])))
+    with pytest.raises(ValueError, match="leave every layer in float: there is nothing to report on"):
+        bridge.report(model, data, config=StaticQuantConfig(torch.int8, rules={"*": None}))
+    mixed = StaticQuantConfig(torch.int8, rules={"2": float8})
+    report = bridge.report(calibrated(mlp(), data, mixed), data, config=mixed)
+    assert "float8_e4m3fn" in by_name(report)["2"].path
+
+
+def test_a_part_that_is_converted_already_is_part_of_the_model() -> None:
+    data = batches()
+    body = bridge.convert_(calibrated(mlp(), data))
+    model = calibrated(nn.Sequential(body, nn.Linear(8, 8), nn.Linear(8, 4)).eval(), data)
+    assert {name: layer.hands_on for name, layer in by_name(bridge.report(model, data)).items()} == {"1": "2", "2": ""}
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["one graph", "graph breaks"])
+def test_chains_are_seen_however_often_one_asks_and_a_compilation_is_left_alone(broken: bool) -> None:
+    class Breaks(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[2](self[1](self[0](x)))
+            if broken:
+                torch._dynamo.graph_break()
+            return self[4](self[3](x))
+
+    data, graphs = batches(1), []
+    model = calibrated(Breaks(*mlp()).eval(), data)
+    for _ in range(10):
+        assert by_name(bridge.report(model, data, rank=None))["0"].hands_on == "relu 2"
+    bridge.convert_(model)
+    for _ in range(10):
+        assert len(bridge.chains(model, data[0])) == 2 - broken
+    torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)(data[0])
+    assert len(graphs) == 1 + broken
+
+
+def test_what_is_no_model_config_or_function_is_refused() -> None:
+    data = batches()
+    model = calibrated(mlp(), data)
+    for call, message in (
+        (lambda: bridge.report("model", data), "model is a str; give a torch.nn.Module"),
+        (lambda: bridge.report(model, data, config="int8"), "config is 'int8'; give a StaticQuantConfig"),
+        (lambda: bridge.report(model, data, output="logits"), "output is a str; give a function from what the model"),
+        (lambda: bridge.prepare_(mlp(), INT8, "0.*"), "filter_fn is a str; give a function from a module and its"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(
+        ValueError, match=r"0 has observers, which would record this call; call convert_\(model\) first"
+    ):
+        bridge.chains(model, data[0])
+
+
 def test_a_mask_that_fits_no_input_is_refused() -> None:
     model = calibrated(Named(), [torch.ones(2, 5, 16)])
     with pytest.raises(ValueError, match=re.escape("mask(batch) has shape (5, 2), and no layer's input")):
@@ -771,7 +831,7 @@ def sizes(y: Tensor) -> Tensor:
         pytest.param(
             lambda: bridge.report(bridge.prepare_(mlp(), INT8), batches()),
             CalibrationError,
-            r"3 layers cannot be converted, and the model is as it was .*\n  0: nothing was seen",
+            r"3 layers cannot be converted, and the model is as it was: call calibrate.*\n  0: nothing was seen",
             id="report(model that is not calibrated)",
         ),
         pytest.param(

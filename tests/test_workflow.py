@@ -151,6 +151,56 @@ def test_a_mask_of_positions_that_no_input_has_is_refused_and_nothing_recorded(c
     assert bridge.calibrate(model, [x, x], mask=lambda batch: None) == 2
 
 
+class Pooled(nn.Module):
+    """A pooler's input has as many features as there are tokens, or sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.pooler = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pooler(self.tokens(x)[:, 0])
+
+
+@pytest.mark.parametrize("sequences", [3, 4, 12])
+def test_a_mask_is_of_tokens_and_never_of_features(sequences: int) -> None:
+    model, x = prepared(Pooled()), torch.randn(sequences, 4, 4)
+    keep = torch.ones(sequences, 4, dtype=torch.bool)
+    keep[:, 2:] = False
+    bridge.calibrate(model, [x], mask=lambda batch: keep)
+    assert int(model.tokens.act_obs.state["count"]) == int(keep.sum()) * 4
+    assert int(model.pooler.act_obs.state["count"]) == sequences * 4
+    assert bridge.report(model, [x], mask=lambda batch: keep).layers[0].values in (int(keep.sum()) * 4, sequences * 4)
+
+
+def test_scores_that_are_added_mask_nothing_where_all_are_zero() -> None:
+    model, x = prepared(Named()), torch.randn(2, 3, 16)
+    bridge.calibrate(model, [{"x": x, "attention_mask": torch.zeros(2, 3)}])
+    assert int(model.fc.act_obs.state["count"]) == x.numel()
+    bridge.calibrate(model, [{"x": x, "attention_mask": torch.zeros(2, 3, dtype=torch.long)}])  # nothing but padding
+    assert int(model.fc.act_obs.state["count"]) == x.numel()
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, decoder_inputs_embeds: Tensor, **masks: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(x), self.decoder(decoder_inputs_embeds)
+
+
+def test_a_decoder_of_the_encoders_length_loses_no_token() -> None:
+    x, keep, other = torch.ones(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    found = []
+    for masks in ({}, {"decoder_attention_mask": other}):
+        for y in (x, x[:, :2]):
+            model = prepared(EncoderDecoder())
+            bridge.calibrate(model, [{"x": x, "decoder_inputs_embeds": y, "attention_mask": keep, **masks}])
+            found.append([int(layer.act_obs.state["count"]) // 4 for layer in model.children()])
+    assert found == [[6, 6], [3, 4], [4, 4], [3, 4]]
+
+
 def test_a_mask_is_dropped_when_a_batch_fails() -> None:
     model = prepared(Named())
     with pytest.raises(RuntimeError):
@@ -253,7 +303,7 @@ def test_nan_and_inf_in_a_weight_are_named_with_a_remedy(bad: float) -> None:
     with torch.no_grad():
         model[2].weight[0, 0] = bad
     calibrated(model)
-    with pytest.raises(CalibrationError, match=r"1 layers .*\n  2: weight or bias has NaN or Inf; mend it, or leave"):
+    with pytest.raises(CalibrationError, match=r"1 layer .*\n  2: weight or bias has NaN or Inf; mend it, or leave"):
         bridge.convert_(model)
 
 
@@ -263,7 +313,7 @@ def test_an_input_of_zeros_is_named_and_a_weight_of_zeros_is_exact() -> None:
         model[0].weight.zero_()
         model[0].bias.fill_(-1.0)  # behind the ReLU nothing is left
     x = batches()
-    with pytest.raises(CalibrationError, match=r"1 layers cannot.*\n  2: only zeros were seen.*calibrate with data"):
+    with pytest.raises(CalibrationError, match=r"1 layer cannot.*\n  2: only zeros were seen.*calibrate with data"):
         bridge.convert_(calibrated(model, data=x))
     with torch.no_grad():
         model[0].bias.fill_(0.5)
@@ -283,7 +333,7 @@ def test_unfit_layers_are_left_in_float_where_the_user_says_so_and_are_listed() 
     model = Branches().eval()
     plain = list(model.experts)
     calibrated(model)
-    with pytest.warns(UserWarning, match=r"2 layers are left in float:\n  experts\.0: nothing.*\n  experts\.1: "):
+    with pytest.warns(UserWarning, match=r"2 layers left in float:\n  experts\.0: nothing.*\n  experts\.1: "):
         bridge.convert_(model, on_unfit="float")
     assert isinstance(model.used, QuantizedLinear)
     assert all(a is b for a, b in zip(model.experts, plain, strict=True))
@@ -390,6 +440,56 @@ def test_the_filter_chooses_by_name() -> None:
     assert seen == ["encoder.0", "encoder.2", "head"]
     assert kinds(model["encoder"]) == ["ObservedLinear", "ReLU", "ObservedLinear"]
     assert type(model["head"]) is nn.Linear
+
+
+class Aliased(nn.Module):
+    """One layer by two names, as wrappers of Hugging Face have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Linear(16, 16)), nn.Linear(16, 4)
+        self.body = self.backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def test_a_layer_with_two_names_gets_one_answer() -> None:
+    float8 = StaticQuantConfig(torch.float8_e4m3fn)
+    for rules in ({"backbone.*": None}, {"body.0": None}, {"backbone.0": float8, "body.0": None}):
+        model = Aliased().eval()
+        with pytest.raises(
+            ValueError, match=r"'backbone\.0' and 'body\.0' are one layer, .* let both names say the same"
+        ):
+            bridge.prepare_(model, StaticQuantConfig(torch.int8, rules=rules))
+        assert type(model.body[0]) is nn.Linear
+    with pytest.raises(ValueError, match=r"'backbone\.0' and 'body\.0' are one layer, .* to stay in float as the one"):
+        bridge.prepare_(model, INT8, lambda module, name: not name.startswith("backbone"))
+    bridge.prepare_(model, StaticQuantConfig(torch.int8, rules={"b*.0": None}))
+    assert (type(model.body[0]), type(model.head)) == (nn.Linear, ObservedLinear)
+    assert type(bridge.prepare_(Aliased().eval(), INT8).body[0]) is ObservedLinear
+
+
+class Gained(nn.Linear):
+    """Has a parameter that its parent uses."""
+
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__(k, n)
+        self.gain = nn.Parameter(torch.ones(n))
+
+
+def test_a_subclass_with_parameters_of_its_own_is_left_alone() -> None:
+    with pytest.warns(UserWarning, match="0: Gained has gain of its own, which a quantized layer would not have"):
+        model = prepared(nn.Sequential(Gained(16, 16), nn.Linear(16, 8)))
+    assert kinds(model) == ["Gained", "ObservedLinear"]
+
+
+def test_the_reason_is_told_where_nothing_can_be_quantized() -> None:
+    for layer, reason in ((nn.LSTM(4, 4), "LSTM has weight_ih_l0 of its own"), (nn.LazyLinear(4), "has no weight yet")):
+        with pytest.raises(
+            ValueError, match=rf"(?s)no module of Sequential is one of .* must stay in float:.*{reason}"
+        ):
+            bridge.prepare_(nn.Sequential(layer).eval(), INT8)
 
 
 def test_preparing_twice_adds_the_layers_that_are_still_float() -> None:
