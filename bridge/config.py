@@ -72,7 +72,7 @@ class StaticQuantConfig(AOBaseConfig):
     reference: bool = field(default=False, kw_only=True)
     hand_on: bool = field(default=True, kw_only=True)
     fast_accum: bool = field(default=False, kw_only=True)
-    rules: Rules = field(default=(), kw_only=True)
+    rules: Rules | Mapping[str | type[nn.Module], StaticQuantConfig | None] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         for name, default in _default_specs(self.dtype).items():

@@ -19,7 +19,7 @@ from bridge.observed import Observed, choose_paths, public_name
 from functional_sq import backends
 from functional_sq.chains import hand_on
 
-__all__ = ["Chain", "HandOn", "capture", "chains", "install"]
+__all__ = ["Chain", "HandOn", "capture", "chains", "install", "uncompiled"]
 
 
 class HandOn(CustomGraphPass):
@@ -125,7 +125,13 @@ def chains(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Chain, ...]:
     if observed := [name for module, name in names.items() if isinstance(module, Observed)]:
         raise ValueError(f"{observed[0]} has observers, which would record this call; call convert_(model) first")
     choose_paths(model)
-    return capture(lambda: model(*args, **kwargs), names)
+    plain = uncompiled(model)
+    return capture(lambda: plain(*args, **kwargs), names)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile` was given, whose compiled code would keep `capture` from its graphs."""
+    return getattr(model, "_orig_mod", model)
 
 
 def capture(run: Callable[[], object], names: Mapping[nn.Module, str]) -> tuple[Chain, ...]:

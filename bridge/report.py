@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 import functional_sq as fsq
 from bridge import picture
 from bridge.config import StaticQuantConfig, quantized_layer
-from bridge.inductor import capture
+from bridge.inductor import capture, uncompiled
 from bridge.observed import Observed, ObserverModule, choose_paths, fit_mask, public_name, weight_of
 from bridge.quantized import Quantized
 from bridge.workflow import (
@@ -497,7 +497,7 @@ class _Whole:
         names |= {layer.twin: layer.name for layer in self.layers}
         with torch.compiler.set_stance("default"), torch.random.fork_rng(self.devices):
             given = _copy(batch)
-            for chain in capture(lambda: call(self.model, given), names):
+            for chain in capture(lambda: call(uncompiled(self.model), given), names):
                 if chain.producer in by_name:  # A part of the model may be converted already.
                     by_name[chain.producer].hands_on = chain.to
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import functional_sq as fsq
 from bridge.aqt import AffineQuantizedTensor, LinearActivationQuantizedTensor
-from bridge.observed import ObserverModule, choose_paths, public_name
+from bridge.observed import ObserverModule, check_plain, choose_paths, float_reason, public_name
 from bridge.quantized import QUANTIZED
 from functional_sq import safetensors
 from functional_sq.serialize import spec_from_json, spec_to_json
@@ -338,6 +338,12 @@ def _misfit(layer: _Layer, module: nn.Module | None) -> list[str]:
         return [f"no such layer; in the file a {kind}, made of a {wanted}"]
     if not isinstance(module, layer.float_class):
         return [f"a {type(module).__name__}; in the file a {kind}, made of a {wanted}"]
+    if reason := float_reason(module):
+        return [f"{reason}; in the file a {kind}, made of a {wanted}"]
+    try:
+        check_plain(module)
+    except ValueError as error:
+        return [str(error)]
     why = []
     for name, value in layer.arguments.items():
         # The switches are of the quantized layer alone, and `bias` is a tensor in the float one.

@@ -125,6 +125,23 @@ def test_json_and_back(config: StaticQuantConfig) -> None:
     assert again.to_json() == text
 
 
+def nested() -> nn.ModuleDict:
+    return nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8), nn.ReLU()), "head": nn.Linear(8, 8)}).eval()
+
+
+def calibrated(model: nn.ModuleDict) -> nn.ModuleDict:
+    bridge.prepare_(model, PRESETS["int8"])
+    for layer in (model["body"], model["head"]):
+        bridge.calibrate(layer, torch.randn(2, 4, 8))
+    return model
+
+
+def test_a_rule_may_fit_what_has_no_layer_in_it() -> None:
+    rules = {"body.1": None, nn.ReLU: None, nn.LSTM: None, "head": PRESETS["float8"], "body.*": None}
+    model = bridge.prepare_(nested(), StaticQuantConfig(torch.int8, rules=rules))
+    assert [type(layer).__name__ for layer in (model["body"][0], model["head"])] == ["Linear", "ObservedLinear"]
+
+
 def test_what_a_preset_is() -> None:
     sym, asym = fsq.MappingType.SYMMETRIC, fsq.MappingType.ASYMMETRIC
     found = {
@@ -156,6 +173,26 @@ def test_what_a_preset_is() -> None:
             lambda: bridge.prepare_(model(), StaticQuantConfig(torch.int8, rules={"*": None})),
             ValueError,
             "no module of ModuleDict is one of torch.nn.Linear",
+        ),
+        (
+            lambda: bridge.prepare_(nested(), StaticQuantConfig(torch.int8, rules={"body": None})),
+            ValueError,
+            "the rule for 'body' fits 'body', which is no layer, and says nothing of those in it; use 'body.*'",
+        ),
+        (
+            lambda: bridge.prepare_(nested(), StaticQuantConfig(torch.int8, rules={nn.Sequential: None})),
+            ValueError,
+            "the rule for torch.nn.Sequential fits 'body', which is no layer, and says nothing of those in it",
+        ),
+        (
+            lambda: bridge.convert_(calibrated(nested()), config=StaticQuantConfig(torch.int8, rules={"body": None})),
+            ValueError,
+            "the rule for 'body' fits 'body', which is no layer",
+        ),
+        (
+            lambda: bridge.reread_(calibrated(nested()), StaticQuantConfig(torch.int8, rules={"haed": None})),
+            ValueError,
+            "the rule for 'haed' fits no module of ModuleDict; did you mean 'head'?",
         ),
         (lambda: StaticQuantConfig(torch.int8, rules=["lm_head"]), TypeError, "rules has 'lm_head'; give a dict of"),
         (lambda: StaticQuantConfig(torch.int8, rules={3: None}), TypeError, "rules has the key 3; give a name pattern"),

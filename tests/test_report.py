@@ -451,6 +451,8 @@ def test_chains_are_seen_however_often_one_asks_and_a_compilation_is_left_alone(
     bridge.convert_(model)
     for _ in range(10):
         assert len(bridge.chains(model, data[0])) == 2 - broken
+    assert str(bridge.chains(torch.compile(model), data[0])[0]) == "0 -> relu 2"
+    torch._dynamo.reset()
     torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)(data[0])
     assert len(graphs) == 1 + broken
 

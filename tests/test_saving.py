@@ -345,6 +345,60 @@ def test_views_of_one_storage_are_separate_tensors(tmp_path: Path) -> None:
 # --- factories -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["as calc_qparams gives them", "numbers", "a pair", "a float zero point"])
+def test_a_layer_of_qparams_in_any_form_is_loaded_again(tmp_path: Path, form: str) -> None:
+    act = fsq.QuantSpec(torch.int8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
+    x = torch.randn(32, 16)
+    qp = fsq.calc_qparams(act, fsq.observe(act, fsq.init(act, x.shape), x))
+    assert qp.scale.shape == (1, 1)
+    if form == "numbers":
+        qp = fsq.QParams(*(value.reshape(()) for value in qp))
+    elif form == "a pair":
+        qp = tuple(qp)
+    elif form == "a float zero point":
+        qp = fsq.QParams(qp.scale, qp.zero_point.float())
+    weight = fsq.QuantSpec(torch.int8, fsq.PerAxis(0))
+    for kind, float_layer in ((QuantizedLinear, nn.Linear(16, 8)), (bridge.QuantizedConv1d, nn.Conv1d(32, 8, 3))):
+        model = nn.Sequential(kind.from_float(float_layer, act, qp, weight))
+        assert (model[0].act_scale.shape, model[0].act_zero_point.dtype) == ((1,), torch.int32)
+        bridge.save(model, tmp_path / "m.safetensors")
+        loaded = bridge.load(tmp_path / "m.safetensors", lambda layer=float_layer: nn.Sequential(copy.deepcopy(layer)))
+        assert torch.equal(loaded(x), model(x))
+        kind(act=act, weight=weight, **model[0].arguments()).load_state_dict(model[0].state_dict())
+    for wrong, error, message in (
+        (fsq.QParams(torch.ones(2), torch.zeros(2)), ValueError, r"the input's scale has shape \(2,\), but PerTensor"),
+        (torch.ones(1), TypeError, "give QParams"),
+    ):
+        with pytest.raises(error, match=message):
+            QuantizedLinear.from_float(nn.Linear(16, 8), act, wrong, weight)
+    with pytest.raises(TypeError, match=r"QuantizedLinear.from_float got a Conv1d; give a torch.nn.Linear"):
+        QuantizedLinear.from_float(nn.Conv1d(16, 8, 3), act, qp, weight)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_factorys_layer_that_does_more_is_not_replaced(tmp_path: Path) -> None:
+    bridge.save(quantized(build()), tmp_path / "m.safetensors")
+
+    def hooked() -> nn.Module:
+        model = build()
+        next(m for m in model if isinstance(m, nn.Linear)).register_forward_hook(lambda *_: None)
+        return model
+
+    def doubled() -> nn.Module:
+        model = build()
+        i, layer = next((i, m) for i, m in enumerate(model) if isinstance(m, nn.Linear))
+        model[i] = Doubled(layer.in_features, layer.out_features, layer.bias is not None)
+        return model
+
+    for factory, message in ((hooked, "the layer has hooks"), (doubled, "Doubled has a forward of its own")):
+        with pytest.raises(ValueError, match=message):
+            bridge.load(tmp_path / "m.safetensors", factory)
+
+
 class Buffered(nn.Module):
     """Has a buffer that is not saved, and a tensor that is no buffer."""
 
