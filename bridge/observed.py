@@ -106,7 +106,7 @@ class ObserverModule(Buffers):
             self.reset(tuple(x.shape), x.device)
         elif self._buffers["count"].is_meta and not x.is_meta:  # parameters were assigned to a model without memory
             self.forget(x.device)
-        mask = fit_mask(self.mask, x.shape[:-1])
+        mask = None if self.mask is None else fit_mask(self.mask, x.shape[:-1])
         if mask is not None:
             self.masked = True
         write(self, fsq.observe(self.spec, self.state, x, mask=mask))

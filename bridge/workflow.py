@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import os
 import warnings
@@ -435,10 +436,24 @@ def quantize_(
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call `model` with a batch: a mapping of keyword arguments, positional arguments, or one tensor."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    """Call `model` with a batch: a mapping of keyword arguments, positional arguments, or one tensor.
+
+    Raises:
+        TypeError: the model does not take these arguments; the message says what a batch is.
+    """
+    given = batch if isinstance(batch, (tuple, list, Mapping)) else (batch,)
+    args, kwargs = ((), given) if isinstance(given, Mapping) else (given, {})
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        try:
+            inspect.signature(model.forward).bind(*args, **kwargs)
+        except TypeError:
+            raise TypeError(
+                f"{error}; a tuple or list holds the positional arguments of the model, a mapping those by keyword: "
+                f"give them alone, without labels, such as (batch[0] for batch in batches)"
+            ) from error
+        raise
 
 
 def check_batches(batches: object) -> None:

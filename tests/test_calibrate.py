@@ -485,6 +485,16 @@ def test_what_several_ranks_cannot_do_is_refused_by_each_before_a_batch_runs(
 # --- refusals --------------------------------------------------------------------------------------
 
 
+def test_labels_in_a_batch_are_told_of() -> None:
+    for batch in ((data()[0], torch.ones(5)), {"input": data()[0], "labels": torch.ones(5)}):
+        with pytest.raises(
+            TypeError, match=r"; a tuple or list holds the positional arguments of the model, a mapping"
+        ):
+            bridge.calibrate(net(), [batch])
+    with pytest.raises(TypeError, match=r"^observe got a str; give a tensor"):  # of the model itself
+        bridge.calibrate(net(), [("text",)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
