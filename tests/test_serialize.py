@@ -18,6 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import functional_sq as fsq
+from functional_sq.files import replacing
+from functional_sq.safetensors import write as safetensors_write
 from functional_sq.serialize import load, save, spec_from_json, spec_to_json
 
 INT8 = fsq.QuantSpec(torch.int8, fsq.PerTensor())
@@ -249,6 +251,26 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     save(tmp_path / "c", {})
     assert (tmp_path / "c").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
+def test_permissions_of_a_file_that_exists_stay(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "c"
+    path.touch()
+    path.chmod(mode)
+    with replacing(path) as file:
+        (beside,) = set(os.listdir(tmp_path)) - {"c"}
+        assert (tmp_path / beside).stat().st_mode & 0o777 == mode  # also before there is anything to read
+        file.write(b"new")
+    assert path.stat().st_mode & 0o777 == mode
+    assert path.read_bytes() == b"new"
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    path = tmp_path / ("c" * os.pathconf(tmp_path, "PC_NAME_MAX"))
+    save(path, {})
+    assert load(path) == {}
+    assert os.listdir(tmp_path) == [path.name]
 
 
 SAVES = {
