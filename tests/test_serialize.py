@@ -494,6 +494,26 @@ TEXTS = {
 }
 
 
+NESTED = {
+    "lists": ("[", "]"),
+    "observers": ('{"class": "SkipNonfinite", "observer": ', "}"),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_json_that_is_nested_deeply_is_refused(tmp_path: Path, kind: str) -> None:
+    """Of some depth it is read by json, and is too deep for the functions that make a spec of it."""
+    left, right = NESTED[kind]
+    for depth in range(100, 1000, 50):
+        text = '{"dtype": "int8", "observer": ' + left * depth + "1" + right * depth + ", " + G + "}"
+        with pytest.raises(ValueError, match=r"observer|nested so deeply|not the JSON"):
+            spec_from_json(text)
+        metadata = {"format": "functional_sq", "version": "1", "specs": f'{{"x": {text}}}'}
+        safetensors_write(tmp_path / "c", {}, metadata)
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "c"))):
+            load(tmp_path / "c")
+
+
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:80])
 def test_spec_from_json_refuses(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(TEXTS[text])):
