@@ -122,6 +122,44 @@ def test_one_compilation_for_any_batch_size(granularity: fsq.Granularity) -> Non
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("granularity", [fsq.PerTensor(), fsq.PerAxis(-1)], ids=repr)
+def test_one_compilation_for_any_number_of_rows(granularity: fsq.Granularity) -> None:
+    """But one row, of which torch makes a graph of its own wherever a size may be any."""
+    counter = CompileCounter()
+    spec = fsq.QuantSpec(torch.int8, granularity)
+    state = fsq.init(spec, (1, 6))
+    step = torch.compile(partial(fsq.observe, spec), backend=counter, fullgraph=True, dynamic=True)
+    for rows in (64, 16, 2, 100):
+        x = torch.randn(rows, 6)
+        assert bits(step(state, x)) == bits(fsq.observe(spec, state, x))
+    assert counter.frame_count == 1
+    step(state, torch.randn(1, 6))
+    assert counter.frame_count == 2
+
+
+class Observes(torch.nn.Module):
+    """A module, as torch.export asks for one."""
+
+    def __init__(self, spec: fsq.QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, state: fsq.State, x: torch.Tensor) -> fsq.State:
+        return fsq.observe(self.spec, state, x)
+
+
+@pytest.mark.parametrize("observer", [fsq.MinMax(), fsq.MovingAverage(), fsq.Histogram()], ids=repr)
+@pytest.mark.parametrize("granularity", [fsq.PerTensor(), fsq.PerAxis(-1)], ids=repr)
+def test_an_exported_observe_takes_any_number_of_rows(granularity: fsq.Granularity, observer: fsq.Observer) -> None:
+    spec = fsq.QuantSpec(torch.int8, granularity, observer=observer)
+    state = fsq.init(spec, (1, 6))
+    shapes = (dict.fromkeys(state), {0: torch.export.Dim("rows", min=1)})
+    program = torch.export.export(Observes(spec), (state, torch.randn(8, 6)), dynamic_shapes=shapes).module()
+    for rows in (1, 2, 3, 40):
+        x = torch.randn(rows, 6)
+        assert bits(program(state, x)) == bits(fsq.observe(spec, state, x))
+
+
 def test_a_dynamic_batch_compiles_to_code_of_the_same_bits() -> None:
     spec = SPECS[0]
     state = fsq.init(spec, (1, 32))
