@@ -280,10 +280,16 @@ class Accumulator(Observer):
             if not bool(value.isfinite().all()):
                 kind = "NaN" if bool(value.isnan().any()) else "Inf"
                 bad = int((~value.isfinite()).sum())
-                return (
+                fault = (
                     f"{kind} was seen ({name}{blocks.format(bad)}); remove such values from the calibration data, "
                     f"leave them out with a mask, or record with SkipNonfinite"
                 )
+                if kind == "Inf" and value.dtype is not torch.float64:
+                    wider = torch.float64 if value.dtype is torch.float32 else torch.float32
+                    fault += (
+                        f"; if the data has none, the state's {value.dtype} is too small: use init(..., dtype={wider})"
+                    )
+                return fault
         if real and not any(bool(value.any()) for value in real.values()):
             return (
                 "only zeros were seen, and a scale chosen from them clips every other value; "
