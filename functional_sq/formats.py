@@ -96,9 +96,10 @@ class Integer(Format):
         return steps.add_(qp.zero_point) if _fits_into(steps, qp.zero_point) else steps + qp.zero_point
 
     def decode(self, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:
-        # torchao.dequantize_affine subtracts in the output dtype (exact for 8 bits in any of them)
-        # and multiplies in the promoted dtype.
-        steps = q.to(dtype) - qp.zero_point.to(dtype)
+        # torchao.dequantize_affine subtracts in the output dtype, which is exact for 8 bits in any of them, and
+        # multiplies in the promoted dtype. Of 16 bits, float16 makes Inf of 65535 and bfloat16 rounds from 257 on.
+        exact = torch.promote_types(dtype, torch.float32) if self.bits > 8 else dtype
+        steps = q.to(exact) - qp.zero_point.to(exact)
         return (steps.mul_(qp.scale) if _fits_into(steps, qp.scale) else steps * qp.scale).to(dtype)
 
 

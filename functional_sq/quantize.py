@@ -64,7 +64,7 @@ def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = 
         spec: the quantization that made the codes.
         q: codes, in the format's storage dtype.
         qp: scale and zero point that made them.
-        dtype: dtype of the result; the subtraction runs in it.
+        dtype: dtype of the result; the subtraction runs in it, that of 16-bit codes in float32 at least.
 
     Returns:
         real values, shape of `q`.
@@ -73,7 +73,8 @@ def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = 
         TypeError: `q` is not in the storage dtype, or `dtype` holds no real values.
         ValueError: `qp` does not have the shape that the granularity gives `q`.
 
-    Source: `torchao.quantization.dequantize_affine` and `_dequantize_affine_float8`; the same bits.
+    Source: `torchao.quantization.dequantize_affine` and `_dequantize_affine_float8`; the same bits, but for 16-bit
+    codes to a 16-bit dtype, which torchao subtracts in that dtype, where they round or overflow.
 
     Example:
         >>> import torch, functional_sq as fsq
