@@ -1579,8 +1579,9 @@ def _check_backend(backend: Product | Convolution, protocol: type, law: Law, max
 def check_observer(observer: Observer, *, max_examples: int = 100) -> None:
     """Check every law on an observer.
 
-    Cases are drawn from a fixed seed: two runs check the same. Nothing is printed or stored, and no
-    test runner is needed.
+    Cases are drawn from a fixed seed: two runs check the same. Nothing is printed, no example is stored, and no
+    test runner is needed. hypothesis itself keeps constants of the sources that it read in `.hypothesis` of the
+    working directory, or in the folder that the environment variable HYPOTHESIS_STORAGE_DIRECTORY names.
 
     Args:
         observer: the observer under test. Its class is importable, as pickle asks.
