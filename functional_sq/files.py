@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     new one, also after a crash.
 
     Args:
-        path: the file; one that exists is replaced, and of a link what it points to.
+        path: the file; one that exists is replaced, and of a link what it points to. Its permissions stay.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
@@ -38,9 +39,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
     # Not tempfile: it makes files that only their owner can read, and the rename would keep that.
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    # Not named after `path`, whose name may be as long as a name can be.
+    beside = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(beside, "xb") as file:
+            if path.exists():
+                os.chmod(beside, stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -93,14 +93,23 @@ class Integer(Format):
         # Multiplied by the reciprocal, as torchao.quantize_affine does: not the bits of x / scale.
         # torch.round rounds halves to even.
         steps = torch.mul(x, qp.scale.reciprocal()).round_()
-        return steps + qp.zero_point if is_batched(qp.zero_point) else steps.add_(qp.zero_point)
+        return steps.add_(qp.zero_point) if _fits_into(steps, qp.zero_point) else steps + qp.zero_point
 
     def decode(self, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:
-        # torchao.dequantize_affine subtracts in the output dtype (exact for 8 bits in any of them)
-        # and multiplies in the promoted dtype.
-        steps = q.to(dtype) - qp.zero_point.to(dtype)
-        in_place = qp.scale.dtype is dtype and not is_batched(qp.scale)
-        return (steps.mul_(qp.scale) if in_place else steps * qp.scale).to(dtype)
+        # torchao.dequantize_affine subtracts in the output dtype, which is exact for 8 bits in any of them, and
+        # multiplies in the promoted dtype. Of 16 bits, float16 makes Inf of 65535 and bfloat16 rounds from 257 on.
+        exact = torch.promote_types(dtype, torch.float32) if self.bits > 8 else dtype
+        steps = q.to(exact) - qp.zero_point.to(exact)
+        return (steps.mul_(qp.scale) if _fits_into(steps, qp.scale) else steps * qp.scale).to(dtype)
+
+
+def _fits_into(steps: Tensor, stat: Tensor) -> bool:
+    """Whether an eager sum or product of fresh `steps` and `stat` may overwrite them: it has their dtype, and `stat`
+    no batch or gradient of `torch.func`, which they may lack."""
+    if torch.compiler.is_compiling():
+        return False
+    kept = torch.promote_types(steps.dtype, stat.dtype) is steps.dtype
+    return kept and not torch._C._functorch.is_functorch_wrapped_tensor(stat)
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,9 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
 
     Arithmetic runs in the dtype of the range and is cast to `spec.scale_dtype` at the end, as in
     `torchao.quantization.choose_qparams_affine_with_min_max`, with its bits wherever its scale is
-    finite. Where `hi - lo` overflows each end is divided before the subtraction, and a scale that is
-    still too large for a dtype on the way is that dtype's largest number.
+    finite, but that a 16-bit range does not round the middle of int16 codes. Where `hi - lo` overflows
+    each end is divided before the subtraction, and a scale that is still too large for a dtype on the
+    way is that dtype's largest number.
 
     Args:
         spec: the quantization; its `mapping`, bounds, `eps`, `scale_dtype` and `zero_point_dtype`
@@ -118,7 +119,8 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
         else:
             scale = torch.maximum(_over(lo, float(qmin)), _over(hi, float(qmax)))
         scale = scale.clamp(least, largest)
-        zero_point = torch.full_like(scale, int((qmax + qmin + 1) / 2))
+        # Not in the dtype of the range, as torchao: a 16-bit float rounds the middle of 16-bit codes.
+        zero_point = torch.full_like(scale, int((qmax + qmin + 1) / 2), dtype=torch.int64)
     # Clamped once more as integers: a 16-bit bound rounds outwards in a 16-bit float range.
     zero_point = zero_point.to(torch.int64).clamp(int(qmin), int(qmax))
     return QParams(scale.to(spec.scale_dtype).clamp(max=cast.max), zero_point.to(spec.zero_point_dtype))

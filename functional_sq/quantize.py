@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sq.blocks import blockwise, is_traced
+from functional_sq.blocks import blockwise, is_batched, is_traced
 from functional_sq.formats import REAL_DTYPES, check_real
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import QParams, check_qparams
@@ -64,7 +64,7 @@ def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = 
         spec: the quantization that made the codes.
         q: codes, in the format's storage dtype.
         qp: scale and zero point that made them.
-        dtype: dtype of the result; the subtraction runs in it.
+        dtype: dtype of the result; the subtraction runs in it, that of 16-bit codes in float32 at least.
 
     Returns:
         real values, shape of `q`.
@@ -73,7 +73,8 @@ def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = 
         TypeError: `q` is not in the storage dtype, or `dtype` holds no real values.
         ValueError: `qp` does not have the shape that the granularity gives `q`.
 
-    Source: `torchao.quantization.dequantize_affine` and `_dequantize_affine_float8`; the same bits.
+    Source: `torchao.quantization.dequantize_affine` and `_dequantize_affine_float8`; the same bits, but for 16-bit
+    codes to a 16-bit dtype, which torchao subtracts in that dtype, where they round or overflow.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -187,7 +188,7 @@ class _StraightThrough(torch.autograd.Function):
 def _elementwise(op: Callable[..., Tensor], x: Tensor, qp: QParams) -> Tensor:
     """Apply `op(x, scale, zero_point)`. Eager steps over a large tensor on a CPU go piece by piece: each reads
     what the one before wrote from the cache, and takes memory that is there already."""
-    if is_traced(x) or x.device.type != "cpu" or qp.scale.numel() != 1:
+    if is_traced(x) or x.device.type != "cpu" or qp.scale.numel() != 1 or _is_recorded(*qp):
         return blockwise(op, x, *qp)
     size = _PIECE * torch.get_num_threads()
     if x.numel() < 2 * size:
@@ -204,6 +205,12 @@ def _elementwise(op: Callable[..., Tensor], x: Tensor, qp: QParams) -> Tensor:
     for to, piece in zip(torch.split(y.view(-1), size), each, strict=True):
         to.copy_(piece)
     return y
+
+
+def _is_recorded(*stats: Tensor) -> bool:
+    """Whether the steps are recorded for a gradient of a statistic, and none may be written into a part of a tensor.
+    A batch of vmap does not say whether it has one."""
+    return torch.is_grad_enabled() and any(stat.requires_grad or is_batched(stat) for stat in stats)
 
 
 def _fitted(spec: QuantSpec, x: Tensor, qp: QParams) -> QParams:

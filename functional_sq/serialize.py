@@ -247,6 +247,14 @@ def _value(plain: object, where: str, known: Mapping[str, type]) -> Any:
 
 
 def _spec(plain: object, known: Mapping[str, type]) -> QuantSpec:
+    """Return the spec that `plain` is; ValueError if it is none."""
+    try:
+        return _spec_of(plain, known)
+    except RecursionError as e:  # JSON may be nested deeper than Python calls.
+        raise ValueError("no spec is nested so deeply; give what spec_to_json returned") from e
+
+
+def _spec_of(plain: object, known: Mapping[str, type]) -> QuantSpec:
     if not isinstance(plain, dict):
         raise ValueError(f"a spec is {plain!r}; it must be a JSON object")
     values: dict[str, Any] = {}

@@ -57,6 +57,7 @@ __all__ = [
     "codes_in_range_idempotent_monotone",
     "compiled_equals_eager",
     "convolution_is_exact",
+    "each_block_is_represented",
     "granularities",
     "granularities_agree",
     "large_is_its_pieces",
@@ -854,10 +855,11 @@ def large_is_its_pieces(spec: fsq.QuantSpec, *, rows: int, dtype: torch.dtype = 
 def unfit_states_are_faulty(
     spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Assert that `fault` tells of a state that saw nothing, and of one that saw a NaN.
+    """Assert that `fault` tells of a state that saw nothing, and of one that saw a NaN or an Inf.
 
-    An observer whose range does not depend on data need not. One that leaves NaN out need not either, but then
-    its state says so: it is another than that of the data without them.
+    An observer whose range does not depend on data need not. One that leaves such values out or replaces them need
+    not either, but then its state says so: it is another than that of the data without them, and than that of the
+    data with a 0, a 1 or the largest value of either sign in their place.
 
     Args:
         spec: the quantization, with the observer under test.
@@ -875,13 +877,20 @@ def unfit_states_are_faulty(
             qp = fsq.calc_qparams(spec, _seen(spec, empty, x))
             assert_same_bits("calc_qparams(observe(init, x))", "calc_qparams(init), which is not faulty", qp, fixed)
         return
-    x = batches[0].clone(memory_format=torch.contiguous_format)
-    x.view(-1)[0] = math.nan
-    seen, without = fsq.observe(spec, empty, x), fsq.observe(spec, empty, x, mask=~x.isnan())
-    told = any(not torch.equal(_bits(seen[name]), _bits(without[name])) for name in seen)
-    _require(
-        spec.observer.fault(seen, 1) is not None or told, "a NaN is a fault, or the state tells of it", x=x, s=seen
-    )
+    first = torch.zeros(batches[0].shape, dtype=torch.bool)
+    first.view(-1)[0] = True
+    top = torch.finfo(batches[0].dtype).max
+    for value in (math.nan, math.inf, -math.inf):
+        x = batches[0].masked_fill(first, value)
+        seen = fsq.observe(spec, empty, x)
+        if spec.observer.fault(seen, 1) is not None:
+            continue
+        hidden = {"it masked": fsq.observe(spec, empty, x, mask=~first)}
+        for finite in (0.0, 1.0, top, -top):
+            hidden[f"{finite} in its place"] = fsq.observe(spec, empty, x.masked_fill(first, finite))
+        for text, other in hidden.items():
+            told = any(not torch.equal(_bits(seen[name]), _bits(other[name])) for name in seen)
+            _require(told, f"{value} is a fault, or the state is another than with {text}", x=x, s=seen)
 
 
 def a_constant_is_represented(
@@ -908,6 +917,47 @@ def a_constant_is_represented(
         y = fsq.dequantize(spec, fsq.quantize(spec, x, qp), qp)
         near = (y - x).abs() <= x.abs() / 8
         _require(bool(near.all()), "dequantize(quantize(x)) is near to x", **qp._asdict(), x=x, dequantized=y)
+
+
+def each_block_is_represented(spec: fsq.QuantSpec, *, columns: int, dtype: torch.dtype = torch.float32) -> None:
+    """Assert that rows of very different sizes have ranges of their own that are fit to be used.
+
+    The rows are normal values times `2**-9`, 1, `2**5` and `2**10`. The state has no fault. Of each row,
+
+    * the range has a width: `lo < hi`;
+    * the squared error is below the signal, the sum of the values' own squares. 0 is a code, so a value with its
+      nearest code, or limited by the range, errs by no more than itself, and the sums are equal only where all
+      become 0. So a range passes however much it clips, and fails if it is not finite, or too wide for any value;
+    * scale and zero point are those of the row alone, per tensor.
+
+    An observer whose range does not depend on data need not.
+
+    Args:
+        spec: the quantization, of 8 bits and one scale for each row, with the observer under test.
+        columns: values in each of the four rows.
+        dtype: dtype of the states.
+
+    Example:
+        >>> each_block_is_represented(fsq.QuantSpec(torch.int8, fsq.PerAxis(0)), columns=50)
+    """
+    sizes = torch.tensor([[2.0**-9], [1.0], [2.0**5], [2.0**10]])
+    x = torch.randn(4, columns, generator=torch.Generator().manual_seed(columns)) * sizes
+    empty = fsq.init(spec, x.shape, dtype=dtype)
+    if spec.observer.fault(empty, 1) is None:
+        return
+    state = fsq.observe(spec, empty, x)
+    fault = spec.observer.fault(state, 1)
+    _require(fault is None, "a state that saw normal values has no fault", fault=str(fault))
+    lo, hi = spec.observer.range(spec, state)
+    _require(bool((lo < hi).all()), "lo < hi of each row", lo=lo, hi=hi)
+    qp = fsq.calc_qparams(spec, state)
+    y = fsq.dequantize(spec, fsq.quantize(spec, x, qp), qp)
+    signal, error = (v.double().square().sum(-1) for v in (x, y - x))
+    _require(bool((error < signal).all()), "error < signal of each row", **qp._asdict(), error=error, signal=signal)
+    alone = dataclasses.replace(spec, granularity=fsq.PerTensor())
+    for i, row in enumerate(torch.split(x, 1)):
+        own = fsq.calc_qparams(alone, fsq.observe(alone, fsq.init(alone, row.shape, dtype=dtype), row))
+        assert_same_bits(f"qparams of row {i}", "those of the row alone", QParams(*(v[i : i + 1] for v in qp)), own)
 
 
 def product_is_exact(
@@ -1276,6 +1326,17 @@ def _constants(draw: st.DrawFn, observer: Observer) -> dict[str, Any]:
     }
 
 
+def _rows(observer: Observer) -> SearchStrategy[dict[str, Any]]:
+    """Return a few fixed cases, one for each kind of format and mapping."""
+    kinds = [
+        (torch.int8, fsq.MappingType.SYMMETRIC),
+        (torch.uint8, fsq.MappingType.ASYMMETRIC),
+        (torch.float8_e4m3fn, fsq.MappingType.SYMMETRIC),
+    ]
+    specs = [fsq.QuantSpec(dtype, fsq.PerAxis(0), mapping=mapping, observer=observer) for dtype, mapping in kinds]
+    return st.sampled_from([{"spec": spec, "columns": 200} for spec in specs])
+
+
 def _compiled_cases(observer: Observer) -> SearchStrategy[dict[str, Any]]:
     """Return a few fixed cases: a compilation takes too long for drawn ones."""
     generator = torch.Generator().manual_seed(0)
@@ -1332,6 +1393,7 @@ LAWS: Final[Mapping[str, Law]] = MappingProxyType(
             Law(large_is_its_pieces, _large_cases, max_examples=6),
             Law(unfit_states_are_faulty, _finite),
             Law(a_constant_is_represented, _constants),
+            Law(each_block_is_represented, _rows, max_examples=3),
         )
     }
 )
@@ -1517,8 +1579,9 @@ def _check_backend(backend: Product | Convolution, protocol: type, law: Law, max
 def check_observer(observer: Observer, *, max_examples: int = 100) -> None:
     """Check every law on an observer.
 
-    Cases are drawn from a fixed seed: two runs check the same. Nothing is printed or stored, and no
-    test runner is needed.
+    Cases are drawn from a fixed seed: two runs check the same. Nothing is printed, no example is stored, and no
+    test runner is needed. hypothesis itself keeps constants of the sources that it read in `.hypothesis` of the
+    working directory, or in the folder that the environment variable HYPOTHESIS_STORAGE_DIRECTORY names.
 
     Args:
         observer: the observer under test. Its class is importable, as pickle asks.

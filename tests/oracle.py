@@ -176,8 +176,8 @@ def qparams(
         # A number on the left of a tensor becomes one of its dtype first; on the right it does not.
         zero_point = np.clip(arithmetic(np.subtract, d, cast(qmin, d), below), cast(qmin, d), cast(qmax, d))
     else:
-        zero_point = np.full(scale.shape, cast(int((qmax + qmin + 1) / 2), d))
-    # Both numbers above were rounded to the range's dtype: 16-bit codes may be off in a half.
+        zero_point = np.full(scale.shape, int((qmax + qmin + 1) / 2))
+    # The bounds were rounded to the range's dtype above: 16-bit ones may be off in a half.
     zero_point = np.clip(zero_point.astype(F64), qmin, qmax).astype(zero_point_dtype)
     return np.minimum(cast(scale, scale_dtype), ml_dtypes.finfo(scale_dtype).max), zero_point
 
@@ -200,8 +200,9 @@ def dequantize(q: Array, scale: Array, zero_point: Array, dtype: np.dtype = F32)
     scale, zero_point = spread(scale, q.shape), spread(zero_point, q.shape)
     if q.dtype.kind not in "iu":
         return cast(arithmetic(np.multiply, promote(F32, scale.dtype), q.astype(F32), scale), dtype)
-    steps = arithmetic(np.subtract, dtype, cast(q.astype(F32), dtype), cast(zero_point.astype(F64), dtype))
-    return cast(arithmetic(np.multiply, promote(dtype, scale.dtype), steps, scale), dtype)
+    exact = promote(dtype, F32) if q.dtype == np.int16 else dtype  # a half does not hold 16-bit codes
+    steps = arithmetic(np.subtract, exact, cast(q.astype(F32), exact), cast(zero_point.astype(F64), exact))
+    return cast(arithmetic(np.multiply, promote(exact, scale.dtype), steps, scale), dtype)
 
 
 # float64, for bounds.

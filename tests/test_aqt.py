@@ -161,7 +161,8 @@ def the_original(x: Tensor, q: AffineQuantizedTensor) -> Any:
 
 def by_torchao(x: Tensor, q: AffineQuantizedTensor) -> tuple[Tensor, Tensor]:
     theirs = the_original(x, q)
-    return theirs.tensor_impl.get_plain()[0], theirs.dequantize()
+    exact = torch.float32 if q.target_dtype is torch.int16 else x.dtype  # it subtracts in the dtype of the result
+    return theirs.tensor_impl.get_plain()[0], theirs.dequantize(exact).to(x.dtype)
 
 
 ORACLES: dict[str, Oracle] = {"numpy": by_numpy} | ({"torchao": by_torchao} if HAS_ORIGINAL else {})

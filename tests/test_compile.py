@@ -122,6 +122,44 @@ def test_one_compilation_for_any_batch_size(granularity: fsq.Granularity) -> Non
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("granularity", [fsq.PerTensor(), fsq.PerAxis(-1)], ids=repr)
+def test_one_compilation_for_any_number_of_rows(granularity: fsq.Granularity) -> None:
+    """But one row, of which torch makes a graph of its own wherever a size may be any."""
+    counter = CompileCounter()
+    spec = fsq.QuantSpec(torch.int8, granularity)
+    state = fsq.init(spec, (1, 6))
+    step = torch.compile(partial(fsq.observe, spec), backend=counter, fullgraph=True, dynamic=True)
+    for rows in (64, 16, 2, 100):
+        x = torch.randn(rows, 6)
+        assert bits(step(state, x)) == bits(fsq.observe(spec, state, x))
+    assert counter.frame_count == 1
+    step(state, torch.randn(1, 6))
+    assert counter.frame_count == 2
+
+
+class Observes(torch.nn.Module):
+    """A module, as torch.export asks for one."""
+
+    def __init__(self, spec: fsq.QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, state: fsq.State, x: torch.Tensor) -> fsq.State:
+        return fsq.observe(self.spec, state, x)
+
+
+@pytest.mark.parametrize("observer", [fsq.MinMax(), fsq.MovingAverage(), fsq.Histogram()], ids=repr)
+@pytest.mark.parametrize("granularity", [fsq.PerTensor(), fsq.PerAxis(-1)], ids=repr)
+def test_an_exported_observe_takes_any_number_of_rows(granularity: fsq.Granularity, observer: fsq.Observer) -> None:
+    spec = fsq.QuantSpec(torch.int8, granularity, observer=observer)
+    state = fsq.init(spec, (1, 6))
+    shapes = (dict.fromkeys(state), {0: torch.export.Dim("rows", min=1)})
+    program = torch.export.export(Observes(spec), (state, torch.randn(8, 6)), dynamic_shapes=shapes).module()
+    for rows in (1, 2, 3, 40):
+        x = torch.randn(rows, 6)
+        assert bits(program(state, x)) == bits(fsq.observe(spec, state, x))
+
+
 def test_a_dynamic_batch_compiles_to_code_of_the_same_bits() -> None:
     spec = SPECS[0]
     state = fsq.init(spec, (1, 32))
@@ -201,7 +239,7 @@ def test_large_tensors_are_quantized_in_pieces_of_the_same_bits(
         whole = codes_and_values(x)
         torch.manual_seed(0)
         batch = one_scale_each(x)
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, torch.no_grad():  # vmap hides whether a scale has a gradient
             patch.setattr(sys.modules["functional_sq.quantize"], "_PIECE", 4)
             pieces = codes_and_values(x)
             torch.manual_seed(0)
@@ -224,6 +262,47 @@ def test_vmap_over_one_of_scale_and_zero_point() -> None:
         for dims, given in (((0, None), (scale, zero_point[2])), ((None, 0), (scale[2], zero_point))):
             each = [f(*(v[i] if d == 0 else v for d, v in zip(dims, given, strict=True))) for i in range(3)]
             assert torch.equal(torch.vmap(f, dims)(*given), torch.stack(each))
+
+
+def test_16_bit_scales_and_a_float32_zero_point_give_the_same_codes_one_by_one() -> None:
+    """A loop adds the zero point in the dtype that vmap does: 16-bit codes are not exact in bfloat16."""
+    spec = fsq.QuantSpec(torch.int16, fsq.PerTensor(), zero_point_dtype=torch.float32)
+    x = torch.linspace(-1, 1, 50, dtype=torch.bfloat16)
+    scale, zero_point = torch.tensor([2.0**-8], dtype=torch.bfloat16), torch.tensor([[1001.0], [3.0]])
+    together = torch.vmap(lambda z: fsq.quantize(spec, x, fsq.QParams(scale, z)))(zero_point)
+    for codes, z in zip(together, zero_point, strict=True):
+        assert torch.equal(codes, (x * 256).round().float().add(z).to(torch.int16))
+        assert torch.equal(codes, fsq.quantize(spec, x, fsq.QParams(scale, z)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.float8_e4m3fn], ids=str)
+def test_the_gradient_of_qparams_of_a_large_tensor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dequantize` is `(q - z) s`: the derivative by the scale is `q - z`, and by the zero point `-s`."""
+    monkeypatch.setattr(sys.modules["functional_sq.quantize"], "_PIECE", 4)
+    spec = fsq.QuantSpec(dtype, fsq.PerTensor(), zero_point_dtype=torch.float32)
+    scale, zero_point, weight = torch.tensor([0.25]), torch.tensor([0.0]), torch.randn(64)
+    codes = fsq.quantize(spec, torch.randn(64), fsq.QParams(scale, zero_point))
+
+    def loss(scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        return (fsq.dequantize(spec, codes, fsq.QParams(scale, zero_point)) * weight).sum()
+
+    expected = [(codes.float() * weight).sum()[None]]
+    given = [scale.clone().requires_grad_()]
+    if not dtype.is_floating_point:
+        expected.append(-(scale * weight.sum()))
+        given.append(zero_point.clone().requires_grad_())
+    n = len(given)
+    several = [value.detach().expand(2, 1) for value in (scale, zero_point)]
+    by = tuple(range(n))
+    gradients = {
+        "autograd": torch.autograd.grad(loss(*given, *[zero_point][: 2 - n]), given),
+        "func.grad": torch.func.grad(loss, by)(scale, zero_point),
+        "vmap of func.grad": [g[0] for g in torch.vmap(torch.func.grad(loss, by))(*several)],
+        "func.grad of vmap": [g[0] for g in torch.func.grad(lambda *v: torch.vmap(loss)(*v).sum(), by)(*several)],
+    }
+    for how, found in gradients.items():
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, msg=lambda text, how=how: f"{how}: {text}")
 
 
 def gradient(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -171,6 +171,15 @@ def test_every_integer_code_comes_back(name: str) -> None:
             assert torch.equal(fsq.quantize(spec, x, qp), q)
 
 
+@pytest.mark.parametrize("zero_point", [-32768, 0, 32767])
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_every_int16_code_becomes_a_half_that_is_rounded_once(half: torch.dtype, zero_point: int) -> None:
+    spec, (scale, _) = unit(torch.int16, 2.0**-15)
+    q = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    y = fsq.dequantize(spec, q, fsq.QParams(scale, torch.tensor([zero_point], dtype=torch.int32)), dtype=half)
+    assert torch.equal(y, ((q.double() - zero_point) * 2.0**-15).to(half))  # exact until the cast
+
+
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["int8", "uint8", "int4"])
 def test_every_half_becomes_the_integer_of_the_oracle(name: str, half: torch.dtype) -> None:

@@ -318,6 +318,17 @@ def test_a_percentile_is_within_a_bin_of_numpys(x: Array, p: float, asymmetric: 
         assert p < 100 or hi == np.abs(x).max()
 
 
+@pytest.mark.parametrize("p", [50.5, 75.0, 99.0])
+def test_percentiles_between_the_smallest_and_the_largest_are_those_of_numpy(p: float) -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerAxis(0), mapping=fsq.MappingType.ASYMMETRIC, observer=Percentile(p))
+    x = np.array([[-1.03, 2.9], [0.53, 0.54], [-7.7, -7.3], [1e-9, 1.0], [3.3, 3.3]], np.float32)
+    lo, hi = spec.observer.range(spec, fsq.observe(spec, fsq.init(spec, x.shape), torch.from_numpy(x)))
+    expected = np.percentile(x.astype(np.float64), [100 - p, p], axis=1)
+    np.testing.assert_allclose(np.stack([lo[:, 0], hi[:, 0]]), expected, rtol=2.0**-23, atol=0)  # rounded to float32
+    infinite = fsq.observe(spec, fsq.init(spec, (1, 2)), torch.tensor([[-torch.inf, torch.inf]]))
+    assert not any(end.isnan() for end in spec.observer.range(spec, infinite))
+
+
 @pytest.mark.parametrize("mapping", [fsq.MappingType.ASYMMETRIC, fsq.MappingType.SYMMETRIC], ids=str)
 def test_a_block_that_saw_nothing_has_the_identity(mapping: fsq.MappingType) -> None:
     spec = fsq.QuantSpec(torch.int8, fsq.PerAxis(0), mapping=mapping, observer=Percentile())

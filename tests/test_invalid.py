@@ -325,6 +325,16 @@ INVALID: dict[str, tuple[object, ...]] = {
     ),
     "check(tensor, observe(tensor, seen, x * float('nan')))": (fsq.CalibrationError, "NaN was seen (min)", "a mask"),
     "check(tensor, observe(tensor, seen, x + float('inf')))": (fsq.CalibrationError, "Inf was seen (max)", "a mask"),
+    "check(tensor, observe(tensor, init(tensor, x.shape, dtype=torch.float16), x + 1e5))": (
+        fsq.CalibrationError,
+        "if the data has none, the state's torch.float16 is too small",
+        "use init(..., dtype=torch.float32)",
+    ),
+    "check(tensor, observe(tensor, seen, x.double() + 1e300))": (
+        fsq.CalibrationError,
+        "the state's torch.float32 is too small",
+        "use init(..., dtype=torch.float64)",
+    ),
     # quantize, dequantize, fake_quantize.
     "quantize(tensor, x.int(), qp)": (TypeError, "quantize got a tensor of torch.int32", CONVERT),
     "quantize(tensor, x.to(torch.complex64), qp)": (TypeError, "torch.complex64", CONVERT),

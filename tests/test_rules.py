@@ -251,10 +251,21 @@ def test_the_expected_error_of_each_block_is_its_own_and_says_what_it_has_not_se
     assert all(value.isnan().tolist() == [[True], [False]] for value in bad)
 
 
+def test_the_expected_error_takes_a_plain_pair() -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Histogram())
+    state = state_of(spec, draw("gaussian", 10))
+    scale, zero_point = fsq.calc_qparams(spec, state)
+    assert fsq.expected_error(spec, state, (scale, zero_point)) == fsq.expected_error(
+        spec, state, fsq.QParams(scale, zero_point)
+    )
+
+
 def test_the_expected_error_refuses_what_it_cannot_read() -> None:
     spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Histogram())
     state = state_of(spec, draw("gaussian", 10))
     qp = fsq.calc_qparams(spec, state)
+    with pytest.raises(TypeError, match=r"qp is tensor\(.*; give QParams\(scale, zero_point\), two tensors"):
+        fsq.expected_error(spec, state, qp.scale)
     plain = dataclasses.replace(spec, observer=fsq.MinMax())
     with pytest.raises(ValueError, match=r"MinMax\(\) records no histogram; record with Histogram\(\)"):
         fsq.expected_error(plain, fsq.init(plain, (1,)), qp)

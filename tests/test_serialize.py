@@ -18,6 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import functional_sq as fsq
+from functional_sq.files import replacing
+from functional_sq.safetensors import write as safetensors_write
 from functional_sq.serialize import load, save, spec_from_json, spec_to_json
 
 INT8 = fsq.QuantSpec(torch.int8, fsq.PerTensor())
@@ -251,6 +253,26 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
     assert (tmp_path / "c").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
+def test_permissions_of_a_file_that_exists_stay(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "c"
+    path.touch()
+    path.chmod(mode)
+    with replacing(path) as file:
+        (beside,) = set(os.listdir(tmp_path)) - {"c"}
+        assert (tmp_path / beside).stat().st_mode & 0o777 == mode  # also before there is anything to read
+        file.write(b"new")
+    assert path.stat().st_mode & 0o777 == mode
+    assert path.read_bytes() == b"new"
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    path = tmp_path / ("c" * os.pathconf(tmp_path, "PC_NAME_MAX"))
+    save(path, {})
+    assert load(path) == {}
+    assert os.listdir(tmp_path) == [path.name]
+
+
 SAVES = {
     "save(path, [])": ([], TypeError, "calibration is a list; give a dict"),
     "save(path, {1: ...})": ({1: (INT8, {})}, TypeError, "layer name 1 is not a str"),
@@ -470,6 +492,26 @@ TEXTS = {
     '{"dtype": "int8", "granularity": {"class": "PerGroup", "group_size": 1.5}}': "group_size is 1.5",
     '{"dtype": "int8", "observer": {"class": "Fixed", "lo": 1, "hi": 0}, ' + G + "}": "Fixed: lo=1 is above hi=0",
 }
+
+
+NESTED = {
+    "lists": ("[", "]"),
+    "observers": ('{"class": "SkipNonfinite", "observer": ', "}"),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_json_that_is_nested_deeply_is_refused(tmp_path: Path, kind: str) -> None:
+    """Of some depth it is read by json, and is too deep for the functions that make a spec of it."""
+    left, right = NESTED[kind]
+    for depth in range(100, 1000, 50):
+        text = '{"dtype": "int8", "observer": ' + left * depth + "1" + right * depth + ", " + G + "}"
+        with pytest.raises(ValueError, match=r"observer|nested so deeply|not the JSON"):
+            spec_from_json(text)
+        metadata = {"format": "functional_sq", "version": "1", "specs": f'{{"x": {text}}}'}
+        safetensors_write(tmp_path / "c", {}, metadata)
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "c"))):
+            load(tmp_path / "c")
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:80])

@@ -366,6 +366,46 @@ class Positive(fsq.MinMax):
         return state["max"] * 0, state["max"].clamp(min=0)
 
 
+@dataclass(frozen=True)
+class NaNIsZero(fsq.MinMax):
+    """Replaces what is not finite by numbers, and says nothing."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        return super().observe(state, x.nan_to_num(), keep)
+
+
+@dataclass(frozen=True)
+class InfIsZero(fsq.MinMax):
+    """Replaces Inf by 0, and says nothing."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        return super().observe(state, torch.where(x.isinf(), 0.0, x), keep)
+
+
+@dataclass(frozen=True)
+class Swapped(fsq.MinMax):
+    """Returns its range from the largest value to the smallest."""
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        return state["max"], state["min"]
+
+
+@dataclass(frozen=True)
+class OneRange(fsq.MinMax):
+    """Gives every block the range of the whole tensor."""
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        return state["min"].amin().expand_as(state["min"]), state["max"].amax().expand_as(state["max"])
+
+
+@dataclass(frozen=True)
+class AlwaysFaulty(fsq.MinMax):
+    """Finds a fault with every state."""
+
+    def fault(self, state: State, min_count: int) -> str | None:
+        return "something is wrong; calibrate again"
+
+
 WRONG = [
     (MeanRange(), "merge_is_a_commutative_monoid"),
     (CountsFromOne(), "merge_is_a_commutative_monoid"),
@@ -390,7 +430,12 @@ WRONG = [
     (CountsUpTo(), "large_is_its_pieces"),
     (NeverFaulty(), "unfit_states_are_faulty"),
     (DropsNaN(), "unfit_states_are_faulty"),
+    (NaNIsZero(), "unfit_states_are_faulty"),
+    (InfIsZero(), "unfit_states_are_faulty"),
     (Positive(), "a_constant_is_represented"),
+    (Swapped(), "each_block_is_represented"),
+    (OneRange(), "each_block_is_represented"),
+    (AlwaysFaulty(), "each_block_is_represented"),
 ]
 
 
@@ -402,7 +447,11 @@ def test_wrong_observer_fails_its_law(observer: fsq.Observer, name: str) -> None
         check_law(LAWS[name], observer)
     message = str(failure.value)
     assert message.startswith(f"{name}(\n    spec=QuantSpec(")
-    assert "batches=(tensor(" in message or "rows=2000" in message
+    assert "batches=(tensor(" in message or "rows=2000" in message or "columns=200" in message
+
+
+def test_a_range_that_clips_nearly_everything_is_still_one() -> None:
+    check_law(LAWS["each_block_is_represented"], fsq.Percentile(51.0))
 
 
 def test_every_law_has_an_observer_that_breaks_it() -> None:

@@ -166,8 +166,11 @@ def their_arguments(case: Case) -> dict[str, object]:
 def assert_same_qparams(case: Case, ours: QParams, theirs: tuple[Tensor, Tensor]) -> None:
     scale, zero_point = theirs
     if case.wide_codes_in_a_narrow_range:
-        # test_torchao_lets_an_int16_zero_point_out_of_the_codes says why
-        zero_point = zero_point.clamp(*case.spec.bounds).to(case.spec.zero_point_dtype)
+        # test_torchao_lets_an_int16_zero_point_out_of_the_codes and the test after it say why
+        low, high = case.spec.bounds
+        if case.spec.mapping is MappingType.SYMMETRIC:
+            zero_point = torch.full_like(zero_point, int((high + low + 1) / 2))
+        zero_point = zero_point.clamp(low, high).to(case.spec.zero_point_dtype)
     # test_torchao_casts_a_scale_to_infinity says why only these
     finite = scale.isfinite().reshape(ours.scale.shape)
     assert bool(ours.scale.isfinite().all())
@@ -411,8 +414,14 @@ def check_values(case: Case, qp: QParams, out: torch.dtype) -> None:
     spec = case.spec
     low, high = spec.bounds
     q = fsq.quantize(spec, case.x, qp)
-    theirs = ao.dequantize_affine(q, case.block_size, *qp, castable(spec), low, high, output_dtype=out)
-    assert_same(fsq.dequantize(spec, q, qp, dtype=out), theirs, "values")
+    theirs = ao.dequantize_affine(q, case.block_size, *qp, castable(spec), low, high, output_dtype=exact(spec, out))
+    assert_same(fsq.dequantize(spec, q, qp, dtype=out), theirs.to(out), "values")
+
+
+def exact(spec: QuantSpec, out: torch.dtype) -> torch.dtype:
+    """The dtype in which codes less their zero point are exact: int16 is not subtracted in a 16-bit `out` (see
+    test_torchao_subtracts_int16_codes_in_a_16_bit_dtype), so parity is with torchao's float32 there."""
+    return torch.promote_types(out, torch.float32) if spec.dtype is torch.int16 else out
 
 
 def check_float8_codes(case: Case, qp: QParams) -> None:
@@ -481,7 +490,8 @@ def test_to_affine_quantized_intx_static_holds_our_codes_and_values(drawn: tuple
     assert_same(q, codes, "codes")
     assert_same(qp.scale, scale, "scale")
     assert_same(qp.zero_point, zero_point, "zero point")
-    assert_same(fsq.dequantize(spec, q, qp, dtype=case.x.dtype), theirs.dequantize(), "values")
+    values = theirs.dequantize(exact(spec, case.x.dtype)).to(case.x.dtype)
+    assert_same(fsq.dequantize(spec, q, qp, dtype=case.x.dtype), values, "values")
 
 
 @needs_intx_tensor
@@ -585,8 +595,8 @@ def _scaled_apart(self: Format, q: Tensor, qp: QParams, dtype: torch.dtype) -> T
     return (q.to(dtype) * qp.scale - qp.zero_point * qp.scale).to(dtype)
 
 
-def _float32_then_cast(self: Format, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:
-    return ((q.float() - qp.zero_point.float()) * qp.scale.float()).to(dtype)
+def _in_the_output_dtype(self: Format, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:
+    return ((q.to(dtype) - qp.zero_point.to(dtype)) * qp.scale).to(dtype)
 
 
 def _float32_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
@@ -624,8 +634,8 @@ MUTANTS = {
     "zero-point-before-rounding": Mutant(STEPS, _zero_point_before_rounding, CODES, lambda d: check_codes(*d)),
     "scaled-apart": Mutant(DECODE, _scaled_apart, CODES, lambda d: check_values(*d, torch.float32)),
     # Only 16-bit codes are inexact in a 16-bit float.
-    "decoded-in-float32": Mutant(
-        DECODE, _float32_then_cast, quantized_cases((torch.int16,)), lambda d: check_values(*d, torch.bfloat16)
+    "decoded-in-the-output-dtype": Mutant(
+        DECODE, _in_the_output_dtype, quantized_cases((torch.int16,)), lambda d: check_values(*d, torch.bfloat16)
     ),
     "float8-reciprocal-for-quotient": Mutant(
         "functional_sq.formats.Float8.steps", _reciprocal, quantized_cases(FLOAT8S), lambda d: check_float8_codes(*d)
@@ -782,6 +792,28 @@ def test_torchao_lets_an_int16_zero_point_out_of_the_codes(
     assert_same(ours.scale, theirs[0], "scale")
     assert_same(ours.zero_point, torch.tensor([32767], dtype=zero_point_dtype), "zero point")
     assert fsq.dequantize(spec, fsq.quantize(spec, x, ours), ours).tolist() == [-65535 * 2.0**-16, 0.0]
+
+
+@pytest.mark.parametrize("real", [torch.bfloat16, torch.float16], ids=str)
+def test_torchao_rounds_the_middle_of_int16_codes(real: torch.dtype) -> None:
+    """It makes the zero point of a SYMMETRIC mapping in the dtype of the range."""
+    case = Case(QuantSpec(torch.int16, fsq.PerTensor(), quant_min=0, quant_max=4097), (torch.ones(2, dtype=real),))
+    scale, zero_point = ao.choose_qparams_affine(
+        case.x, ao.MappingType.SYMMETRIC, case.block_size, **their_arguments(case)
+    )
+    assert zero_point.item() == 2048
+    assert_same(calibrated(case).scale, scale, "scale")
+    assert calibrated(case).zero_point.item() == 2049
+
+
+@pytest.mark.parametrize(("out", "least"), [(torch.float16, -math.inf), (torch.bfloat16, -64.0)], ids=str)
+def test_torchao_subtracts_int16_codes_in_a_16_bit_dtype(out: torch.dtype, least: float) -> None:
+    """The zero point 32767 is 32768 there, a step more, and 65535 steps are Inf in float16."""
+    spec = QuantSpec(torch.int16, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC)
+    qp = QParams(torch.tensor([2.0**-10]), torch.tensor([32767], dtype=torch.int32))
+    q = torch.tensor([-32768, 32640], dtype=torch.int16)
+    assert ao.dequantize_affine(q, (2,), *qp, torch.int16, output_dtype=out).tolist() == [least, -128 / 1024]
+    assert fsq.dequantize(spec, q, qp, dtype=out).tolist() == [-64.0, -127 / 1024]
 
 
 @pytest.mark.parametrize("granularity", [fsq.PerGroup(1), fsq.PerBlock((1, 1))], ids=repr)

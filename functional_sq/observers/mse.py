@@ -11,7 +11,7 @@ from torch import Tensor
 from functional_sq.formats import Float8
 from functional_sq.observer import State
 from functional_sq.observers.histogram import Histogram, histogram_of
-from functional_sq.qparams import MappingType, QParams, from_range
+from functional_sq.qparams import MappingType, QParams, check_qparams, from_range
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["Mse", "SquaredError", "expected_error"]
@@ -112,6 +112,7 @@ def expected_error(spec: QuantSpec, state: State, qp: QParams) -> SquaredError:
         three tensors of the statistics' shape. 0 where nothing was seen, NaN where NaN or Inf was.
 
     Raises:
+        TypeError: `qp` is not a pair of tensors.
         ValueError: `state` has no histogram that the spec's observer reads, or `qp` another shape.
 
     Source: Banner et al. 2019 (arXiv:1810.05723), equations 3 to 5, with the histogram in place of a
@@ -132,6 +133,8 @@ def expected_error(spec: QuantSpec, state: State, qp: QParams) -> SquaredError:
     if bins is None:
         raise ValueError(f"{spec.observer} records no histogram; record with Histogram() and put it into the spec")
     spec.observer.stat_shape(state, exact=False)
+    check_qparams(qp)
+    qp = QParams(*qp)
     count, lo, hi = state["count"], state["min"], state["max"]
     if qp.scale.shape != count.shape or qp.zero_point.shape != count.shape:
         raise ValueError(

@@ -25,9 +25,10 @@ class Percentile(Histogram):
     With ASYMMETRIC the range is from the percentile `100 - p` to `p` of the values; with the
     symmetric mappings it is `-m` to `m`, with `m` the percentile `p` of the magnitudes. A percentile
     is that of `numpy.percentile`: between the two values next to its rank, which are known to a bin
-    of the histogram, and exactly where they are the smallest or the largest. So `p=100` gives what
-    `MinMax` gives (symmetric: the larger of its two magnitudes). What is smaller than
-    `2**exponents[0]` counts as 0, and the values of an end bin as the most extreme one.
+    of the histogram, and exactly where they are the smallest or the largest (of magnitudes: the
+    largest). So `p=100` gives what `MinMax` gives (symmetric: the larger of its two magnitudes).
+    What else is smaller than `2**exponents[0]` counts as 0, and the values of an end bin as the most
+    extreme one.
 
     State, and the arguments that come after `p`: those of `Histogram`.
 
@@ -82,7 +83,7 @@ class Percentile(Histogram):
                 magnitudes,
                 (lower[self.half :], upper[self.half :]),
                 self.p,
-                (torch.zeros_like(low), torch.maximum(-low, high)),
+                (torch.full_like(low, float("-inf")), torch.maximum(-low, high)),  # no smallest magnitude is recorded
             )
             lo = -hi
         return lo.to(state["min"].dtype), hi.to(state["max"].dtype)
@@ -91,7 +92,8 @@ class Percentile(Histogram):
 def _upper(counts: Tensor, bounds: tuple[Tensor, Tensor], p: float, ends: tuple[Tensor, Tensor]) -> Tensor:
     """Return the percentile `p` of counted values that lie within `ends`; the upper end where none was counted.
 
-    counts (*blocks, bins) int64; bounds, of each bin, (bins,); ends (*blocks); all float64 -> (*blocks)
+    counts (*blocks, bins) int64; bounds, of each bin, (bins,); ends (*blocks), not finite where unknown; all float64
+    -> (*blocks)
     """
     lower, upper = bounds
     least, most = (end.unsqueeze(-1) for end in ends)
@@ -106,7 +108,8 @@ def _upper(counts: Tensor, bounds: tuple[Tensor, Tensor], p: float, ends: tuple[
     place = ((pair - (total.gather(-1, at) - n)).double() + 0.5) / n.clamp(min=1)
     value = lower[at] + place * (upper[at] - lower[at])
     value = torch.minimum(torch.maximum(value, least), most)
-    # The largest value is known, and the end bin has no upper bound but that.
+    # The ends are known, if they are finite, and the end bin has no upper bound but the largest value.
+    value = torch.where((pair == 0) & least.isfinite(), least, value)
     value = torch.where((pair == last) | (at == counts.shape[-1] - 1), most, value)
     first, second = value.unbind(-1)
     step = (second - first) * (rank - below).squeeze(-1)
