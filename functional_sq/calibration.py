@@ -37,8 +37,8 @@ def init(
         dict of tensors with one entry for each scale.
 
     Raises:
-        ValueError: the granularity does not apply to `shape`.
-        TypeError: `shape` is not a sequence of ints, or `dtype` holds no real values.
+        ValueError: the granularity does not apply to `shape`, or a size is no int from 0.
+        TypeError: `shape` is no tuple or list, or `dtype` holds no real values.
 
     Example:
         >>> import torch, functional_sq as fsq

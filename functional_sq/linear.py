@@ -88,9 +88,11 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
         qp: scale and zero point of `q`.
 
     Returns:
-        the folded weight. `unfold(spec, ...)` gives `q` and `qp` back.
+        the folded weight. `unfold(spec, ...)` gives `q` and `qp` back. Under `torch.vmap` multiply within the mapped
+        function: it returns no None, which some fields are.
 
     Raises:
+        TypeError: `q` is not in the spec's storage dtype, or `qp` is no QParams.
         ValueError: `q` is no weight of a linear layer or a convolution, `qp` does not fit it, or a
             symmetric spec has another zero point than its mapping gives.
 
@@ -115,7 +117,7 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
     if isinstance(spec.format, Float8):
         return FoldedWeight(codes.contiguous(), scale, None, None)
     fixed = _fixed_zero_point(spec)
-    readable = not (torch.compiler.is_compiling() or zero_point.is_meta)
+    readable = not (torch.compiler.is_compiling() or zero_point.is_meta or is_batched(zero_point))
     if fixed is not None and readable and bool((zero_point + shift != fixed).any()):
         raise ValueError(
             f"{spec} has the zero point {fixed}, got {qp.zero_point.flatten()[:4].tolist()} ...; "

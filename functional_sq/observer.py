@@ -244,7 +244,13 @@ class Accumulator(Observer):
             seen = seen.expand([1 if d in dims else n for d, n in enumerate(view.shape)])
         batch = {"count": seen.reshape(count.shape)}
         for name, value in self.measure(view, dims, keep).items():
-            value = value.reshape(state[name].shape).to(state[name].dtype)
+            kind = state[name].dtype
+            if value.is_floating_point() and not kind.is_floating_point:
+                raise TypeError(
+                    f"{self}: {name} is a SUM of {value.dtype}, and sums are held in {kind}, which is exact in any "
+                    f"order; give integers, such as values that are scaled and rounded"
+                )
+            value = value.reshape(state[name].shape).to(kind)
             # Adding 0 turns -0.0 into 0.0: which of the two a minimum returns depends on the order.
             batch[name] = value + 0 if value.is_floating_point() else value
         return self.merge(state, batch)

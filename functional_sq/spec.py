@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from functional_sq.formats import Float8, Format, format_of
+from functional_sq.formats import REAL_DTYPES, Float8, Format, format_of
 from functional_sq.granularity import Granularity
 from functional_sq.observer import Observer
 from functional_sq.observers.min_max import MinMax
@@ -70,6 +70,12 @@ use MappingType.SYMMETRIC
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise TypeError(f"{name}={value!r} is not a functional_sq {kind.__name__}; {_meant(value, kind)}")
+            try:
+                hash(value)
+            except TypeError:
+                raise TypeError(
+                    f"{name}={value!r} is not hashable; decorate its class @dataclass(frozen=True)"
+                ) from None
         _check_bounds(self, format)
         _check_mapping(self, format)
         _check_dtypes(self, format)
@@ -104,6 +110,8 @@ def check_spec(spec: object) -> None:
 
 
 def _meant(value: object, kind: type) -> str:
+    if type(value).__module__.startswith("torchao."):
+        return f"that is torchao's; use functional_sq.{value}"
     if kind is MappingType:
         return f"use one of {', '.join(map(repr, MappingType))}"
     if isinstance(value, type) and issubclass(value, kind):
@@ -145,9 +153,8 @@ def _check_mapping(spec: QuantSpec, format: Format) -> None:
 
 
 def _check_dtypes(spec: QuantSpec, format: Format) -> None:
-    floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    if spec.scale_dtype not in floats:
-        raise TypeError(f"scale_dtype={spec.scale_dtype}; use one of {', '.join(map(str, floats))}")
+    if spec.scale_dtype not in REAL_DTYPES:
+        raise TypeError(f"scale_dtype={spec.scale_dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
     if isinstance(spec.eps, bool) or not isinstance(spec.eps, (int, float)):
         raise TypeError(f"eps={spec.eps!r} is not a float")
     tiny, huge = torch.finfo(spec.scale_dtype).tiny, torch.finfo(spec.scale_dtype).max
@@ -167,7 +174,7 @@ def _check_dtypes(spec: QuantSpec, format: Format) -> None:
     if not isinstance(zp, torch.dtype) or zp.is_complex or zp is torch.bool or zp.itemsize < 1:
         raise TypeError(f"zero_point_dtype={zp!r} is not an integer or float dtype; use torch.int32")
     if zp.is_floating_point:
-        exact = zp in floats and max(-low, high) <= 2 / torch.finfo(zp).eps
+        exact = zp in REAL_DTYPES and max(-low, high) <= 2 / torch.finfo(zp).eps
     else:
         exact = zp in _INTEGERS and torch.iinfo(zp).min <= low and high <= torch.iinfo(zp).max
     if not exact:

@@ -973,9 +973,10 @@ def product_is_exact(
         if written_to:
             w.bitwise_not_()
             total = sums()
-        given = _given(backend, q, z)
-        offset = (given[1].cpu() * real().sum(1)).to(torch.int32).to(device)
-        operands = Operands(*given, w, of_weight, scale, offset, b)
+        answer = backend.rows(w, of_weight)
+        _require(isinstance(answer, range), "rows(codes, zero_point) is a range", rows=str(answer))
+        offset = ((zero_point - 128) * real().sum(1)).to(torch.int32).to(device)
+        operands = Operands(*_given(backend, q, z), w, of_weight, scale, offset, b)
         multiply = functools.partial(backend.product, operands)
         _assert_rounded(backend, multiply, total, scale, b, dtype, activation, step)
         if residual:
@@ -1048,8 +1049,8 @@ def convolution_is_exact(
     scale, b = _drawn_epilogue(draw, n, dtype if bias else None, strided, device, _largest(activation, total))
 
     def convolved(*then: Any, **to: Any) -> Tensor:
-        codes, of_q = _given(backend, q, z)
-        operands = Operands(codes, of_q, w, None, scale, of_q * w.flatten(1).sum(1, dtype=torch.int32), b)
+        offset = (zero_point - 128) * w.flatten(1).sum(1, dtype=torch.int32)
+        operands = Operands(*_given(backend, q, z), w, None, scale, offset, b)
         return backend.convolve(operands, stride, padding, dilation, groups, *then, **to).movedim(1, -1)
 
     for written_to in (False, True):
@@ -1467,7 +1468,7 @@ def check_product(backend: Product, *, device: torch.device | str = "cpu", max_e
     Raises:
         AssertionError: it does not; the message has the smallest case that was found, as a call, and what
             was wrong.
-        TypeError: it lacks a part of the protocol.
+        TypeError: it lacks a part of the protocol, or its `key` is no function that returns a tuple.
 
     Example:
         >>> from functional_sq import onednn
@@ -1497,7 +1498,7 @@ def check_convolution(backend: Convolution, *, device: torch.device | str = "cpu
     _check_backend(backend, Convolution, law, max_examples)
 
 
-def _check_backend(backend: object, protocol: type, law: Law, max_examples: int) -> None:
+def _check_backend(backend: Product | Convolution, protocol: type, law: Law, max_examples: int) -> None:
     parts = {name for c in protocol.__mro__ for name in (*vars(c), *vars(c).get("__annotations__", ()))}
     missing = sorted(name for name in parts if not name.startswith("_") and not hasattr(backend, name))
     if missing:
@@ -1505,6 +1506,8 @@ def _check_backend(backend: object, protocol: type, law: Law, max_examples: int)
             f"{backend!r} has no {', '.join(missing)}; "
             f"give an object with all that functional_sq.backends.{protocol.__name__} has"
         )
+    if not callable(backend.key) or not isinstance(backend.key(), tuple):
+        raise TypeError(f"{backend!r}.key is no function that returns a tuple; give what its answers depend on, or ()")
     try:
         check_law(law, backend, max_examples=max_examples)
     except Unsatisfiable as error:

@@ -346,6 +346,24 @@ class OneForAnother(Int64):
         return super().then(y, "silu" if activation == "gelu" else activation, *to)
 
 
+class ReadsTheOffset(Int64):
+    """Which is that of int8 codes, whatever the backend takes."""
+
+    def bracket(self, of: Operands) -> Tensor:
+        return (of.q.double() @ of.codes.double().t()).long() - of.offset
+
+    def convolve(self, operands: Operands, *given: Any, **to: Any) -> Tensor:
+        total = operands.codes.long().flatten(1).sum(1)
+        bias = -operands.offset * operands.scale + (0 if operands.bias is None else operands.bias)
+        bias = bias + operands.zero_point * total * operands.scale
+        return super().convolve(operands._replace(bias=bias), *given, **to)
+
+
+class CountsRows(Int64):
+    def rows(self, codes: Tensor, zero_point: Tensor | None) -> int:
+        return 2
+
+
 class NoOffset(Signed):
     def bracket(self, of: Operands) -> Tensor:
         return super().bracket(of._replace(offset=torch.zeros_like(of.offset)))
@@ -446,6 +464,8 @@ class OneScaleAGroup(Int64):
                 OneForAnother,
                 NoOffset,
                 SymmetricAlone,
+                ReadsTheOffset,
+                CountsRows,
                 CodesOfAnotherDtype,
                 MakesCodesOfAnyBits,
             )
@@ -456,6 +476,7 @@ class OneScaleAGroup(Int64):
                 PadsWithCodesOfZero,
                 PadsAlike,
                 NoDilation,
+                ReadsTheOffset,
                 FloatSums,
                 OneScaleAGroup,
                 CodesOffByTwo,
@@ -498,6 +519,12 @@ def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
         TypeError, match="has no CODES, NAME, convolve, key, least_windows, requantizes, supports; give"
     ):
         check_convolution(object())
+    for key in (None, lambda: [1]):
+        backend = Int64()
+        backend.key = key
+        for check in (check_product, check_convolution):
+            with pytest.raises(TypeError, match="key is no function that returns a tuple; give what its answers"):
+                check(backend)
 
 
 # --- who asks --------------------------------------------------------------------------------------

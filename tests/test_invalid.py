@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -25,6 +26,36 @@ def frozen(value: object) -> object:
     return repr(value)
 
 
+@dataclass(frozen=True)
+class FloatSum(fsq.Accumulator):
+    """Adds up floats."""
+
+    reductions = {"sum": fsq.SUM}
+
+    def elements(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sum": x}
+
+    def range(self, spec: fsq.QuantSpec, state: fsq.State) -> tuple[torch.Tensor, torch.Tensor]:
+        return -state["sum"], state["sum"]
+
+
+@dataclass
+class Thawed(fsq.Accumulator):
+    """An observer whose author forgot `frozen=True`."""
+
+    reductions = {}
+    range = FloatSum.range
+
+
+class PerTensor:
+    """As torchao's, which may not be here."""
+
+    __module__ = "torchao.quantization.granularity"
+
+    def __repr__(self) -> str:
+        return "PerTensor()"
+
+
 def arguments() -> dict[str, object]:
     """The names that a row of the table may use, made anew for each."""
     x = torch.arange(-16.0, 16.0).reshape(4, 8)
@@ -43,6 +74,9 @@ def arguments() -> dict[str, object]:
         "qp": fsq.calc_qparams(tensor, seen),
         "qp_channel": fsq.calc_qparams(channel, seen_channel),
         "folded": fsq.fold(channel, x.to(torch.int8), fsq.calc_qparams(channel, seen_channel)),
+        "theirs": PerTensor(),
+        "thawed": Thawed(),
+        "adds": fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=FloatSum()),
         "windows": fsq.fold(tensor, torch.ones(4, 4, 3, dtype=torch.int8), fsq.calc_qparams(tensor, seen)),
     }
 
@@ -88,6 +122,12 @@ INVALID: dict[str, tuple[object, ...]] = {
         "give one block size for each axis",
     ),
     "PerBlock((3, 2)).stat_shape((4, 6))": (ValueError, "does not divide axis 0 of shape (4, 6)", "use a divisor of 4"),
+    "observe(adds, init(adds, x.shape), x)": (
+        TypeError,
+        "FloatSum(): sum is a SUM of torch.float32",
+        "held in torch.int64",
+        "give integers",
+    ),
     # Specs.
     "QuantSpec(torch.float32, PerTensor())": (TypeError, "torch.float32", CODE_DTYPES),
     "QuantSpec(torch.uint16, PerTensor())": (TypeError, "torch.uint16", CODE_DTYPES),
@@ -98,6 +138,12 @@ INVALID: dict[str, tuple[object, ...]] = {
         TypeError,
         "granularity='per_tensor'",
         "is not a functional_sq Granularity",
+    ),
+    "QuantSpec(torch.int8, theirs)": (TypeError, "that is torchao's; use functional_sq.PerTensor()"),
+    "QuantSpec(torch.int8, PerTensor(), observer=thawed)": (
+        TypeError,
+        "observer=Thawed() is not hashable",
+        "decorate its class @dataclass(frozen=True)",
     ),
     "QuantSpec(torch.int8, None)": (TypeError, "granularity=None", "is not a functional_sq Granularity"),
     "QuantSpec(torch.int8, PerTensor(), observer=MinMax)": (TypeError, "observer=<class", "did you mean MinMax()?"),

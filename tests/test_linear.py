@@ -754,6 +754,23 @@ def test_a_weight_is_taken_up_to_its_longest() -> None:
     assert not onednn.supports(torch.ones(1, onednn.WHOLE + 1, dtype=torch.int8), None)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_vmap_over_experts_folds_their_weights(dtype: torch.dtype) -> None:
+    act, of_weight = QuantSpec(dtype, fsq.PerTensor()), QuantSpec(dtype, fsq.PerAxis(0))
+    weights, x = torch.randn(3, 5, 16), torch.randn(3, 4, 16)
+
+    def expert(w: Tensor, x: Tensor) -> Tensor:
+        qps = [fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, t.shape), t)) for spec, t in given(w, x)]
+        q_w, q_x = (fsq.quantize(spec, t, qp) for (spec, t), qp in zip(given(w, x), qps, strict=True))
+        return fsq.linear(act, q_x, qps[1], fsq.fold(of_weight, q_w, qps[0]))
+
+    def given(w: Tensor, x: Tensor) -> tuple[tuple[QuantSpec, Tensor], ...]:
+        return (of_weight, w), (act, x)
+
+    expected = torch.stack([expert(*each) for each in zip(weights, x, strict=True)])
+    assert torch.equal(torch.vmap(expert)(weights, x), expected)
+
+
 @needs_onednn
 @pytest.mark.usefixtures("calls")
 def test_vmap_over_kept_weights_equals_the_loop() -> None:

@@ -28,6 +28,7 @@ class Fixed(Accumulator):
         hi: largest value to represent, input units.
 
     Raises:
+        TypeError: `lo` or `hi` is no number.
         ValueError: `lo` or `hi` is not a finite float32, or `lo > hi`.
 
     Example:
