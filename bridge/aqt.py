@@ -24,14 +24,19 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import TracingContext
+from torch._inductor.codecache import BypassFxGraphCache
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import functional_sq as fsq
+from functional_sq import backends
 from functional_sq.formats import REAL_DTYPES, Float8, Format, Integer, check_real, format_of
 
 __all__ = [
@@ -89,10 +94,24 @@ class _Wrapper(Tensor):
         raise NotImplementedError
 
     def _stable_hash_for_caching(self) -> str:
-        """Name what a compiled graph depends on; torch's caches ask for it. A lambda cannot be named."""
+        """Name what a graph compiled for this tensor depends on; torch's caches on disk ask for it.
+
+        What is traced below `F.linear` is not in the graph that they know otherwise: that is code of this file and of
+        functional_sq.
+
+        Raises:
+            BypassFxGraphCache: a user's function is traced there. A pickle has its name alone, not its code.
+        """
         names, context = self.__tensor_flatten__()
         inner = [_cache_key(getattr(self, name)) for name in names]
-        return hashlib.sha256(pickle.dumps((type(self).__qualname__, inner, context))).hexdigest()
+        code = _source(), backends.fingerprint()
+        return hashlib.sha256(pickle.dumps((type(self).__qualname__, inner, context, code))).hexdigest()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # torch before 2.13 asks for no name: its cache pickles the tensors that it traces with, and hashes the bytes.
+        if TracingContext.try_get() is not None and _is_fake(self):
+            return str, (self._stable_hash_for_caching(),)
+        return super().__reduce_ex__(protocol)
 
     def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> _Wrapper:
         """Return the tensor with `fn` applied to each tensor inside, and with another outer dtype."""
@@ -113,6 +132,18 @@ class _Wrapper(Tensor):
                 f"model.requires_grad_(False)"
             )
         return self
+
+
+@functools.cache
+def _source() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _is_fake(t: Tensor) -> bool:
+    """Whether `t` is what a compiler traces with in place of a tensor."""
+    if isinstance(t, _Wrapper):
+        return any(_is_fake(getattr(t, name)) for name in t.__tensor_flatten__()[0])
+    return isinstance(t, FakeTensor)
 
 
 def _cache_key(t: Tensor) -> str:
@@ -784,7 +815,8 @@ class LinearActivationQuantizedTensor(_Wrapper):
     Args:
         original_weight_tensor: the weight `(N, K)`, an AffineQuantizedTensor as a rule.
         input_quant_func: a function of the input, as `static_activation`. One that is defined in a
-            module can be saved; a lambda cannot.
+            module can be saved; a lambda cannot. A graph with another than `static_activation` is compiled anew in
+            each process: a cache on disk would know it by its name, not by its code.
         quant_kwargs: its keyword arguments. The tensors among them are tensors of the weight: they
             move with it, and are saved with it; a change of dtype leaves them as they are.
 
@@ -836,6 +868,11 @@ class LinearActivationQuantizedTensor(_Wrapper):
         (function, static, dynamic), _ = context
         kwargs = dict(static) | {name: tensors[f"quant_{name}"] for name in dynamic}
         return cls(tensors["original_weight_tensor"], function, kwargs)
+
+    def _stable_hash_for_caching(self) -> str:
+        if self.input_quant_func is not static_activation:
+            raise BypassFxGraphCache(f"{self.input_quant_func!r} is code that a cache on disk does not know")
+        return super()._stable_hash_for_caching()
 
     def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LinearActivationQuantizedTensor:
         kwargs = {name: fn(value) if isinstance(value, Tensor) else value for name, value in self.quant_kwargs.items()}

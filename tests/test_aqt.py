@@ -13,9 +13,11 @@ import importlib
 import io
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +29,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import functional_sq as fsq
+from bridge import aqt
 from bridge.aqt import (
     AffineQuantizedTensor,
     Float8Layout,
@@ -818,6 +821,48 @@ def test_export(module: torch.nn.Module) -> None:
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     x = torch.randn(9, 16)
     check_bits(program.module()(x), module(x))
+
+
+def users_function(x: Tensor, *, scale: Tensor, version: str) -> Tensor:
+    """What a user's file defines; the test edits it."""
+    raise NotImplementedError
+
+
+def compiled_anew(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """Return what `module` computes compiled as in a new process, with the caches on disk as they are."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(module, fullgraph=True)(x)
+
+
+@torch.no_grad()
+def test_a_users_function_that_was_edited_is_not_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function pickles as its name, so a cache that knows it by a pickle takes one function for another."""
+    module, x = activation_linear(), torch.randn(5, 16)
+    kwargs = {"scale": torch.tensor(0.03), "version": uuid4().hex}  # of no graph that is in a cache on disk
+    for factor in (1, 2):
+
+        def edited(x: Tensor, *, scale: Tensor, version: str, factor: int = factor) -> Tensor:
+            return to_affine_quantized_intx_static(x * factor, scale, None, x.shape, torch.int8)
+
+        edited.__qualname__ = "users_function"
+        monkeypatch.setattr(sys.modules[__name__], "users_function", edited)
+        weight = to_linear_activation_quantized(activation_weight().original_weight_tensor, edited, kwargs)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        check_bits(compiled_anew(module, x), module(x))
+
+
+@torch.no_grad()
+def test_the_cache_knows_a_graph_by_the_code_of_both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = activation_linear(), torch.randn(5, 16)
+    found = []
+    for changed in ((aqt, "_source"), None, (aqt, "_source"), (aqt.backends, "fingerprint")):
+        if changed is not None:
+            unique = uuid4().hex
+            monkeypatch.setattr(*changed, lambda unique=unique: unique)
+        check_bits(compiled_anew(module, x), module(x))
+        found.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+    assert found == [0, 1, 0, 0]
 
 
 # From observers to a quantized model, as the tutorial of the original does.
