@@ -6,7 +6,7 @@ import json
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -470,8 +470,8 @@ class QuantizedLinear(Quantized):
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias
-        # What print(model) shows; torch.nn.Linear does not look at its weight.
-        linear.extra_repr = MethodType(_repr_of_weight, linear)
+        # What print(model) shows; torch.nn.Linear does not look at its weight. No method: one pickles as its name.
+        linear.extra_repr = partial(_repr_of_weight, linear)
         return linear.train(self.training)
 
     def _backend(self) -> str:
