@@ -16,13 +16,14 @@ and the block size is read off the two shapes.
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import math
 import pickle
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -905,7 +906,8 @@ def to_linear_activation_quantized(
     Args:
         weight: `(N, K)`, an AffineQuantizedTensor as a rule.
         input_quant_func: a function of the input, as `static_activation`. Tensors that a lambda
-            takes from where it is defined become `quant_kwargs`.
+            takes from where it is defined become `quant_kwargs`, and so do the keyword arguments of a
+            `functools.partial`.
         quant_kwargs: its keyword arguments; tensors among them move and are saved with the weight.
 
     Raises:
@@ -932,11 +934,14 @@ def to_linear_activation_quantized(
         raise TypeError(f"weight is a {type(weight).__name__}; give a tensor")
     if not callable(input_quant_func):
         raise TypeError(f"input_quant_func is a {type(input_quant_func).__name__}; give a function of the input")
-    function = input_quant_func
-    if held := _held_tensors(function):
+    function, kwargs = input_quant_func, dict(quant_kwargs or {})
+    while isinstance(function, functools.partial) and not function.args:
+        function, kwargs = function.func, function.keywords | kwargs
+    held = {name: value for name, value in _held_tensors(function).items() if name not in kwargs}
+    if held:
         assert isinstance(function, types.FunctionType)
         function = _Rebound(function, tuple(held))
-    return LinearActivationQuantizedTensor(weight, function, held | dict(quant_kwargs or {}))
+    return LinearActivationQuantizedTensor(weight, function, held | kwargs)
 
 
 def static_activation(
@@ -981,11 +986,17 @@ def _held_tensors(function: Callable[..., Any]) -> dict[str, Tensor]:
     """Return the tensors that a Python function takes from where it was defined, by name."""
     if not isinstance(function, types.FunctionType):
         return {}
-    code = function.__code__
-    held = {name: function.__globals__.get(name) for name in code.co_names}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        held[name] = cell.cell_contents
+    held = {name: function.__globals__.get(name) for name in _global_names(function.__code__)}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a cell is empty before what it is for is assigned
+            held[name] = cell.cell_contents
     return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    """Return the globals that code reads, and what is defined in it; `co_names` has those of attributes too."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
 
 
 @dataclass(frozen=True)

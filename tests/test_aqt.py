@@ -9,6 +9,7 @@ oracle everywhere, and beside the original it is compared with it.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import io
 import pickle
@@ -813,6 +814,60 @@ def test_tensors_that_a_lambda_holds_become_tensors_of_the_weight(where: str) ->
         expected = F.linear(functions[where](x), weight.original_weight_tensor, module.bias)
         check_bits(module(x), expected)
         check_bits(compiled(x), expected)
+
+
+qmin, nested = torch.tensor(-100), torch.tensor(0.5)  # globals; `qmin` is also the name of an attribute
+
+
+def by_keyword(x: Tensor, *, scale: Tensor, qmin: int = -3) -> Tensor:
+    assert oracle.FORMATS["int8"].qmin == -128
+    return to_affine_quantized_intx_static(x, scale, None, x.shape, torch.int8, qmin)
+
+
+def with_a_function_inside(x: Tensor, *, scale: Tensor, qmin: int = -3) -> Tensor:
+    return by_keyword(x, scale=(lambda: scale * nested)(), qmin=qmin)
+
+
+@pytest.mark.parametrize(("function", "held"), [(by_keyword, []), (with_a_function_inside, ["nested"])])
+def test_a_functions_own_keyword_is_not_taken_for_a_global(function: Callable[..., Tensor], held: list[str]) -> None:
+    weight, x, scale = activation_weight().original_weight_tensor, torch.randn(5, 16), torch.tensor(0.03)
+    for kwargs in ({"scale": scale}, {"scale": scale, "qmin": -2}):
+        made = to_linear_activation_quantized(weight, function, kwargs)
+        assert sorted(made.quant_kwargs) == sorted([*held, *kwargs])
+        check_bits(F.linear(x, made), F.linear(function(x, **kwargs), weight))
+
+
+def test_a_name_that_is_given_is_not_taken_from_where_a_function_is_defined() -> None:
+    def function(x: Tensor, **given: Tensor) -> Tensor:
+        return to_affine_quantized_intx_static(x, given["nested"] * nested, None, x.shape, torch.int8)
+
+    weight, x = activation_weight().original_weight_tensor, torch.randn(5, 16)
+    made = to_linear_activation_quantized(weight, function, {"nested": torch.tensor(0.06)})
+    check_bits(F.linear(x, made), F.linear(function(x, nested=torch.tensor(0.06)), weight))
+
+
+def test_a_closure_may_have_a_variable_that_is_assigned_later() -> None:
+    weight, x = activation_weight().original_weight_tensor, torch.randn(5, 16)
+    made = to_linear_activation_quantized(
+        weight, lambda x: to_affine_quantized_intx_static(x, scale, None, x.shape, torch.int8)
+    )
+    assert made.quant_kwargs == {}
+    scale = torch.tensor(0.03)
+    check_bits(F.linear(x, made), F.linear(intx(x, scale, None, (5, 16), torch.int8), weight))
+
+
+def test_the_keywords_of_a_partial_are_those_of_the_function() -> None:
+    weight, x = activation_weight(), torch.randn(5, 16)
+    kwargs = weight.quant_kwargs
+    scale = kwargs.pop("scale")
+    partial = functools.partial(functools.partial(static_activation, scale=scale * 2), scale=scale)
+    made = to_linear_activation_quantized(weight.original_weight_tensor, partial, kwargs)
+    assert made.input_quant_func is static_activation
+    check_equal(saved(made), made)
+    check_bits(F.linear(x, made), F.linear(x, weight))
+    by_position = functools.partial(lambda scale, x: intx(x, scale, None, (5, 16), torch.int8), scale)
+    made = to_linear_activation_quantized(weight.original_weight_tensor, by_position)
+    check_bits(F.linear(x, made), F.linear(by_position(x), weight.original_weight_tensor))
 
 
 @pytest.mark.parametrize("module", [static_linear(), static_linear(FLOAT8), activation_linear()])
