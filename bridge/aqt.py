@@ -125,13 +125,11 @@ class _Wrapper(Tensor):
         return nullcontext()
 
     def requires_grad_(self, requires_grad: bool = True) -> _Wrapper:
-        """Refuse a gradient: codes have none. torch.nn.Parameter calls this."""
-        if requires_grad:
-            raise ValueError(
-                f"requires_grad=True on an {type(self).__name__}: codes are not differentiable; "
-                f"use torch.nn.Parameter(weight, requires_grad=False), and before load_state_dict(..., assign=True) "
-                f"model.requires_grad_(False)"
-            )
+        """Return the tensor as it is: codes have no gradient, whatever is asked for.
+
+        torch asks for one with `torch.nn.Parameter(weight)`, with `load_state_dict(..., assign=True)` into a float
+        model and with `model.requires_grad_()`.
+        """
         return self
 
 
@@ -199,9 +197,9 @@ class AffineQuantizedTensor(_Wrapper):
 
     Defined operations: `F.linear`, `torch.mm`, `torch.addmm` and `torch.matmul` with such a weight,
     detach, clone, contiguous, `to`, t, transpose, permute, indexing by slice, int or one index
-    tensor, view, reshape, and `copy_` between equals. It is a `torch.nn.Parameter` with
-    `requires_grad=False`, and it is copied, pickled, saved and loaded; with `weights_only=True` too, where
-    this module has been imported.
+    tensor, view, reshape, and `copy_` between equals. It is a `torch.nn.Parameter`, which never requires a
+    gradient, and it is copied, pickled, saved and loaded; with `weights_only=True` too, where this module has been
+    imported.
 
     Args:
         int_data: codes.

@@ -532,7 +532,6 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "emulate": (lambda: Float8MMConfig(emulate=True), ValueError, r"emulate=True.*leave it out"),
     "pad_inner_dim": (lambda: Float8MMConfig(pad_inner_dim=True), ValueError, r"pad_inner_dim=True.*leave it out"),
-    "requires_grad": (lambda: torch.nn.Parameter(intx()), ValueError, r"Parameter\(weight, requires_grad=False\)"),
     "add": (lambda: intx() + 1, NotImplementedError, r"aten.add.Tensor.*use x.dequantize\(\)"),
     "sum": (lambda: intx().sum(), NotImplementedError, r"aten.sum.default.*nothing is dequantized silently"),
     "relu": (lambda: F.relu(intx()), NotImplementedError, "aten.relu.default"),
@@ -693,6 +692,22 @@ def test_a_state_dict_is_saved_and_loaded(kind: str, assign: bool) -> None:
     target.load_state_dict(saved(source.state_dict()), assign=assign)
     assert type(target.weight).__name__ == kind
     assert isinstance(target.weight, torch.nn.Parameter)
+    check_equal(target.weight, source.weight)
+    check_bits(target(x), source(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("weight", [lambda: quantized(torch.randn(8, 16), (1, 16)), activation_weight])
+def test_a_state_is_loaded_into_a_fresh_float_module_and_asked_for_gradients(
+    weight: Callable[[], Any], device: str
+) -> None:
+    source, x = torch.nn.Linear(16, 8), torch.randn(5, 16)
+    source.weight = torch.nn.Parameter(weight())
+    target = torch.nn.Linear(16, 8, device=device)
+    target.load_state_dict(saved(source.state_dict()), assign=True)
+    for module in (source, target.requires_grad_(True)):
+        assert isinstance(module.weight, torch.nn.Parameter)
+        assert not module.weight.requires_grad
     check_equal(target.weight, source.weight)
     check_bits(target(x), source(x))
 
