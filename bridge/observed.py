@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import functional_sq as fsq
+from bridge.aqt import AffineQuantizedTensor, LinearActivationQuantizedTensor
 from bridge.buffers import Buffers, write
 from bridge.torchao import adopt
 
@@ -537,7 +539,7 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     """Return the observed type that computes what `module` computes; None where there is none.
 
     A subclass counts while it computes what its torch type does: with a forward of its own it is
-    something else.
+    something else. A layer whose weight is quantized already is left as it is.
 
     Example:
         >>> import torch
@@ -549,11 +551,18 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     # A lazy layer has no weight yet.
     if isinstance(module, (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.modules.lazy.LazyModuleMixin)):
         return None
+    if _holds_tensors(module._parameters.get("weight")):
+        return None
     for kind, observed in OBSERVED.items():
         own = [name for name in ("forward", "__call__", "_conv_forward", "_output_padding") if hasattr(kind, name)]
         if isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in own):
             return observed
     return None
+
+
+def _holds_tensors(weight: Tensor | None) -> bool:
+    """Whether a weight has other tensors inside, as quantized ones do; a DTensor is float, and has its own refusal."""
+    return is_traceable_wrapper_subclass(weight) and not hasattr(weight, "placements")
 
 
 def float_reason(module: nn.Module) -> str | None:
@@ -575,7 +584,11 @@ def float_reason(module: nn.Module) -> str | None:
         )
     if observed_type(module) is not None or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
-    kind = type(module).__name__
+    kind, weight = type(module).__name__, module._parameters.get("weight")
+    if isinstance(weight, (AffineQuantizedTensor, LinearActivationQuantizedTensor)):
+        return None
+    if _holds_tensors(weight):
+        return f"its weight is a {type(weight).__name__} already"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{kind} has no weight yet; run the float model once before"
     if isinstance(module, tuple(OBSERVED)):
@@ -648,6 +661,10 @@ def check_plain(module: nn.Module) -> None:
         raise ValueError("the layer has hooks, which would be lost; remove them first, or leave it out by a rule")
     if hasattr(module.weight, "placements"):  # a DTensor
         raise ValueError("the weight is sharded; quantize the model before it is sharded, or leave the layer out")
+    if _holds_tensors(module.weight):
+        raise ValueError(
+            f"the weight is a {type(module.weight).__name__} already; give the float layer, or leave this one as it is"
+        )
 
 
 def check_static(spec: fsq.QuantSpec, shape: Sequence[int]) -> None:
