@@ -240,7 +240,7 @@ class Observed(nn.Module):
 
         Raises:
             TypeError: an observer is not an ObserverModule.
-            ValueError: a granularity does not apply.
+            ValueError: both are one object, or a granularity does not apply.
         """
         _check_observers(act_obs, weight_obs)
         shape = tuple(weight_of(self).shape)
@@ -260,8 +260,8 @@ class Observed(nn.Module):
 
         Raises:
             TypeError: an observer is not an ObserverModule, or `module` is not of `float_type`.
-            ValueError: a granularity does not apply, or the layer has hooks or a parametrization,
-                which would be lost.
+            ValueError: both observers are one object, a granularity does not apply, the weight is quantized already,
+                or the layer has hooks or a parametrization, which would be lost.
         """
         _check_observers(act_obs, weight_obs)
         if not isinstance(module, cls.float_type):
@@ -639,6 +639,10 @@ def _check_observers(act_obs: object, weight_obs: object) -> None:
                 f"{name} is a {type(observer).__name__}; give an ObserverModule, "
                 f"such as bridge.AffineQuantizedMinMaxObserver"
             )
+    if act_obs is weight_obs:
+        raise ValueError(
+            "act_obs and weight_obs are one object, which would mix both ranges; give a copy.deepcopy of it for one"
+        )
 
 
 def check_plain(module: nn.Module) -> None:

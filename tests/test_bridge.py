@@ -614,6 +614,18 @@ GROUPS = QuantSpec(torch.int8, fsq.PerGroup(4))
             id="ObservedLinear(weight_obs=Identity())",
         ),
         pytest.param(
+            lambda: ObservedLinear.from_float(nn.Linear(8, 4), *[observer()] * 2),
+            ValueError,
+            r"act_obs and weight_obs are one object.*give a copy.deepcopy",
+            id="ObservedLinear.from_float(observer, observer)",
+        ),
+        pytest.param(
+            lambda: ObservedLinear(8, 4, *[observer()] * 2),
+            ValueError,
+            r"act_obs and weight_obs are one object.*give a copy.deepcopy",
+            id="ObservedLinear(observer, observer)",
+        ),
+        pytest.param(
             lambda: QuantizedLinear(8, 4, PER_TOKEN, SCHEMES["int8"].weight),
             ValueError,
             r"PerToken\(\) gives each token a scale of its own.*use PerTensor\(\)",
