@@ -706,7 +706,7 @@ def insert_observers_(
         model: changed in place; may be compiled already.
         act_obs: copied for the input of each layer.
         weight_obs: copied for the weight of each layer.
-        filter_fn: `(module, name) -> bool`; default: every `torch.nn.Linear`.
+        filter_fn: `(module, name) -> bool`, asked of each `torch.nn.Linear`; default: all of them.
 
     Raises:
         ValueError: no layer matches. Nothing was changed.
@@ -721,7 +721,7 @@ def insert_observers_(
     """
     swap_(
         model,
-        filter_fn or is_linear,
+        lambda module, name: is_linear(module, name) and (filter_fn is None or filter_fn(module, name)),
         lambda layer, name: ObservedLinear.from_float(layer, deepcopy(act_obs), deepcopy(weight_obs)),
         "a torch.nn.Linear",
     )

@@ -277,6 +277,17 @@ def test_insert_observers_copies_both_observers_for_each_layer() -> None:
     assert act.state["count"].item() == 0
 
 
+@pytest.mark.parametrize(
+    ("filter_fn", "expected"), [(lambda m, name: True, ["0", "2.0"]), (lambda m, name: name.startswith("2"), ["2.0"])]
+)
+def test_a_filter_of_insert_observers_chooses_among_linear_layers(
+    filter_fn: Callable[[nn.Module, str], bool], expected: list[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 4)))
+    insert_observers_(model, observer(), observer(), filter_fn)
+    assert [name for name, m in model.named_modules() if isinstance(m, ObservedLinear)] == expected
+
+
 # --- quantized layers ------------------------------------------------------------------------------
 
 
