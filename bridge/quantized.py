@@ -321,6 +321,7 @@ class Quantized(Buffers):
             quant_min=spec.quant_min,
             quant_max=spec.quant_max,
             dtype=self.dtype,
+            use_fast_accum=self.fast_accum and codes.is_floating_point(),
         )
 
     def forward(self, input: Tensor) -> Tensor:  # the float layer's name for it: it may be given by name
@@ -458,7 +459,15 @@ class QuantizedLinear(Quantized):
 
         The form of torchao's tutorial that keeps the module. The weight's codes are folded at each
         call, so the module form is the faster one.
+
+        Raises:
+            ValueError: the layer has `reference=True`.
         """
+        if self.reference:
+            raise ValueError(
+                "as_linear of a layer with reference=True: the tensor subclass multiplies codes; keep the layer, "
+                "or set layer.reference = False before"
+            )
         activation = {"scale": self.act_scale, "target_dtype": self.act_spec.dtype}
         if not isinstance(self.act_spec.format, Float8):
             activation |= {

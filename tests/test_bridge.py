@@ -35,6 +35,7 @@ with warnings.catch_warnings():
         StaticQuantConfig,
         insert_observers_,
     )
+    from bridge.aqt import LinearActivationQuantizedTensor
     from bridge.buffers import Buffers
 
 SCHEMES = {
@@ -302,6 +303,19 @@ def quantized(
     layer = observed(config, linear)
     layer(torch.randn(64, linear.in_features, dtype=linear.weight.dtype) if data is None else data)
     return QuantizedLinear.from_observed(layer, reference=reference)
+
+
+@every_scheme
+@pytest.mark.parametrize("fast_accum", [False, True])
+def test_the_weight_as_a_tensor_adds_as_its_layer_does(fast_accum: bool, scheme: str) -> None:
+    """On a CPU both give the same bits; what the product is asked for is what reaches the device."""
+    layer = quantized(SCHEMES[scheme], nn.Linear(8, 4))
+    layer.fast_accum = fast_accum
+    expected = fast_accum and scheme.startswith("float8")
+    assert layer.qweight.use_fast_accum == expected
+    weight = layer.as_linear().weight
+    assert isinstance(weight, LinearActivationQuantizedTensor)
+    assert weight.original_weight_tensor.use_fast_accum == expected
 
 
 def empty_like(layer: QuantizedLinear, dtype: torch.dtype | None = None) -> QuantizedLinear:
@@ -671,6 +685,12 @@ GROUPS = QuantSpec(torch.int8, fsq.PerGroup(4))
             CalibrationError,
             "nothing was seen.*calibrate with",
             id="from_observed(saw nothing)",
+        ),
+        pytest.param(
+            lambda: quantized(SCHEMES["int8"], nn.Linear(8, 4), reference=True).as_linear(),
+            ValueError,
+            "as_linear of a layer with reference=True: .* multiplies codes; keep the layer, or set layer.reference",
+            id="as_linear(reference)",
         ),
         pytest.param(
             lambda: insert_observers_(nn.Sequential(nn.ReLU()), observer(), observer()),
