@@ -471,7 +471,11 @@ class Float8Layout:
     """What torchao's float8 functions take as `_layout`: the options of the product, or none.
 
     Args:
-        mm_config: the options; None: the defaults.
+        mm_config: the options, in a Float8MMConfig of the bridge or of torchao; None: the defaults.
+
+    Raises:
+        TypeError: `mm_config` is neither.
+        ValueError: an option is set that is not supported, as for the bridge's Float8MMConfig.
 
     Source: `torchao.dtypes.Float8Layout`.
 
@@ -481,6 +485,14 @@ class Float8Layout:
     """
 
     mm_config: Float8MMConfig | None = None
+
+    def __post_init__(self) -> None:
+        given = self.mm_config
+        if given is None:
+            return
+        if type(given).__name__ != "Float8MMConfig":  # torchao's may be imported from several places
+            raise TypeError(f"mm_config is a {type(given).__name__}; give a Float8MMConfig, or None")
+        Float8MMConfig(given.emulate, given.use_fast_accum, given.pad_inner_dim)
 
 
 def _floatx_static(

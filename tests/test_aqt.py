@@ -47,6 +47,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torchao = importlib.import_module("torchao")
     original = importlib.import_module("torchao.dtypes")
+    from torchao.float8.inference import Float8MMConfig as TorchaoMMConfig
     from torchao.quantization.observer import AffineQuantizedMinMaxObserver
     from torchao.quantization.quant_primitives import MappingType
     from torchao.quantization.utils import compute_error
@@ -486,8 +487,9 @@ def test_the_options_of_the_float8_product() -> None:
     x, scale = torch.randn(3, 4), torch.tensor(0.01)
     for layout in (None, Float8Layout(), Float8Layout(Float8MMConfig())):
         assert not to_affine_quantized_floatx_static(x, scale, x.shape, FLOAT8, layout).use_fast_accum
-    fast = to_affine_quantized_floatx_static(x, scale, x.shape, FLOAT8, Float8Layout(Float8MMConfig(False, True)))
-    assert all(t.use_fast_accum for t in (fast, fast[1:], fast.bfloat16(), copy.deepcopy(fast)))
+    for config in (Float8MMConfig(False, True), TorchaoMMConfig(False, True)):
+        fast = to_affine_quantized_floatx_static(x, scale, x.shape, FLOAT8, Float8Layout(config))
+        assert all(t.use_fast_accum for t in (fast, fast[1:], fast.bfloat16(), copy.deepcopy(fast)))
 
 
 # Refusals: the call, the error, and what its message says.
@@ -532,6 +534,17 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "emulate": (lambda: Float8MMConfig(emulate=True), ValueError, r"emulate=True.*leave it out"),
     "pad_inner_dim": (lambda: Float8MMConfig(pad_inner_dim=True), ValueError, r"pad_inner_dim=True.*leave it out"),
+    "torchao's emulate": (
+        lambda: Float8Layout(TorchaoMMConfig(emulate=True)),
+        ValueError,
+        r"emulate=True.*leave it out",
+    ),
+    "torchao's pad_inner_dim": (
+        lambda: Float8Layout(TorchaoMMConfig(pad_inner_dim=True)),
+        ValueError,
+        r"pad_inner_dim=True.*leave it out",
+    ),
+    "mm_config": (lambda: Float8Layout({}), TypeError, "mm_config is a dict; give a Float8MMConfig, or None"),  # type: ignore[arg-type]
     "add": (lambda: intx() + 1, NotImplementedError, r"aten.add.Tensor.*use x.dequantize\(\)"),
     "sum": (lambda: intx().sum(), NotImplementedError, r"aten.sum.default.*nothing is dequantized silently"),
     "relu": (lambda: F.relu(intx()), NotImplementedError, "aten.relu.default"),
