@@ -37,6 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import functional_sq as fsq
+from bridge.torchao import ZeroPointDomain, check_zero_point_domain
 from functional_sq import backends
 from functional_sq.formats import REAL_DTYPES, Float8, Format, Integer, check_real, format_of
 
@@ -45,6 +46,7 @@ __all__ = [
     "Float8Layout",
     "Float8MMConfig",
     "LinearActivationQuantizedTensor",
+    "PlainLayout",
     "TensorImpl",
     "static_activation",
     "to_affine_quantized_floatx_static",
@@ -169,6 +171,23 @@ class TensorImpl(NamedTuple):
     def data(self) -> Tensor:
         """The codes, under the name that is also right for float8."""
         return self.int_data
+
+    @property
+    def float8_data(self) -> Tensor:
+        """The codes, under the name that they have where they are 8-bit floats; AttributeError for integers."""
+        if not self.int_data.is_floating_point():
+            raise AttributeError(f"float8_data: the codes are {self.int_data.dtype}; use int_data")
+        return self.int_data
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the codes are held."""
+        return self.int_data.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the codes, which is that of the tensor."""
+        return self.int_data.shape
 
     def get_plain(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return codes, scale and zero point.
@@ -323,6 +342,19 @@ class AffineQuantizedTensor(_Wrapper):
         return TensorImpl(self.int_data, self.scale, self.zero_point)
 
     @property
+    def zero_point_domain(self) -> ZeroPointDomain:
+        """Torchao's word for what a zero point is: `INT`, a code; `NONE` for integers without one."""
+        without = self.zero_point is None and not self.target_dtype.is_floating_point
+        return ZeroPointDomain.NONE if without else ZeroPointDomain.INT
+
+    @property
+    def _layout(self) -> PlainLayout | Float8Layout:
+        """How the codes are held, in torchao's terms; a Float8Layout has the options of the product."""
+        if not self.target_dtype.is_floating_point:
+            return PlainLayout()
+        return Float8Layout(Float8MMConfig(use_fast_accum=True) if self.use_fast_accum else None)
+
+    @property
     def block_size(self) -> tuple[int, ...]:
         """How many elements along each axis share a scale; the whole shape for one scale."""
         sizes = zip(self.int_data.shape, self.scale.shape, strict=True)
@@ -392,6 +424,30 @@ class AffineQuantizedTensor(_Wrapper):
 # Constructing.
 
 
+@dataclass(frozen=True)
+class PlainLayout:
+    """What torchao's integer functions take as `_layout`: codes, scale and zero point as they are; there is no other.
+
+    Source: `torchao.dtypes.PlainLayout`.
+
+    Example:
+        >>> PlainLayout()
+        PlainLayout()
+    """
+
+
+def _intx_static(
+    input_float: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    block_size: Sequence[int],
+    target_dtype: torch.dtype,
+    quant_min: int | None,
+    quant_max: int | None,
+) -> AffineQuantizedTensor:
+    return _quantized(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
+
+
 def to_affine_quantized_intx_static(
     input_float: Tensor,
     scale: Tensor,
@@ -400,6 +456,8 @@ def to_affine_quantized_intx_static(
     target_dtype: torch.dtype,
     quant_min: int | None = None,
     quant_max: int | None = None,
+    zero_point_domain: ZeroPointDomain = ZeroPointDomain.INT,
+    _layout: PlainLayout | None = None,
 ) -> AffineQuantizedTensor:
     """Quantize real values to integers with a scale and zero point that are known.
 
@@ -412,11 +470,14 @@ def to_affine_quantized_intx_static(
         target_dtype: `torch.uint1` ... `uint8`, `torch.int1` ... `int8`, `torch.int16`.
         quant_min: smallest code to use; None: the dtype's.
         quant_max: largest code to use; None: the dtype's.
+        zero_point_domain: torchao's `ZeroPointDomain.INT`, or `NONE` for a zero point of None.
+        _layout: a PlainLayout, the bridge's or torchao's, or None.
 
     Raises:
-        TypeError: `input_float` or `scale` holds no real values, or `target_dtype` no integers.
+        TypeError: `input_float` or `scale` holds no real values, `target_dtype` no integers, or `_layout` is
+            another.
         ValueError: `block_size` does not divide the shape, or there is not one scale and one zero
-            point for each block.
+            point for each block, or `zero_point_domain` is another, or NONE with a zero point.
 
     Source: the function of the same name in `torchao.dtypes` 0.16; the same bits.
 
@@ -430,7 +491,12 @@ def to_affine_quantized_intx_static(
     """
     if not isinstance(format_of(target_dtype), Integer):
         raise TypeError(f"target_dtype={target_dtype} is no integer dtype; use to_affine_quantized_floatx_static")
-    return _quantized(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
+    check_zero_point_domain(zero_point_domain)
+    if zero_point_domain is ZeroPointDomain.NONE and zero_point is not None:
+        raise ValueError("a zero point is given with zero_point_domain=ZeroPointDomain.NONE; give None, or use INT")
+    if _layout is not None and type(_layout).__name__ != "PlainLayout":  # torchao's own is gone in 0.18
+        raise TypeError(f"_layout is a {type(_layout).__name__}; give a PlainLayout, or None")
+    return _intx_static(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
 
 
 @dataclass(frozen=True)
@@ -507,6 +573,7 @@ def to_affine_quantized_floatx_static(
     block_size: Sequence[int],
     target_dtype: torch.dtype,
     _layout: Float8Layout | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> AffineQuantizedTensor:
     """Quantize real values to 8-bit floats with a scale that is known.
 
@@ -515,11 +582,12 @@ def to_affine_quantized_floatx_static(
         scale: one real value for each block, input units per code unit, in any shape.
         block_size: how many elements along each axis share a scale.
         target_dtype: `torch.float8_e4m3fn`, `float8_e5m2` or one of their FNUZ variants.
-        _layout: options of the product; those of the weight count.
+        _layout: options of the product, in a Float8Layout of the bridge or of torchao; those of the weight count.
+        scale_dtype: the dtype of `scale`, which is kept; None: not compared.
 
     Raises:
-        TypeError: `input_float` or `scale` holds no real values, `target_dtype` no 8-bit floats, or
-            `_layout` is no Float8Layout.
+        TypeError: `input_float` or `scale` holds no real values, `target_dtype` no 8-bit floats,
+            `_layout` is no Float8Layout, or `scale_dtype` is another than that of `scale`.
         ValueError: `block_size` does not divide the shape, or there is not one scale for each block.
 
     Source: the function of the same name in `torchao.dtypes` 0.16; the same bits.
@@ -534,9 +602,11 @@ def to_affine_quantized_floatx_static(
     """
     if not isinstance(format_of(target_dtype), Float8):
         raise TypeError(f"target_dtype={target_dtype} is no 8-bit float; use to_affine_quantized_intx_static")
-    if _layout is not None and not isinstance(_layout, Float8Layout):
+    if _layout is not None and type(_layout).__name__ != "Float8Layout":  # torchao's own is gone in 0.18
         raise TypeError(f"_layout is a {type(_layout).__name__}; give a Float8Layout of bridge.aqt, or None")
-    config = None if _layout is None else _layout.mm_config
+    if scale_dtype is not None and isinstance(scale, Tensor) and scale_dtype is not scale.dtype:
+        raise TypeError(f"scale_dtype={scale_dtype}, but scale is {scale.dtype}, and is kept so; give it in that dtype")
+    config = None if _layout is None else Float8Layout(_layout.mm_config).mm_config
     return _floatx_static(input_float, scale, block_size, target_dtype, config is not None and config.use_fast_accum)
 
 
@@ -1051,7 +1121,7 @@ LinearActivationQuantizedTensor.operations = {
 
 # Compiled, these stay calls in the graph: a QuantSpec cannot be built where Dynamo traces Python, and
 # what they call is traced one level below, on the tensors inside.
-for _function in (to_affine_quantized_intx_static, _floatx_static, _dequantize, _linear, _quantizing_linear):
+for _function in (_intx_static, _floatx_static, _dequantize, _linear, _quantizing_linear):
     torch.compiler.allow_in_graph(_function)
 
 # What torch.load(weights_only=True) may make; all of it lies in this file.

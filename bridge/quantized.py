@@ -33,6 +33,7 @@ from bridge.observed import (
     ObservedConvTranspose3d,
     ObservedLinear,
     check_static,
+    qparams_of,
     settings_of,
     weight_of,
 )
@@ -257,7 +258,7 @@ class Quantized(Buffers):
                     f"target_dtype={target_dtype}, but the {name} were observed for {observer.spec.dtype}; "
                     f"use the dtype that the observers were made with"
                 )
-        qparams = observed.act_obs.calculate_qparams()
+        qparams = qparams_of(observed.act_obs)
         specs = observed.act_obs.spec, qparams, observed.weight_obs.spec
         return cls.from_float(observed, *specs, **switches)
 

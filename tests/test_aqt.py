@@ -36,6 +36,7 @@ from bridge.aqt import (
     Float8Layout,
     Float8MMConfig,
     LinearActivationQuantizedTensor,
+    PlainLayout,
     static_activation,
     to_affine_quantized_floatx_static,
     to_affine_quantized_intx_static,
@@ -49,7 +50,7 @@ with warnings.catch_warnings():
     original = importlib.import_module("torchao.dtypes")
     from torchao.float8.inference import Float8MMConfig as TorchaoMMConfig
     from torchao.quantization.observer import AffineQuantizedMinMaxObserver
-    from torchao.quantization.quant_primitives import MappingType
+    from torchao.quantization.quant_primitives import MappingType, ZeroPointDomain
     from torchao.quantization.utils import compute_error
 
 HAS_ORIGINAL = hasattr(original, "to_affine_quantized_intx_static")
@@ -210,6 +211,47 @@ def test_the_attributes_that_old_code_reads() -> None:
     assert scale is q.tensor_impl.scale is q.scale
     assert zero_point is q.tensor_impl.zero_point is q.zero_point
     assert quantized(torch.randn(6, 8), (6, 8), FLOAT8).tensor_impl.get_plain()[2] is None
+
+
+needs_original = pytest.mark.skipif(not HAS_ORIGINAL, reason="this torchao has no AffineQuantizedTensor")
+
+
+@needs_original
+@pytest.mark.filterwarnings("ignore:Models quantized with version 1:UserWarning")
+@pytest.mark.parametrize("target", [torch.int8, torch.uint4, FLOAT8])
+@pytest.mark.parametrize("domain", [ZeroPointDomain.INT, ZeroPointDomain.NONE])
+def test_the_arguments_and_attributes_of_the_original(target: torch.dtype, domain: ZeroPointDomain) -> None:
+    x, scale, zero_point = torch.randn(4, 8), torch.rand(4) + 0.01, torch.full((4,), 3, dtype=torch.int32)
+    made = []
+    for module in (aqt, original):
+        if target is FLOAT8:
+            layout = module.Float8Layout(mm_config=None)
+            args = x, scale.reshape(4, 1), (1, 8), target, layout
+            made.append(module.to_affine_quantized_floatx_static(*args, scale_dtype=torch.float32))
+        else:
+            points = zero_point if domain is ZeroPointDomain.INT else None
+            args = x, scale, points, (1, 8), target, 1, 14, domain, module.PlainLayout()
+            made.append(module.to_affine_quantized_intx_static(*args))
+    ours, theirs = made
+    assert ours.zero_point_domain is theirs.zero_point_domain
+    assert repr(ours._layout) == repr(theirs._layout)
+    assert (ours.tensor_impl.dtype, ours.tensor_impl.shape) == (theirs.tensor_impl.dtype, theirs.tensor_impl.shape)
+    assert hasattr(ours.tensor_impl, "float8_data") == hasattr(theirs.tensor_impl, "float8_data")
+    if target is FLOAT8:
+        check_bits(ours.tensor_impl.float8_data, theirs.tensor_impl.float8_data)
+        again = to_affine_quantized_floatx_static(x, scale, (1, 8), target, theirs._layout)
+    else:
+        again = to_affine_quantized_intx_static(x, scale, points, (1, 8), target, 1, 14, _layout=theirs._layout)
+    check_bits(ours.tensor_impl.data, theirs.tensor_impl.get_plain()[0])
+    check_bits(ours.dequantize(), theirs.dequantize())
+    check_equal(again, ours)
+
+
+def test_a_layout_says_how_the_product_adds() -> None:
+    config = Float8MMConfig(use_fast_accum=True)
+    q = to_affine_quantized_floatx_static(X, S, X.shape, FLOAT8, Float8Layout(config))
+    assert q._layout == Float8Layout(config)
+    assert intx()._layout == PlainLayout()
 
 
 def test_no_zero_point_is_a_zero_point_of_zero() -> None:
@@ -527,6 +569,36 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         "use to_affine_quantized_intx_static",
     ),
+    "domain FLOAT": (
+        lambda: intx(X, S, Z, (4, 8), torch.uint8, None, None, ZeroPointDomain.FLOAT),
+        ValueError,
+        "zero_point_domain=ZeroPointDomain.FLOAT: a zero point is a code here; use ZeroPointDomain.INT",
+    ),
+    "domain NONE": (
+        lambda: intx(X, S, Z, (4, 8), torch.uint8, None, None, ZeroPointDomain.NONE),
+        ValueError,
+        "a zero point is given with zero_point_domain=ZeroPointDomain.NONE; give None, or use INT",
+    ),
+    "a layout of integers": (
+        lambda: intx(X, S, Z, (4, 8), torch.uint8, None, None, ZeroPointDomain.INT, Float8Layout()),
+        TypeError,
+        "_layout is a Float8Layout; give a PlainLayout, or None",
+    ),
+    "scale_dtype": (
+        lambda: to_affine_quantized_floatx_static(X, S, (4, 8), FLOAT8, None, torch.bfloat16),
+        TypeError,
+        "scale_dtype=torch.bfloat16, but scale is torch.float32, and is kept so; give it in that dtype",
+    ),
+    "floatx scale 0.1": (
+        lambda: to_affine_quantized_floatx_static(X, 0.1, (4, 8), FLOAT8, None, torch.float32),  # type: ignore[arg-type]
+        TypeError,
+        "scale got a float; give a tensor",
+    ),
+    "float8_data": (
+        lambda: intx().tensor_impl.float8_data,
+        AttributeError,
+        "float8_data: the codes are torch.uint8; use int_data",
+    ),
     "a layout": (
         lambda: to_affine_quantized_floatx_static(X, S, (4, 8), FLOAT8, "plain"),  # type: ignore[arg-type]
         TypeError,
@@ -798,7 +870,8 @@ def test_user_code_around_it_compiles() -> None:
     w = quantized(torch.randn(8, 16), (1, 16))
 
     def user(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q = to_affine_quantized_intx_static(x, S, Z, x.shape, torch.uint8)
+        domain = ZeroPointDomain.INT
+        q = to_affine_quantized_intx_static(x, S, Z, x.shape, torch.uint8, None, None, domain, PlainLayout())
         return q.int_data, q.view(-1, 8).dequantize(), q[1:].dequantize(torch.bfloat16), F.linear(x, w[2:4])
 
     x = torch.randn(5, 16)
