@@ -471,6 +471,23 @@ def test_linear_is_near_the_float_product_of_the_original(
     assert ((ours.double() - exactly).abs() <= part).all()
 
 
+@needs_original
+def test_the_original_multiplied_codes_of_inputs_without_the_smallest_one() -> None:
+    """So the float product, which is `reference=True` here, is not bit for bit its result in this one case."""
+    x, w = torch.randn(50, 64), torch.randn(8, 64)
+    scales = torch.tensor(0.03), torch.rand(8) / 40 + 0.01
+    for quant_min, multiplied in ((-127, True), (-128, False)):
+        q = to_affine_quantized_intx_static(x, scales[0], Z - 128, x.shape, torch.int8, quant_min, 127)
+        p = to_affine_quantized_intx_static(w, scales[1], torch.zeros(8), (1, 64), torch.int8)
+        theirs = F.linear(
+            original.to_affine_quantized_intx_static(x, scales[0], Z - 128, x.shape, torch.int8, quant_min, 127),
+            original.to_affine_quantized_intx_static(w, scales[1], torch.zeros(8), (1, 64), torch.int8),
+        )
+        codes = (q.int_data.float() @ p.int_data.float().T) * scales[0] * scales[1]
+        assert torch.equal(theirs, codes) == multiplied
+        assert torch.equal(theirs, float_product(q, p, None)) != multiplied
+
+
 def test_float8_codes_are_multiplied() -> None:
     """Small whole numbers have exact sums in float32: the product is exact and equals that of the codes."""
     x, w = torch.randint(-8, 9, (5, 16)).float(), torch.randint(-8, 9, (8, 16)).float()
