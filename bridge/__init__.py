@@ -4,6 +4,8 @@ from bridge.aqt import (
     AffineQuantizedTensor,
     Float8Layout,
     Float8MMConfig,
+    LinearActivationQuantizedTensor,
+    PlainLayout,
     to_affine_quantized_floatx_static,
     to_affine_quantized_intx_static,
     to_linear_activation_quantized,
@@ -35,7 +37,7 @@ from bridge.report import LayerReport, Report, report
 from bridge.saving import load, save
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
 from bridge.workflow import calibrate, convert_, prepare_, quantize_, reread_, unprepare_
-from functional_sq import CalibrationError, MappingType, PerAxis, PerGroup, PerRow, PerTensor, PerToken
+from functional_sq import CalibrationError, MappingType, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
 
 __all__ = [
     "PRESETS",
@@ -47,6 +49,7 @@ __all__ = [
     "Float8Layout",
     "Float8MMConfig",
     "LayerReport",
+    "LinearActivationQuantizedTensor",
     "MappingType",
     "ObservedConv1d",
     "ObservedConv2d",
@@ -57,10 +60,12 @@ __all__ = [
     "ObservedLinear",
     "ObserverModule",
     "PerAxis",
+    "PerBlock",
     "PerGroup",
     "PerRow",
     "PerTensor",
     "PerToken",
+    "PlainLayout",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",

@@ -16,22 +16,29 @@ and the block size is read off the two shapes.
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import math
 import pickle
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import TracingContext
+from torch._inductor.codecache import BypassFxGraphCache
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import functional_sq as fsq
+from bridge.torchao import ZeroPointDomain, check_zero_point_domain
+from functional_sq import backends
 from functional_sq.formats import REAL_DTYPES, Float8, Format, Integer, check_real, format_of
 
 __all__ = [
@@ -39,6 +46,7 @@ __all__ = [
     "Float8Layout",
     "Float8MMConfig",
     "LinearActivationQuantizedTensor",
+    "PlainLayout",
     "TensorImpl",
     "static_activation",
     "to_affine_quantized_floatx_static",
@@ -89,10 +97,24 @@ class _Wrapper(Tensor):
         raise NotImplementedError
 
     def _stable_hash_for_caching(self) -> str:
-        """Name what a compiled graph depends on; torch's caches ask for it. A lambda cannot be named."""
+        """Name what a graph compiled for this tensor depends on; torch's caches on disk ask for it.
+
+        What is traced below `F.linear` is not in the graph that they know otherwise: that is code of this file and of
+        functional_sq.
+
+        Raises:
+            BypassFxGraphCache: a user's function is traced there. A pickle has its name alone, not its code.
+        """
         names, context = self.__tensor_flatten__()
         inner = [_cache_key(getattr(self, name)) for name in names]
-        return hashlib.sha256(pickle.dumps((type(self).__qualname__, inner, context))).hexdigest()
+        code = _source(), backends.fingerprint()
+        return hashlib.sha256(pickle.dumps((type(self).__qualname__, inner, context, code))).hexdigest()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # torch before 2.13 asks for no name: its cache pickles the tensors that it traces with, and hashes the bytes.
+        if TracingContext.try_get() is not None and _is_fake(self):
+            return str, (self._stable_hash_for_caching(),)
+        return super().__reduce_ex__(protocol)
 
     def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> _Wrapper:
         """Return the tensor with `fn` applied to each tensor inside, and with another outer dtype."""
@@ -105,14 +127,24 @@ class _Wrapper(Tensor):
         return nullcontext()
 
     def requires_grad_(self, requires_grad: bool = True) -> _Wrapper:
-        """Refuse a gradient: codes have none. torch.nn.Parameter calls this."""
-        if requires_grad:
-            raise ValueError(
-                f"requires_grad=True on an {type(self).__name__}: codes are not differentiable; "
-                f"use torch.nn.Parameter(weight, requires_grad=False), and before load_state_dict(..., assign=True) "
-                f"model.requires_grad_(False)"
-            )
+        """Return the tensor as it is: codes have no gradient, whatever is asked for.
+
+        torch asks for one with `torch.nn.Parameter(weight)`, with `load_state_dict(..., assign=True)` into a float
+        model and with `model.requires_grad_()`.
+        """
         return self
+
+
+@functools.cache
+def _source() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _is_fake(t: Tensor) -> bool:
+    """Whether `t` is what a compiler traces with in place of a tensor."""
+    if isinstance(t, _Wrapper):
+        return any(_is_fake(getattr(t, name)) for name in t.__tensor_flatten__()[0])
+    return isinstance(t, FakeTensor)
 
 
 def _cache_key(t: Tensor) -> str:
@@ -139,6 +171,23 @@ class TensorImpl(NamedTuple):
     def data(self) -> Tensor:
         """The codes, under the name that is also right for float8."""
         return self.int_data
+
+    @property
+    def float8_data(self) -> Tensor:
+        """The codes, under the name that they have where they are 8-bit floats; AttributeError for integers."""
+        if not self.int_data.is_floating_point():
+            raise AttributeError(f"float8_data: the codes are {self.int_data.dtype}; use int_data")
+        return self.int_data
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the codes are held."""
+        return self.int_data.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the codes, which is that of the tensor."""
+        return self.int_data.shape
 
     def get_plain(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return codes, scale and zero point.
@@ -167,9 +216,9 @@ class AffineQuantizedTensor(_Wrapper):
 
     Defined operations: `F.linear`, `torch.mm`, `torch.addmm` and `torch.matmul` with such a weight,
     detach, clone, contiguous, `to`, t, transpose, permute, indexing by slice, int or one index
-    tensor, view, reshape, and `copy_` between equals. It is a `torch.nn.Parameter` with
-    `requires_grad=False`, and it is copied, pickled, saved and loaded; with `weights_only=True` too, where
-    this module has been imported.
+    tensor, view, reshape, and `copy_` between equals. It is a `torch.nn.Parameter`, which never requires a
+    gradient, and it is copied, pickled, saved and loaded; with `weights_only=True` too, where this module has been
+    imported.
 
     Args:
         int_data: codes.
@@ -293,6 +342,19 @@ class AffineQuantizedTensor(_Wrapper):
         return TensorImpl(self.int_data, self.scale, self.zero_point)
 
     @property
+    def zero_point_domain(self) -> ZeroPointDomain:
+        """Torchao's word for what a zero point is: `INT`, a code; `NONE` for integers without one."""
+        without = self.zero_point is None and not self.target_dtype.is_floating_point
+        return ZeroPointDomain.NONE if without else ZeroPointDomain.INT
+
+    @property
+    def _layout(self) -> PlainLayout | Float8Layout:
+        """How the codes are held, in torchao's terms; a Float8Layout has the options of the product."""
+        if not self.target_dtype.is_floating_point:
+            return PlainLayout()
+        return Float8Layout(Float8MMConfig(use_fast_accum=True) if self.use_fast_accum else None)
+
+    @property
     def block_size(self) -> tuple[int, ...]:
         """How many elements along each axis share a scale; the whole shape for one scale."""
         sizes = zip(self.int_data.shape, self.scale.shape, strict=True)
@@ -362,6 +424,30 @@ class AffineQuantizedTensor(_Wrapper):
 # Constructing.
 
 
+@dataclass(frozen=True)
+class PlainLayout:
+    """What torchao's integer functions take as `_layout`: codes, scale and zero point as they are; there is no other.
+
+    Source: `torchao.dtypes.PlainLayout`.
+
+    Example:
+        >>> PlainLayout()
+        PlainLayout()
+    """
+
+
+def _intx_static(
+    input_float: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    block_size: Sequence[int],
+    target_dtype: torch.dtype,
+    quant_min: int | None,
+    quant_max: int | None,
+) -> AffineQuantizedTensor:
+    return _quantized(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
+
+
 def to_affine_quantized_intx_static(
     input_float: Tensor,
     scale: Tensor,
@@ -370,6 +456,8 @@ def to_affine_quantized_intx_static(
     target_dtype: torch.dtype,
     quant_min: int | None = None,
     quant_max: int | None = None,
+    zero_point_domain: ZeroPointDomain = ZeroPointDomain.INT,
+    _layout: PlainLayout | None = None,
 ) -> AffineQuantizedTensor:
     """Quantize real values to integers with a scale and zero point that are known.
 
@@ -382,11 +470,14 @@ def to_affine_quantized_intx_static(
         target_dtype: `torch.uint1` ... `uint8`, `torch.int1` ... `int8`, `torch.int16`.
         quant_min: smallest code to use; None: the dtype's.
         quant_max: largest code to use; None: the dtype's.
+        zero_point_domain: torchao's `ZeroPointDomain.INT`, or `NONE` for a zero point of None.
+        _layout: a PlainLayout, the bridge's or torchao's, or None.
 
     Raises:
-        TypeError: `input_float` or `scale` holds no real values, or `target_dtype` no integers.
+        TypeError: `input_float` or `scale` holds no real values, `target_dtype` no integers, or `_layout` is
+            another.
         ValueError: `block_size` does not divide the shape, or there is not one scale and one zero
-            point for each block.
+            point for each block, or `zero_point_domain` is another, or NONE with a zero point.
 
     Source: the function of the same name in `torchao.dtypes` 0.16; the same bits.
 
@@ -400,7 +491,12 @@ def to_affine_quantized_intx_static(
     """
     if not isinstance(format_of(target_dtype), Integer):
         raise TypeError(f"target_dtype={target_dtype} is no integer dtype; use to_affine_quantized_floatx_static")
-    return _quantized(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
+    check_zero_point_domain(zero_point_domain)
+    if zero_point_domain is ZeroPointDomain.NONE and zero_point is not None:
+        raise ValueError("a zero point is given with zero_point_domain=ZeroPointDomain.NONE; give None, or use INT")
+    if _layout is not None and type(_layout).__name__ != "PlainLayout":  # torchao's own is gone in 0.18
+        raise TypeError(f"_layout is a {type(_layout).__name__}; give a PlainLayout, or None")
+    return _intx_static(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
 
 
 @dataclass(frozen=True)
@@ -441,7 +537,11 @@ class Float8Layout:
     """What torchao's float8 functions take as `_layout`: the options of the product, or none.
 
     Args:
-        mm_config: the options; None: the defaults.
+        mm_config: the options, in a Float8MMConfig of the bridge or of torchao; None: the defaults.
+
+    Raises:
+        TypeError: `mm_config` is neither.
+        ValueError: an option is set that is not supported, as for the bridge's Float8MMConfig.
 
     Source: `torchao.dtypes.Float8Layout`.
 
@@ -451,6 +551,14 @@ class Float8Layout:
     """
 
     mm_config: Float8MMConfig | None = None
+
+    def __post_init__(self) -> None:
+        given = self.mm_config
+        if given is None:
+            return
+        if type(given).__name__ != "Float8MMConfig":  # torchao's may be imported from several places
+            raise TypeError(f"mm_config is a {type(given).__name__}; give a Float8MMConfig, or None")
+        Float8MMConfig(given.emulate, given.use_fast_accum, given.pad_inner_dim)
 
 
 def _floatx_static(
@@ -465,6 +573,7 @@ def to_affine_quantized_floatx_static(
     block_size: Sequence[int],
     target_dtype: torch.dtype,
     _layout: Float8Layout | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> AffineQuantizedTensor:
     """Quantize real values to 8-bit floats with a scale that is known.
 
@@ -473,11 +582,12 @@ def to_affine_quantized_floatx_static(
         scale: one real value for each block, input units per code unit, in any shape.
         block_size: how many elements along each axis share a scale.
         target_dtype: `torch.float8_e4m3fn`, `float8_e5m2` or one of their FNUZ variants.
-        _layout: options of the product; those of the weight count.
+        _layout: options of the product, in a Float8Layout of the bridge or of torchao; those of the weight count.
+        scale_dtype: the dtype of `scale`, which is kept; None: not compared.
 
     Raises:
-        TypeError: `input_float` or `scale` holds no real values, `target_dtype` no 8-bit floats, or
-            `_layout` is no Float8Layout.
+        TypeError: `input_float` or `scale` holds no real values, `target_dtype` no 8-bit floats,
+            `_layout` is no Float8Layout, or `scale_dtype` is another than that of `scale`.
         ValueError: `block_size` does not divide the shape, or there is not one scale for each block.
 
     Source: the function of the same name in `torchao.dtypes` 0.16; the same bits.
@@ -492,9 +602,11 @@ def to_affine_quantized_floatx_static(
     """
     if not isinstance(format_of(target_dtype), Float8):
         raise TypeError(f"target_dtype={target_dtype} is no 8-bit float; use to_affine_quantized_intx_static")
-    if _layout is not None and not isinstance(_layout, Float8Layout):
+    if _layout is not None and type(_layout).__name__ != "Float8Layout":  # torchao's own is gone in 0.18
         raise TypeError(f"_layout is a {type(_layout).__name__}; give a Float8Layout of bridge.aqt, or None")
-    config = None if _layout is None else _layout.mm_config
+    if scale_dtype is not None and isinstance(scale, Tensor) and scale_dtype is not scale.dtype:
+        raise TypeError(f"scale_dtype={scale_dtype}, but scale is {scale.dtype}, and is kept so; give it in that dtype")
+    config = None if _layout is None else Float8Layout(_layout.mm_config).mm_config
     return _floatx_static(input_float, scale, block_size, target_dtype, config is not None and config.use_fast_accum)
 
 
@@ -784,7 +896,8 @@ class LinearActivationQuantizedTensor(_Wrapper):
     Args:
         original_weight_tensor: the weight `(N, K)`, an AffineQuantizedTensor as a rule.
         input_quant_func: a function of the input, as `static_activation`. One that is defined in a
-            module can be saved; a lambda cannot.
+            module can be saved; a lambda cannot. A graph with another than `static_activation` is compiled anew in
+            each process: a cache on disk would know it by its name, not by its code.
         quant_kwargs: its keyword arguments. The tensors among them are tensors of the weight: they
             move with it, and are saved with it; a change of dtype leaves them as they are.
 
@@ -837,6 +950,11 @@ class LinearActivationQuantizedTensor(_Wrapper):
         kwargs = dict(static) | {name: tensors[f"quant_{name}"] for name in dynamic}
         return cls(tensors["original_weight_tensor"], function, kwargs)
 
+    def _stable_hash_for_caching(self) -> str:
+        if self.input_quant_func is not static_activation:
+            raise BypassFxGraphCache(f"{self.input_quant_func!r} is code that a cache on disk does not know")
+        return super()._stable_hash_for_caching()
+
     def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LinearActivationQuantizedTensor:
         kwargs = {name: fn(value) if isinstance(value, Tensor) else value for name, value in self.quant_kwargs.items()}
         original = fn(self.original_weight_tensor)
@@ -868,7 +986,8 @@ def to_linear_activation_quantized(
     Args:
         weight: `(N, K)`, an AffineQuantizedTensor as a rule.
         input_quant_func: a function of the input, as `static_activation`. Tensors that a lambda
-            takes from where it is defined become `quant_kwargs`.
+            takes from where it is defined become `quant_kwargs`, and so do the keyword arguments of a
+            `functools.partial`.
         quant_kwargs: its keyword arguments; tensors among them move and are saved with the weight.
 
     Raises:
@@ -895,11 +1014,14 @@ def to_linear_activation_quantized(
         raise TypeError(f"weight is a {type(weight).__name__}; give a tensor")
     if not callable(input_quant_func):
         raise TypeError(f"input_quant_func is a {type(input_quant_func).__name__}; give a function of the input")
-    function = input_quant_func
-    if held := _held_tensors(function):
+    function, kwargs = input_quant_func, dict(quant_kwargs or {})
+    while isinstance(function, functools.partial) and not function.args:
+        function, kwargs = function.func, function.keywords | kwargs
+    held = {name: value for name, value in _held_tensors(function).items() if name not in kwargs}
+    if held:
         assert isinstance(function, types.FunctionType)
         function = _Rebound(function, tuple(held))
-    return LinearActivationQuantizedTensor(weight, function, held | dict(quant_kwargs or {}))
+    return LinearActivationQuantizedTensor(weight, function, held | kwargs)
 
 
 def static_activation(
@@ -944,11 +1066,17 @@ def _held_tensors(function: Callable[..., Any]) -> dict[str, Tensor]:
     """Return the tensors that a Python function takes from where it was defined, by name."""
     if not isinstance(function, types.FunctionType):
         return {}
-    code = function.__code__
-    held = {name: function.__globals__.get(name) for name in code.co_names}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        held[name] = cell.cell_contents
+    held = {name: function.__globals__.get(name) for name in _global_names(function.__code__)}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a cell is empty before what it is for is assigned
+            held[name] = cell.cell_contents
     return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    """Return the globals that code reads, and what is defined in it; `co_names` has those of attributes too."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
 
 
 @dataclass(frozen=True)
@@ -993,7 +1121,7 @@ LinearActivationQuantizedTensor.operations = {
 
 # Compiled, these stay calls in the graph: a QuantSpec cannot be built where Dynamo traces Python, and
 # what they call is traced one level below, on the tensors inside.
-for _function in (to_affine_quantized_intx_static, _floatx_static, _dequantize, _linear, _quantizing_linear):
+for _function in (_intx_static, _floatx_static, _dequantize, _linear, _quantizing_linear):
     torch.compiler.allow_in_graph(_function)
 
 # What torch.load(weights_only=True) may make; all of it lies in this file.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import functional_sq as fsq
+from bridge.aqt import AffineQuantizedTensor, LinearActivationQuantizedTensor
 from bridge.buffers import Buffers, write
-from bridge.torchao import adopt
+from bridge.torchao import ZeroPointDomain, adopt, check_zero_point_domain
 
 __all__ = [
     "AffineQuantizedMinMaxObserver",
@@ -179,6 +182,18 @@ class AffineQuantizedMinMaxObserver(ObserverModule):
         eps: lower limit of a scale; default: float32's eps.
         scale_dtype: default float32.
         zero_point_dtype: default int32.
+        preserve_zero: True: every range is made to contain 0.
+        zero_point_domain: torchao's `ZeroPointDomain.INT`: zero points are codes; or `NONE`, for a mapping that is
+            symmetric around the code 0: `calculate_qparams` then gives None in place of zeros.
+        keepdim: whether `min_val` and `max_val` keep the axes that are reduced; scales always do.
+
+    Attributes:
+        mapping_type, target_dtype, granularity, quant_min, quant_max, eps, scale_dtype, zero_point_dtype: those of
+            `spec`, read-only.
+        min_val, max_val: what was seen, float32; there are none before.
+
+    Raises:
+        ValueError: `preserve_zero` or `zero_point_domain` is another, or what a QuantSpec refuses.
 
     Source: `torchao.quantization.observer.AffineQuantizedMinMaxObserver`.
 
@@ -201,18 +216,132 @@ class AffineQuantizedMinMaxObserver(ObserverModule):
         eps: float | None = None,
         scale_dtype: torch.dtype | None = None,
         zero_point_dtype: torch.dtype | None = None,
+        preserve_zero: bool = True,
+        zero_point_domain: ZeroPointDomain = ZeroPointDomain.INT,
+        keepdim: bool = False,
     ) -> None:
         given = {"eps": eps, "scale_dtype": scale_dtype, "zero_point_dtype": zero_point_dtype}
-        super().__init__(
-            fsq.QuantSpec(
-                target_dtype,
-                adopt(granularity),
-                mapping=adopt(mapping_type),
-                quant_min=quant_min,
-                quant_max=quant_max,
-                **{name: value for name, value in given.items() if value is not None},
-            )
+        spec = fsq.QuantSpec(
+            target_dtype,
+            adopt(granularity),
+            mapping=adopt(mapping_type),
+            quant_min=quant_min,
+            quant_max=quant_max,
+            **{name: value for name, value in given.items() if value is not None},
         )
+        if preserve_zero is not True:
+            raise ValueError(f"preserve_zero={preserve_zero}: 0.0 always has a code; leave it out")
+        check_zero_point_domain(zero_point_domain)
+        if zero_point_domain is ZeroPointDomain.NONE and (
+            spec.mapping is fsq.MappingType.ASYMMETRIC or int((sum(spec.bounds) + 1) / 2)
+        ):
+            raise ValueError(
+                f"zero_point_domain=ZeroPointDomain.NONE with {spec}: its zero point is not 0; use ZeroPointDomain.INT"
+            )
+        super().__init__(spec)
+        self.preserve_zero = preserve_zero
+        self.zero_point_domain = zero_point_domain
+        self.keepdim = keepdim
+
+    @classmethod
+    def with_args(cls, *args: Any, **kwargs: Any) -> _Factory:
+        """Return what makes such observers: a call with the remaining arguments, or none, makes a new one.
+
+        Example:
+            >>> import torch
+            >>> from bridge import AffineQuantizedMinMaxObserver, MappingType, PerTensor
+            >>> int8 = AffineQuantizedMinMaxObserver.with_args(MappingType.SYMMETRIC, torch.int8)
+            >>> int8(granularity=PerTensor())
+            AffineQuantizedMinMaxObserver(QuantSpec(torch.int8, PerTensor()))
+        """
+        return _Factory(cls, *args, **kwargs)
+
+    def calculate_qparams(self) -> fsq.QParams:
+        """Return scale and zero point, which is None for `ZeroPointDomain.NONE`.
+
+        Raises:
+            CalibrationError: nothing was seen, or NaN or Inf was.
+        """
+        qp = super().calculate_qparams()
+        return qp if self.zero_point_domain is ZeroPointDomain.INT else qp._replace(zero_point=None)  # type: ignore
+
+    @property
+    def mapping_type(self) -> fsq.MappingType:
+        """How a range is mapped to codes."""
+        return self.spec.mapping
+
+    @property
+    def target_dtype(self) -> torch.dtype:
+        """The quantized dtype."""
+        return self.spec.dtype
+
+    @property
+    def granularity(self) -> fsq.Granularity:
+        """Which elements share one scale."""
+        return self.spec.granularity
+
+    @property
+    def quant_min(self) -> int | None:
+        """The smallest code; None: the dtype's."""
+        return self.spec.quant_min
+
+    @property
+    def quant_max(self) -> int | None:
+        """The largest code; None: the dtype's."""
+        return self.spec.quant_max
+
+    @property
+    def eps(self) -> float:
+        """The lower limit of a scale."""
+        return self.spec.eps
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of scales."""
+        return self.spec.scale_dtype
+
+    @property
+    def zero_point_dtype(self) -> torch.dtype:
+        """The dtype of zero points."""
+        return self.spec.zero_point_dtype
+
+    @property
+    def min_val(self) -> Tensor:
+        """The smallest value that was seen; AttributeError while nothing was."""
+        return self._seen("min")
+
+    @property
+    def max_val(self) -> Tensor:
+        """The largest value that was seen; AttributeError while nothing was."""
+        return self._seen("max")
+
+    def _seen(self, name: str) -> Tensor:
+        if not self._buffers or not bool(self.state["count"].any()):
+            raise AttributeError(f"{name}_val: nothing was seen")
+        value, granularity = self.state[name], self.spec.granularity
+        if self.keepdim:
+            return value
+        sizes = tuple(value.shape)
+        if isinstance(granularity, (fsq.PerAxis, fsq.PerRow, fsq.PerToken)):
+            # An axis that is kept may have one element.
+            sizes = granularity.stat_shape([2] * value.ndim)
+        return value.squeeze([axis for axis, size in enumerate(sizes) if size == 1])
+
+
+class _Factory(partial[AffineQuantizedMinMaxObserver]):
+    """A call that is not made yet, as torchao's `with_args` returns."""
+
+    def with_args(self, *args: Any, **kwargs: Any) -> _Factory:
+        """Return one with more arguments; a keyword that is there already is replaced."""
+        return _Factory(self, *args, **kwargs)
+
+
+def qparams_of(observer: ObserverModule) -> fsq.QParams:
+    """Return what an observer calculates, with zeros for a zero point that is None."""
+    scale, zero_point = observer.calculate_qparams()
+    if zero_point is None:
+        zero_point = torch.zeros_like(scale, dtype=observer.spec.zero_point_dtype)
+    return fsq.QParams(scale, zero_point)
 
 
 class Observed(nn.Module):
@@ -242,7 +371,7 @@ class Observed(nn.Module):
 
         Raises:
             TypeError: an observer is not an ObserverModule.
-            ValueError: a granularity does not apply.
+            ValueError: both are one object, or a granularity does not apply.
         """
         _check_observers(act_obs, weight_obs)
         shape = tuple(weight_of(self).shape)
@@ -262,8 +391,8 @@ class Observed(nn.Module):
 
         Raises:
             TypeError: an observer is not an ObserverModule, or `module` is not of `float_type`.
-            ValueError: a granularity does not apply, or the layer has hooks or a parametrization,
-                which would be lost.
+            ValueError: both observers are one object, a granularity does not apply, the weight is quantized already,
+                or the layer has hooks or a parametrization, which would be lost.
         """
         _check_observers(act_obs, weight_obs)
         if not isinstance(module, cls.float_type):
@@ -548,7 +677,7 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     """Return the observed type that computes what `module` computes; None where there is none.
 
     A subclass counts while it computes what its torch type does: with a forward, or parameters, of its
-    own it is something else.
+    own it is something else. A layer whose weight is quantized already is left as it is.
 
     Example:
         >>> import torch
@@ -559,6 +688,8 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     # MultiheadAttention's output projection is a Linear that is never called: its parameters are used.
     # A lazy layer has no weight yet.
     if isinstance(module, (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.modules.lazy.LazyModuleMixin)):
+        return None
+    if _holds_tensors(module._parameters.get("weight")):
         return None
     for kind, observed in OBSERVED.items():
         own = [name for name in ("forward", "__call__", "_conv_forward", "_output_padding") if hasattr(kind, name)]
@@ -577,6 +708,11 @@ def _own_parts(module: nn.Module) -> list[str]:
 
 
 _PARTS = ("weight", "bias")
+
+
+def _holds_tensors(weight: Tensor | None) -> bool:
+    """Whether a weight has other tensors inside, as quantized ones do; a DTensor is float, and has its own refusal."""
+    return is_traceable_wrapper_subclass(weight) and not hasattr(weight, "placements")
 
 
 def float_reason(module: nn.Module) -> str | None:
@@ -598,7 +734,11 @@ def float_reason(module: nn.Module) -> str | None:
         )
     if observed_type(module) is not None or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
-    kind = type(module).__name__
+    kind, weight = type(module).__name__, module._parameters.get("weight")
+    if isinstance(weight, (AffineQuantizedTensor, LinearActivationQuantizedTensor)):
+        return None
+    if _holds_tensors(weight):
+        return f"its weight is a {type(weight).__name__} already"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{kind} has no weight yet; run the float model once before"
     if isinstance(module, tuple(OBSERVED)):
@@ -651,6 +791,10 @@ def _check_observers(act_obs: object, weight_obs: object) -> None:
                 f"{name} is a {type(observer).__name__}; give an ObserverModule, "
                 f"such as bridge.AffineQuantizedMinMaxObserver"
             )
+    if act_obs is weight_obs:
+        raise ValueError(
+            "act_obs and weight_obs are one object, which would mix both ranges; give a copy.deepcopy of it for one"
+        )
 
 
 def check_plain(module: nn.Module) -> None:
@@ -673,6 +817,10 @@ def check_plain(module: nn.Module) -> None:
         raise ValueError("the layer has hooks, which would be lost; remove them first, or leave it out by a rule")
     if hasattr(module.weight, "placements"):  # a DTensor
         raise ValueError("the weight is sharded; quantize the model before it is sharded, or leave the layer out")
+    if _holds_tensors(module.weight):
+        raise ValueError(
+            f"the weight is a {type(module.weight).__name__} already; give the float layer, or leave this one as it is"
+        )
 
 
 def check_static(spec: fsq.QuantSpec, shape: Sequence[int]) -> None:
@@ -710,7 +858,7 @@ def insert_observers_(
         model: changed in place; may be compiled already.
         act_obs: copied for the input of each layer.
         weight_obs: copied for the weight of each layer.
-        filter_fn: `(module, name) -> bool`; default: every `torch.nn.Linear`.
+        filter_fn: `(module, name) -> bool`, asked of each `torch.nn.Linear`; default: all of them.
 
     Raises:
         ValueError: no layer matches. Nothing was changed.
@@ -725,7 +873,7 @@ def insert_observers_(
     """
     swap_(
         model,
-        filter_fn or is_linear,
+        lambda module, name: is_linear(module, name) and (filter_fn is None or filter_fn(module, name)),
         lambda layer, name: ObservedLinear.from_float(layer, deepcopy(act_obs), deepcopy(weight_obs)),
         "a torch.nn.Linear",
     )

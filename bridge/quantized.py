@@ -6,7 +6,7 @@ import json
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -33,6 +33,7 @@ from bridge.observed import (
     ObservedConvTranspose3d,
     ObservedLinear,
     check_static,
+    qparams_of,
     settings_of,
     weight_of,
 )
@@ -264,7 +265,7 @@ class Quantized(Buffers):
                     f"target_dtype={target_dtype}, but the {name} were observed for {observer.spec.dtype}; "
                     f"use the dtype that the observers were made with"
                 )
-        qparams = observed.act_obs.calculate_qparams()
+        qparams = qparams_of(observed.act_obs)
         specs = observed.act_obs.spec, qparams, observed.weight_obs.spec
         return cls.from_float(observed, *specs, **switches)
 
@@ -328,6 +329,7 @@ class Quantized(Buffers):
             quant_min=spec.quant_min,
             quant_max=spec.quant_max,
             dtype=self.dtype,
+            use_fast_accum=self.fast_accum and codes.is_floating_point(),
         )
 
     def forward(self, input: Tensor) -> Tensor:  # the float layer's name for it: it may be given by name
@@ -465,7 +467,15 @@ class QuantizedLinear(Quantized):
 
         The form of torchao's tutorial that keeps the module. The weight's codes are folded at each
         call, so the module form is the faster one.
+
+        Raises:
+            ValueError: the layer has `reference=True`.
         """
+        if self.reference:
+            raise ValueError(
+                "as_linear of a layer with reference=True: the tensor subclass multiplies codes; keep the layer, "
+                "or set layer.reference = False before"
+            )
         activation = {"scale": self.act_scale, "target_dtype": self.act_spec.dtype}
         if not isinstance(self.act_spec.format, Float8):
             activation |= {
@@ -477,8 +487,8 @@ class QuantizedLinear(Quantized):
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias
-        # What print(model) shows; torch.nn.Linear does not look at its weight.
-        linear.extra_repr = MethodType(_repr_of_weight, linear)
+        # What print(model) shows; torch.nn.Linear does not look at its weight. No method: one pickles as its name.
+        linear.extra_repr = partial(_repr_of_weight, linear)
         return linear.train(self.training)
 
     def _backend(self) -> str:

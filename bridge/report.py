@@ -26,7 +26,7 @@ import functional_sq as fsq
 from bridge import picture
 from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.inductor import capture, uncompiled
-from bridge.observed import Observed, ObserverModule, choose_paths, fit_mask, public_name, weight_of
+from bridge.observed import Observed, ObserverModule, choose_paths, fit_mask, public_name, qparams_of, weight_of
 from bridge.quantized import Quantized
 from bridge.workflow import (
     call,
@@ -338,7 +338,7 @@ class _Layer:
         # Bound before `forward` stands in for it.
         self.exact: Callable[..., Any] = observed.forward
         self.spec: fsq.QuantSpec = observed.act_obs.spec
-        self.qp: fsq.QParams = observed.act_obs.calculate_qparams()
+        self.qp: fsq.QParams = qparams_of(observed.act_obs)
         try:
             self.twin = quantized_layer(config, observed)
         except (ValueError, TypeError) as error:

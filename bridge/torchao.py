@@ -15,10 +15,19 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torchao.core.config import AOBaseConfig
     from torchao.quantization import quantize_ as torchao_quantize_
+    from torchao.quantization.quant_primitives import ZeroPointDomain
     from torchao.quantization.transform_module import register_quantize_module_handler
     from torchao.quantization.utils import compute_error
 
-__all__ = ["AOBaseConfig", "adopt", "compute_error", "register_quantize_module_handler", "torchao_quantize_"]
+__all__ = [
+    "AOBaseConfig",
+    "ZeroPointDomain",
+    "adopt",
+    "check_zero_point_domain",
+    "compute_error",
+    "register_quantize_module_handler",
+    "torchao_quantize_",
+]
 
 
 def adopt(value: Any) -> Any:
@@ -38,3 +47,17 @@ def adopt(value: Any) -> Any:
     if twin is None or not dataclasses.is_dataclass(value):
         raise TypeError(f"{value!r} has no twin in functional_sq; use one of functional_sq's granularities")
     return twin(**{f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+
+
+def check_zero_point_domain(domain: Any) -> None:
+    """Raise ValueError unless a zero point is a code, or there is none.
+
+    Example:
+        >>> from bridge.torchao import ZeroPointDomain, check_zero_point_domain
+        >>> check_zero_point_domain(ZeroPointDomain.INT)
+    """
+    if domain not in (ZeroPointDomain.INT, ZeroPointDomain.NONE):
+        raise ValueError(
+            f"zero_point_domain={domain}: a zero point is a code here; use ZeroPointDomain.INT, or "
+            f"ZeroPointDomain.NONE where there is none"
+        )

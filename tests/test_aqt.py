@@ -9,13 +9,16 @@ oracle everywhere, and beside the original it is compared with it.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import io
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import ml_dtypes
 import numpy as np
@@ -27,11 +30,13 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import functional_sq as fsq
+from bridge import aqt
 from bridge.aqt import (
     AffineQuantizedTensor,
     Float8Layout,
     Float8MMConfig,
     LinearActivationQuantizedTensor,
+    PlainLayout,
     static_activation,
     to_affine_quantized_floatx_static,
     to_affine_quantized_intx_static,
@@ -43,8 +48,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torchao = importlib.import_module("torchao")
     original = importlib.import_module("torchao.dtypes")
+    from torchao.float8.inference import Float8MMConfig as TorchaoMMConfig
     from torchao.quantization.observer import AffineQuantizedMinMaxObserver
-    from torchao.quantization.quant_primitives import MappingType
+    from torchao.quantization.quant_primitives import MappingType, ZeroPointDomain
     from torchao.quantization.utils import compute_error
 
 HAS_ORIGINAL = hasattr(original, "to_affine_quantized_intx_static")
@@ -206,6 +212,47 @@ def test_the_attributes_that_old_code_reads() -> None:
     assert scale is q.tensor_impl.scale is q.scale
     assert zero_point is q.tensor_impl.zero_point is q.zero_point
     assert quantized(torch.randn(6, 8), (6, 8), FLOAT8).tensor_impl.get_plain()[2] is None
+
+
+needs_original = pytest.mark.skipif(not HAS_ORIGINAL, reason="this torchao has no AffineQuantizedTensor")
+
+
+@needs_original
+@pytest.mark.filterwarnings("ignore:Models quantized with version 1:UserWarning")
+@pytest.mark.parametrize("target", [torch.int8, torch.uint4, FLOAT8])
+@pytest.mark.parametrize("domain", [ZeroPointDomain.INT, ZeroPointDomain.NONE])
+def test_the_arguments_and_attributes_of_the_original(target: torch.dtype, domain: ZeroPointDomain) -> None:
+    x, scale, zero_point = torch.randn(4, 8), torch.rand(4) + 0.01, torch.full((4,), 3, dtype=torch.int32)
+    made = []
+    for module in (aqt, original):
+        if target is FLOAT8:
+            layout = module.Float8Layout(mm_config=None)
+            args = x, scale.reshape(4, 1), (1, 8), target, layout
+            made.append(module.to_affine_quantized_floatx_static(*args, scale_dtype=torch.float32))
+        else:
+            points = zero_point if domain is ZeroPointDomain.INT else None
+            args = x, scale, points, (1, 8), target, 1, 14, domain, module.PlainLayout()
+            made.append(module.to_affine_quantized_intx_static(*args))
+    ours, theirs = made
+    assert ours.zero_point_domain is theirs.zero_point_domain
+    assert repr(ours._layout) == repr(theirs._layout)
+    assert (ours.tensor_impl.dtype, ours.tensor_impl.shape) == (theirs.tensor_impl.dtype, theirs.tensor_impl.shape)
+    assert hasattr(ours.tensor_impl, "float8_data") == hasattr(theirs.tensor_impl, "float8_data")
+    if target is FLOAT8:
+        check_bits(ours.tensor_impl.float8_data, theirs.tensor_impl.float8_data)
+        again = to_affine_quantized_floatx_static(x, scale, (1, 8), target, theirs._layout)
+    else:
+        again = to_affine_quantized_intx_static(x, scale, points, (1, 8), target, 1, 14, _layout=theirs._layout)
+    check_bits(ours.tensor_impl.data, theirs.tensor_impl.get_plain()[0])
+    check_bits(ours.dequantize(), theirs.dequantize())
+    check_equal(again, ours)
+
+
+def test_a_layout_says_how_the_product_adds() -> None:
+    config = Float8MMConfig(use_fast_accum=True)
+    q = to_affine_quantized_floatx_static(X, S, X.shape, FLOAT8, Float8Layout(config))
+    assert q._layout == Float8Layout(config)
+    assert intx()._layout == PlainLayout()
 
 
 def test_no_zero_point_is_a_zero_point_of_zero() -> None:
@@ -425,6 +472,23 @@ def test_linear_is_near_the_float_product_of_the_original(
     assert ((ours.double() - exactly).abs() <= part).all()
 
 
+@needs_original
+def test_the_original_multiplied_codes_of_inputs_without_the_smallest_one() -> None:
+    """So the float product, which is `reference=True` here, is not bit for bit its result in this one case."""
+    x, w = torch.randn(50, 64), torch.randn(8, 64)
+    scales = torch.tensor(0.03), torch.rand(8) / 40 + 0.01
+    for quant_min, multiplied in ((-127, True), (-128, False)):
+        q = to_affine_quantized_intx_static(x, scales[0], Z - 128, x.shape, torch.int8, quant_min, 127)
+        p = to_affine_quantized_intx_static(w, scales[1], torch.zeros(8), (1, 64), torch.int8)
+        theirs = F.linear(
+            original.to_affine_quantized_intx_static(x, scales[0], Z - 128, x.shape, torch.int8, quant_min, 127),
+            original.to_affine_quantized_intx_static(w, scales[1], torch.zeros(8), (1, 64), torch.int8),
+        )
+        codes = (q.int_data.float() @ p.int_data.float().T) * scales[0] * scales[1]
+        assert torch.equal(theirs, codes) == multiplied
+        assert torch.equal(theirs, float_product(q, p, None)) != multiplied
+
+
 def test_float8_codes_are_multiplied() -> None:
     """Small whole numbers have exact sums in float32: the product is exact and equals that of the codes."""
     x, w = torch.randint(-8, 9, (5, 16)).float(), torch.randint(-8, 9, (8, 16)).float()
@@ -483,8 +547,9 @@ def test_the_options_of_the_float8_product() -> None:
     x, scale = torch.randn(3, 4), torch.tensor(0.01)
     for layout in (None, Float8Layout(), Float8Layout(Float8MMConfig())):
         assert not to_affine_quantized_floatx_static(x, scale, x.shape, FLOAT8, layout).use_fast_accum
-    fast = to_affine_quantized_floatx_static(x, scale, x.shape, FLOAT8, Float8Layout(Float8MMConfig(False, True)))
-    assert all(t.use_fast_accum for t in (fast, fast[1:], fast.bfloat16(), copy.deepcopy(fast)))
+    for config in (Float8MMConfig(False, True), TorchaoMMConfig(False, True)):
+        fast = to_affine_quantized_floatx_static(x, scale, x.shape, FLOAT8, Float8Layout(config))
+        assert all(t.use_fast_accum for t in (fast, fast[1:], fast.bfloat16(), copy.deepcopy(fast)))
 
 
 # Refusals: the call, the error, and what its message says.
@@ -522,6 +587,36 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         "use to_affine_quantized_intx_static",
     ),
+    "domain FLOAT": (
+        lambda: intx(X, S, Z, (4, 8), torch.uint8, None, None, ZeroPointDomain.FLOAT),
+        ValueError,
+        "zero_point_domain=ZeroPointDomain.FLOAT: a zero point is a code here; use ZeroPointDomain.INT",
+    ),
+    "domain NONE": (
+        lambda: intx(X, S, Z, (4, 8), torch.uint8, None, None, ZeroPointDomain.NONE),
+        ValueError,
+        "a zero point is given with zero_point_domain=ZeroPointDomain.NONE; give None, or use INT",
+    ),
+    "a layout of integers": (
+        lambda: intx(X, S, Z, (4, 8), torch.uint8, None, None, ZeroPointDomain.INT, Float8Layout()),
+        TypeError,
+        "_layout is a Float8Layout; give a PlainLayout, or None",
+    ),
+    "scale_dtype": (
+        lambda: to_affine_quantized_floatx_static(X, S, (4, 8), FLOAT8, None, torch.bfloat16),
+        TypeError,
+        "scale_dtype=torch.bfloat16, but scale is torch.float32, and is kept so; give it in that dtype",
+    ),
+    "floatx scale 0.1": (
+        lambda: to_affine_quantized_floatx_static(X, 0.1, (4, 8), FLOAT8, None, torch.float32),  # type: ignore[arg-type]
+        TypeError,
+        "scale got a float; give a tensor",
+    ),
+    "float8_data": (
+        lambda: intx().tensor_impl.float8_data,
+        AttributeError,
+        "float8_data: the codes are torch.uint8; use int_data",
+    ),
     "a layout": (
         lambda: to_affine_quantized_floatx_static(X, S, (4, 8), FLOAT8, "plain"),  # type: ignore[arg-type]
         TypeError,
@@ -529,7 +624,17 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "emulate": (lambda: Float8MMConfig(emulate=True), ValueError, r"emulate=True.*leave it out"),
     "pad_inner_dim": (lambda: Float8MMConfig(pad_inner_dim=True), ValueError, r"pad_inner_dim=True.*leave it out"),
-    "requires_grad": (lambda: torch.nn.Parameter(intx()), ValueError, r"Parameter\(weight, requires_grad=False\)"),
+    "torchao's emulate": (
+        lambda: Float8Layout(TorchaoMMConfig(emulate=True)),
+        ValueError,
+        r"emulate=True.*leave it out",
+    ),
+    "torchao's pad_inner_dim": (
+        lambda: Float8Layout(TorchaoMMConfig(pad_inner_dim=True)),
+        ValueError,
+        r"pad_inner_dim=True.*leave it out",
+    ),
+    "mm_config": (lambda: Float8Layout({}), TypeError, "mm_config is a dict; give a Float8MMConfig, or None"),  # type: ignore[arg-type]
     "add": (lambda: intx() + 1, NotImplementedError, r"aten.add.Tensor.*use x.dequantize\(\)"),
     "sum": (lambda: intx().sum(), NotImplementedError, r"aten.sum.default.*nothing is dequantized silently"),
     "relu": (lambda: F.relu(intx()), NotImplementedError, "aten.relu.default"),
@@ -694,6 +799,22 @@ def test_a_state_dict_is_saved_and_loaded(kind: str, assign: bool) -> None:
     check_bits(target(x), source(x))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("weight", [lambda: quantized(torch.randn(8, 16), (1, 16)), activation_weight])
+def test_a_state_is_loaded_into_a_fresh_float_module_and_asked_for_gradients(
+    weight: Callable[[], Any], device: str
+) -> None:
+    source, x = torch.nn.Linear(16, 8), torch.randn(5, 16)
+    source.weight = torch.nn.Parameter(weight())
+    target = torch.nn.Linear(16, 8, device=device)
+    target.load_state_dict(saved(source.state_dict()), assign=True)
+    for module in (source, target.requires_grad_(True)):
+        assert isinstance(module.weight, torch.nn.Parameter)
+        assert not module.weight.requires_grad
+    check_equal(target.weight, source.weight)
+    check_bits(target(x), source(x))
+
+
 def test_a_module_moves_and_converts() -> None:
     module = activation_linear()
     x = torch.randn(5, 16, dtype=torch.bfloat16)
@@ -767,7 +888,8 @@ def test_user_code_around_it_compiles() -> None:
     w = quantized(torch.randn(8, 16), (1, 16))
 
     def user(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q = to_affine_quantized_intx_static(x, S, Z, x.shape, torch.uint8)
+        domain = ZeroPointDomain.INT
+        q = to_affine_quantized_intx_static(x, S, Z, x.shape, torch.uint8, None, None, domain, PlainLayout())
         return q.int_data, q.view(-1, 8).dequantize(), q[1:].dequantize(torch.bfloat16), F.linear(x, w[2:4])
 
     x = torch.randn(5, 16)
@@ -813,12 +935,108 @@ def test_tensors_that_a_lambda_holds_become_tensors_of_the_weight(where: str) ->
         check_bits(compiled(x), expected)
 
 
+qmin, nested = torch.tensor(-100), torch.tensor(0.5)  # globals; `qmin` is also the name of an attribute
+
+
+def by_keyword(x: Tensor, *, scale: Tensor, qmin: int = -3) -> Tensor:
+    assert oracle.FORMATS["int8"].qmin == -128
+    return to_affine_quantized_intx_static(x, scale, None, x.shape, torch.int8, qmin)
+
+
+def with_a_function_inside(x: Tensor, *, scale: Tensor, qmin: int = -3) -> Tensor:
+    return by_keyword(x, scale=(lambda: scale * nested)(), qmin=qmin)
+
+
+@pytest.mark.parametrize(("function", "held"), [(by_keyword, []), (with_a_function_inside, ["nested"])])
+def test_a_functions_own_keyword_is_not_taken_for_a_global(function: Callable[..., Tensor], held: list[str]) -> None:
+    weight, x, scale = activation_weight().original_weight_tensor, torch.randn(5, 16), torch.tensor(0.03)
+    for kwargs in ({"scale": scale}, {"scale": scale, "qmin": -2}):
+        made = to_linear_activation_quantized(weight, function, kwargs)
+        assert sorted(made.quant_kwargs) == sorted([*held, *kwargs])
+        check_bits(F.linear(x, made), F.linear(function(x, **kwargs), weight))
+
+
+def test_a_name_that_is_given_is_not_taken_from_where_a_function_is_defined() -> None:
+    def function(x: Tensor, **given: Tensor) -> Tensor:
+        return to_affine_quantized_intx_static(x, given["nested"] * nested, None, x.shape, torch.int8)
+
+    weight, x = activation_weight().original_weight_tensor, torch.randn(5, 16)
+    made = to_linear_activation_quantized(weight, function, {"nested": torch.tensor(0.06)})
+    check_bits(F.linear(x, made), F.linear(function(x, nested=torch.tensor(0.06)), weight))
+
+
+def test_a_closure_may_have_a_variable_that_is_assigned_later() -> None:
+    weight, x = activation_weight().original_weight_tensor, torch.randn(5, 16)
+    made = to_linear_activation_quantized(
+        weight, lambda x: to_affine_quantized_intx_static(x, scale, None, x.shape, torch.int8)
+    )
+    assert made.quant_kwargs == {}
+    scale = torch.tensor(0.03)
+    check_bits(F.linear(x, made), F.linear(intx(x, scale, None, (5, 16), torch.int8), weight))
+
+
+def test_the_keywords_of_a_partial_are_those_of_the_function() -> None:
+    weight, x = activation_weight(), torch.randn(5, 16)
+    kwargs = weight.quant_kwargs
+    scale = kwargs.pop("scale")
+    partial = functools.partial(functools.partial(static_activation, scale=scale * 2), scale=scale)
+    made = to_linear_activation_quantized(weight.original_weight_tensor, partial, kwargs)
+    assert made.input_quant_func is static_activation
+    check_equal(saved(made), made)
+    check_bits(F.linear(x, made), F.linear(x, weight))
+    by_position = functools.partial(lambda scale, x: intx(x, scale, None, (5, 16), torch.int8), scale)
+    made = to_linear_activation_quantized(weight.original_weight_tensor, by_position)
+    check_bits(F.linear(x, made), F.linear(by_position(x), weight.original_weight_tensor))
+
+
 @pytest.mark.parametrize("module", [static_linear(), static_linear(FLOAT8), activation_linear()])
 def test_export(module: torch.nn.Module) -> None:
     x = torch.randn(5, 16)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     x = torch.randn(9, 16)
     check_bits(program.module()(x), module(x))
+
+
+def users_function(x: Tensor, *, scale: Tensor, version: str) -> Tensor:
+    """What a user's file defines; the test edits it."""
+    raise NotImplementedError
+
+
+def compiled_anew(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """Return what `module` computes compiled as in a new process, with the caches on disk as they are."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(module, fullgraph=True)(x)
+
+
+@torch.no_grad()
+def test_a_users_function_that_was_edited_is_not_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function pickles as its name, so a cache that knows it by a pickle takes one function for another."""
+    module, x = activation_linear(), torch.randn(5, 16)
+    kwargs = {"scale": torch.tensor(0.03), "version": uuid4().hex}  # of no graph that is in a cache on disk
+    for factor in (1, 2):
+
+        def edited(x: Tensor, *, scale: Tensor, version: str, factor: int = factor) -> Tensor:
+            return to_affine_quantized_intx_static(x * factor, scale, None, x.shape, torch.int8)
+
+        edited.__qualname__ = "users_function"
+        monkeypatch.setattr(sys.modules[__name__], "users_function", edited)
+        weight = to_linear_activation_quantized(activation_weight().original_weight_tensor, edited, kwargs)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        check_bits(compiled_anew(module, x), module(x))
+
+
+@torch.no_grad()
+def test_the_cache_knows_a_graph_by_the_code_of_both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = activation_linear(), torch.randn(5, 16)
+    found = []
+    for changed in ((aqt, "_source"), None, (aqt, "_source"), (aqt.backends, "fingerprint")):
+        if changed is not None:
+            unique = uuid4().hex
+            monkeypatch.setattr(*changed, lambda unique=unique: unique)
+        check_bits(compiled_anew(module, x), module(x))
+        found.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+    assert found == [0, 1, 0, 0]
 
 
 # From observers to a quantized model, as the tutorial of the original does.

@@ -8,6 +8,7 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ with warnings.catch_warnings():
     from torchao.quantization import granularity as ao_granularity
     from torchao.quantization.observer import AffineQuantizedMinMaxObserver as TorchaoObserver
     from torchao.quantization.quant_primitives import MappingType as TorchaoMappingType
+    from torchao.quantization.quant_primitives import ZeroPointDomain
 
     from bridge import (
         AffineQuantizedMinMaxObserver,
@@ -35,6 +37,7 @@ with warnings.catch_warnings():
         StaticQuantConfig,
         insert_observers_,
     )
+    from bridge.aqt import LinearActivationQuantizedTensor
     from bridge.buffers import Buffers
 
 SCHEMES = {
@@ -120,6 +123,91 @@ def test_an_unknown_torchao_granularity_is_refused_with_a_remedy() -> None:
 
     with pytest.raises(TypeError, match=r"PerMoon.* has no twin in functional_sq; use one of"):
         AffineQuantizedMinMaxObserver(MappingType.SYMMETRIC, torch.int8, granularity=PerMoon())
+
+
+GIVEN = {"quant_min": -127, "quant_max": 127, "eps": 2.0**-20, "scale_dtype": torch.float32}
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize(
+    "granularity",
+    [
+        ao_granularity.PerTensor(),
+        ao_granularity.PerAxis(0),
+        ao_granularity.PerAxis(1),
+        ao_granularity.PerGroup(4),
+        ao_granularity.PerGroup(8),
+        ao_granularity.PerRow(),
+    ],
+    ids=str,
+)
+def test_the_attributes_of_the_torchao_observer(granularity: ao_granularity.Granularity, keepdim: bool) -> None:
+    args = TorchaoMappingType.SYMMETRIC, torch.int8, granularity
+    ours, theirs = (
+        kind.with_args(*args, **{**GIVEN, "eps": 1.0}).with_args(**GIVEN)(keepdim=keepdim, zero_point_dtype=torch.int32)
+        for kind in (AffineQuantizedMinMaxObserver, TorchaoObserver)
+    )
+    names = "target_dtype", "scale_dtype", "zero_point_dtype", "quant_min", "quant_max", "eps", "keepdim"
+    for name in (*names, "preserve_zero", "zero_point_domain"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert (ours.mapping_type.name, str(ours.granularity)) == (theirs.mapping_type.name, str(theirs.granularity))
+    for name in ("min_val", "max_val"):
+        assert not hasattr(ours, name)
+        assert not hasattr(theirs, name)
+    for x in torch.randn(3, 6, 8):
+        ours(x)
+        theirs(x)
+    for name in ("min_val", "max_val"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert torch.equal(a, b.reshape(a.shape))
+        # Of groups, torchao's has the rank of its split view; one scale for the tensor fits any rank here.
+        assert a.shape == b.shape or (keepdim and isinstance(ours.granularity, (fsq.PerGroup, fsq.PerTensor)))
+    with pytest.raises(AttributeError):
+        ours.eps = 1.0
+
+
+def test_an_empty_tensor_shows_nothing() -> None:
+    for kind in (AffineQuantizedMinMaxObserver, TorchaoObserver):
+        made = kind(TorchaoMappingType.SYMMETRIC, torch.int8, ao_granularity.PerTensor())
+        made(torch.empty(0, 8))
+        assert not hasattr(made, "min_val")
+
+
+def test_an_axis_that_is_kept_may_have_one_element() -> None:
+    for granularity in (ao_granularity.PerAxis(0), ao_granularity.PerRow()):
+        ours, theirs = (
+            kind(TorchaoMappingType.SYMMETRIC, torch.int8, granularity)
+            for kind in (AffineQuantizedMinMaxObserver, TorchaoObserver)
+        )
+        x = torch.randn(1, 8)
+        ours(x), theirs(x)
+        assert ours.min_val.shape == theirs.min_val.shape == (1,)
+
+
+@pytest.mark.filterwarnings("ignore:zero_point_domain=:DeprecationWarning")  # torchao 0.18
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_no_zero_point_where_the_domain_has_none(dtype: torch.dtype) -> None:
+    ours, theirs = (
+        kind(TorchaoMappingType.SYMMETRIC, dtype, ao_granularity.PerTensor(), zero_point_domain=ZeroPointDomain.NONE)
+        for kind in (AffineQuantizedMinMaxObserver, TorchaoObserver)
+    )
+    x = torch.randn(5, 8)
+    ours(x)
+    theirs(x)
+    scale, zero_point = ours.calculate_qparams()
+    assert zero_point is theirs.calculate_qparams()[1] is None
+    assert torch.equal(scale, theirs.calculate_qparams()[0].reshape(1))
+    layers = []
+    for domain in ZeroPointDomain.INT, ZeroPointDomain.NONE:
+        observers = (
+            AffineQuantizedMinMaxObserver(MappingType.SYMMETRIC, dtype, fsq.PerTensor(), zero_point_domain=domain)
+            for _ in range(2)
+        )
+        torch.manual_seed(0)
+        layer = ObservedLinear.from_float(nn.Linear(8, 4), *observers)
+        layer(x)
+        layers.append(QuantizedLinear.from_observed(layer))
+    assert_same_state(*(layer.state_dict() for layer in layers))
 
 
 @pytest.mark.parametrize("granularity", [fsq.PerTensor(), fsq.PerAxis(0), fsq.PerGroup(4)], ids=str)
@@ -277,6 +365,17 @@ def test_insert_observers_copies_both_observers_for_each_layer() -> None:
     assert act.state["count"].item() == 0
 
 
+@pytest.mark.parametrize(
+    ("filter_fn", "expected"), [(lambda m, name: True, ["0", "2.0"]), (lambda m, name: name.startswith("2"), ["2.0"])]
+)
+def test_a_filter_of_insert_observers_chooses_among_linear_layers(
+    filter_fn: Callable[[nn.Module, str], bool], expected: list[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 4)))
+    insert_observers_(model, observer(), observer(), filter_fn)
+    assert [name for name, m in model.named_modules() if isinstance(m, ObservedLinear)] == expected
+
+
 # --- quantized layers ------------------------------------------------------------------------------
 
 
@@ -291,6 +390,19 @@ def quantized(
     layer = observed(config, linear)
     layer(torch.randn(64, linear.in_features, dtype=linear.weight.dtype) if data is None else data)
     return QuantizedLinear.from_observed(layer, reference=reference)
+
+
+@every_scheme
+@pytest.mark.parametrize("fast_accum", [False, True])
+def test_the_weight_as_a_tensor_adds_as_its_layer_does(fast_accum: bool, scheme: str) -> None:
+    """On a CPU both give the same bits; what the product is asked for is what reaches the device."""
+    layer = quantized(SCHEMES[scheme], nn.Linear(8, 4))
+    layer.fast_accum = fast_accum
+    expected = fast_accum and scheme.startswith("float8")
+    assert layer.qweight.use_fast_accum == expected
+    weight = layer.as_linear().weight
+    assert isinstance(weight, LinearActivationQuantizedTensor)
+    assert weight.original_weight_tensor.use_fast_accum == expected
 
 
 def empty_like(layer: QuantizedLinear, dtype: torch.dtype | None = None) -> QuantizedLinear:
@@ -583,6 +695,7 @@ def test_a_compiled_chain_has_the_bits_of_eager_for_one_token() -> None:
 
 PER_TOKEN = QuantSpec(torch.int8, fsq.PerToken())
 GROUPS = QuantSpec(torch.int8, fsq.PerGroup(4))
+SYMMETRIC = MappingType.SYMMETRIC
 
 
 @pytest.mark.parametrize(
@@ -612,6 +725,38 @@ GROUPS = QuantSpec(torch.int8, fsq.PerGroup(4))
             TypeError,
             "weight_obs is a Identity; give an ObserverModule",
             id="ObservedLinear(weight_obs=Identity())",
+        ),
+        pytest.param(
+            lambda: ObservedLinear.from_float(nn.Linear(8, 4), *[observer()] * 2),
+            ValueError,
+            r"act_obs and weight_obs are one object.*give a copy.deepcopy",
+            id="ObservedLinear.from_float(observer, observer)",
+        ),
+        pytest.param(
+            lambda: ObservedLinear(8, 4, *[observer()] * 2),
+            ValueError,
+            r"act_obs and weight_obs are one object.*give a copy.deepcopy",
+            id="ObservedLinear(observer, observer)",
+        ),
+        pytest.param(
+            lambda: AffineQuantizedMinMaxObserver(SYMMETRIC, torch.int8, PER_TENSOR, preserve_zero=False),
+            ValueError,
+            "preserve_zero=False: 0.0 always has a code; leave it out",
+            id="preserve_zero=False",
+        ),
+        *(
+            pytest.param(
+                partial(AffineQuantizedMinMaxObserver, mapping, dtype, PER_TENSOR, zero_point_domain=domain),
+                ValueError,
+                message,
+                id=f"{dtype}, {mapping}, zero_point_domain={domain}",
+            )
+            for mapping, dtype, domain, message in (
+                (SYMMETRIC, torch.int8, ZeroPointDomain.FLOAT, "zero_point_domain=ZeroPointDomain.FLOAT: .* use Zero"),
+                (SYMMETRIC, torch.int8, None, "zero_point_domain=None: .* use ZeroPointDomain.INT, or"),
+                (SYMMETRIC, torch.uint8, ZeroPointDomain.NONE, "its zero point is not 0; use ZeroPointDomain.INT"),
+                (MappingType.ASYMMETRIC, torch.int8, ZeroPointDomain.NONE, "its zero point is not 0; use"),
+            )
         ),
         pytest.param(
             lambda: QuantizedLinear(8, 4, PER_TOKEN, SCHEMES["int8"].weight),
@@ -648,6 +793,12 @@ GROUPS = QuantSpec(torch.int8, fsq.PerGroup(4))
             CalibrationError,
             "nothing was seen.*calibrate with",
             id="from_observed(saw nothing)",
+        ),
+        pytest.param(
+            lambda: quantized(SCHEMES["int8"], nn.Linear(8, 4), reference=True).as_linear(),
+            ValueError,
+            "as_linear of a layer with reference=True: .* multiplies codes; keep the layer, or set layer.reference",
+            id="as_linear(reference)",
         ),
         pytest.param(
             lambda: insert_observers_(nn.Sequential(nn.ReLU()), observer(), observer()),

@@ -179,6 +179,13 @@ def test_the_bridges_own_layers_take_the_place_of_the_users(dtype: torch.dtype, 
     assert torch.equal(results["module"], results["tensor"])
 
 
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint4, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
@@ -191,10 +198,15 @@ def test_the_tensor_form_is_saved_loaded_moved_and_copied(dtype: torch.dtype, bi
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    fresh = nn.Sequential(nn.Linear(16, 8, bias=bias)).requires_grad_(False)
+    fresh = nn.Sequential(nn.Linear(16, 8, bias=bias))
     fresh.load_state_dict(torch.load(file, weights_only=True), assign=True)
     assert torch.equal(fresh(x), expected)
-    assert torch.equal(copy.deepcopy(model)(x), expected)
+    for copied in (copy.deepcopy(model), saved(model)):
+        assert torch.equal(copied(x), expected)
+        assert repr(copied) == repr(model)
+        copied[0].out_features = 9
+        assert "out_features=9" in repr(copied)
+        assert "out_features=8" in repr(model)
     assert torch.equal(model.to("cpu")(x), expected)
     model.bfloat16()
     assert model(x.bfloat16()).dtype is torch.bfloat16

@@ -16,6 +16,7 @@ import functional_sq as fsq
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
+    from torchao.quantization import Int8WeightOnlyConfig
     from torchao.quantization import quantize_ as torchao_quantize_
 
     import bridge
@@ -431,6 +432,53 @@ def test_a_subclass_that_computes_something_else_is_left_alone() -> None:
     with pytest.warns(UserWarning, match=r"1 modules stay in float:\n  0: Scaled has a forward of its own"):
         model = prepared(nn.Sequential(Scaled(16, 16), nn.Linear(16, 8)))
     assert kinds(model) == ["Scaled", "ObservedLinear"]
+
+
+def tensor_form() -> nn.Linear:
+    model = calibrated(nn.Sequential(nn.Linear(16, 16)), dataclasses.replace(INT8, form="tensor"))
+    return bridge.convert_(model)[0]
+
+
+def weight_alone() -> nn.Linear:
+    layer = tensor_form()
+    layer.weight = nn.Parameter(layer.weight.original_weight_tensor)
+    return layer
+
+
+def by_torchao() -> nn.Linear:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torchao_quantize_(model, Int8WeightOnlyConfig())
+    return model[0]
+
+
+@pytest.mark.parametrize("make", [tensor_form, weight_alone, by_torchao])
+def test_a_layer_with_a_quantized_weight_stays_what_it_is(make: Callable[[], nn.Linear]) -> None:
+    layer, x = make(), torch.randn(5, 16)
+    expected = layer(x)
+
+    def insert(model: nn.Module, config: StaticQuantConfig) -> None:
+        bridge.insert_observers_(model, *(bridge.ObserverModule(s) for s in (config.activation, config.weight)))
+
+    def step(model: nn.Module, config: StaticQuantConfig) -> None:
+        torchao_quantize_(model, dataclasses.replace(config, step="prepare"))
+
+    for prepare in (bridge.prepare_, insert, step):
+        model = nn.Sequential(layer, nn.Linear(16, 8)).eval()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prepare(model, INT8)
+        told = [str(w.message) for w in caught if "stay in float" in str(w.message)]
+        assert ["0: its weight is a" in each and "already" in each for each in told] == (
+            [True] if make is by_torchao and prepare is bridge.prepare_ else []
+        )
+        assert model[0] is layer
+        assert isinstance(model[1], ObservedLinear)
+    assert torch.equal(layer(x), expected)
+    observers = (bridge.ObserverModule(spec) for spec in (INT8.activation, INT8.weight))
+    with pytest.raises(ValueError, match=f"is a {type(layer.weight).__name__} already; give the float layer"):
+        ObservedLinear.from_float(layer, *observers)
 
 
 def test_the_filter_chooses_by_name() -> None:
