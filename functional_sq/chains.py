@@ -198,26 +198,44 @@ def hand_on(graph: fx.Graph) -> list[Link]:
         >>> chains.hand_on(torch.fx.symbolic_trace(torch.nn.ReLU()).graph)
         []
     """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    writes = [i for node, i in order.items() if _writes(node)]
+    before = _Captured(graph)
+    _share_codes(graph, before)
+    _fold_batch_norms(graph, before)
+    links = _requantize(graph, before)
+    _add_residuals(graph, before)
+    return sorted(links, key=lambda link: before.order[link.producer])
 
-    def written(after: fx.Node, before: fx.Node, but: tuple[fx.Node, ...] = ()) -> bool:
-        """Whether anything between two nodes writes to a tensor, so that the order matters."""
-        between = set(writes) - {order[node] for node in but}
-        return any(order[after] < i < order[before] for i in between)
 
+class _Captured:
+    """The order of a graph's nodes as it was captured, and which of them write to a tensor."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self._writes = [node for node in self.order if _writes(node)]
+
+    def writes_between(self, first: fx.Node, last: fx.Node, but: tuple[fx.Node, ...] = ()) -> bool:
+        """Whether anything between two nodes, but for some, writes to a tensor, so that the order matters."""
+        between = range(self.order[first] + 1, self.order[last])
+        return any(self.order[node] in between and node not in but for node in self._writes)
+
+
+def _share_codes(graph: fx.Graph, before: _Captured) -> None:
+    """Quantize once what is quantized alike."""
     seen: dict[tuple[Any, ...], fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         first = seen.get(node.args)
-        if first is None or written(first, node):
+        if first is None or before.writes_between(first, node):
             seen[node.args] = node
         else:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
 
+
+def _fold_batch_norms(graph: fx.Graph, before: _Captured) -> None:
+    """Make a batch norm part of the scale and bias of the layer whose result it norms."""
     for node in graph.find_nodes(op="call_function", target=F.batch_norm):
         normed = _normed(node)
-        if normed is None or written(normed[0], node):
+        if normed is None or before.writes_between(normed[0], node):
             continue
         producer, statistics = normed
         arguments = list(producer.args)
@@ -226,40 +244,46 @@ def hand_on(graph: fx.Graph) -> list[Link]:
             for i, position in enumerate((_SCALE, _BIAS)):
                 arguments[position] = graph.call_function(operator.getitem, (both, i))
         producer.args = tuple(arguments)
-        node.append(producer)
-        node.replace_all_uses_with(producer)
-        graph.erase_node(node)
+        _replace(graph, node, producer)
 
+
+def _requantize(graph: fx.Graph, before: _Captured) -> list[Link]:
+    """Let a layer make the codes that all its result is quantized to; return the layers that do."""
     links = []
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         found = _source(node.args[0])
         if found is None:
             continue
         producer, activation, passed = found
-        if written(producer, node, passed):
+        if before.writes_between(producer, node, passed):
             continue
         links.append(Link(producer, activation, tuple(node.users)))
         to_scale, to_zero_point, to_spec = _handed(graph, producer, node)
         producer.args = (*producer.args[:-4], activation, to_scale, to_zero_point, to_spec)
-        # After its new arguments, which are known before it: a buffer, or computed from one.
-        node.append(producer)
-        node.replace_all_uses_with(producer)
-        for done in (node, *passed):
-            graph.erase_node(done)
+        _replace(graph, node, producer, passed)
+    return links
 
-    for node in order:
+
+def _add_residuals(graph: fx.Graph, before: _Captured) -> None:
+    """Let a linear layer add what its result is added to."""
+    for node in before.order:
         term = _addition(node) if node.target in _ADDITIONS else None
         if term is None:
             continue
         producer, passed, residual = term
-        if written(producer, node, (node, *passed)):
+        if before.writes_between(producer, node, (node, *passed)):
             continue
         producer.args = (*producer.args[:-5], residual, *producer.args[-4:])
-        node.append(producer)
-        node.replace_all_uses_with(producer)
-        for done in (node, *passed):
-            graph.erase_node(done)
-    return sorted(links, key=lambda link: order[link.producer])
+        _replace(graph, node, producer, passed)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, producer: fx.Node, passed: tuple[fx.Node, ...] = ()) -> None:
+    """Let a layer stand where a node of its result stood, and leave out what was between."""
+    # After its new arguments, which are known before the node: a buffer, or computed from one.
+    node.append(producer)
+    node.replace_all_uses_with(producer)
+    for done in (node, *passed):
+        graph.erase_node(done)
 
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
