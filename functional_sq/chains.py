@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import json
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -315,9 +315,7 @@ def _source(x: object) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
 
 def _normed(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
     """Return the layer whose result alone a batch norm in evaluation norms, and what `fold_batch_norm` takes of it."""
-    given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
-    given.apply_defaults()
-    x, mean, variance, gamma, beta, training, _, eps = given.arguments.values()
+    x, mean, variance, gamma, beta, training, _, eps = _arguments(node).values()
     source = _source(x)
     if source is None or mean is None or variance is None or training is not False:
         return None
@@ -397,35 +395,71 @@ def _argument(node: fx.Node, name: str, position: int) -> object:
     return node.kwargs.get(name, node.args[position] if len(node.args) > position else None)
 
 
+_IN_PLACE = frozenset(
+    name[2:-2]
+    for kind in (operator, Tensor)
+    for name in dir(kind)
+    if name.startswith("__i") and hasattr(kind, f"__{name[3:]}")
+)
+"""`iadd`, `iand` and the like: what `operator` and a tensor have with an `i` in front, and without."""
+
+
 def _writes(node: fx.Node) -> bool:
     """Whether a node may write to a tensor that was there before; also where that cannot be told."""
     target = node.target
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
+        return _mutates(target)
     if isinstance(target, torch._ops.OpOverloadPacket):
-        names = target.overloads()  # type: ignore[no-untyped-call]
-        return any(getattr(target, name)._schema.is_mutable for name in names)
+        return any(_mutates(getattr(target, name)) for name in target.overloads())  # type: ignore[no-untyped-call]
     if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     module = getattr(target, "__module__", None) or "torch"
-    if module.partition(".")[0] not in ("torch", "_operator", "builtins", "math"):
+    # Dynamo has functions of its own for those of numpy, and for what it is told not to trace.
+    if module.partition(".")[0] not in ("torch", "_operator", "builtins", "math") or module.startswith("torch._dynamo"):
         return True  # somebody's own
-    if node.kwargs.get("out") is not None:
-        return True
-    if module == "torch.nn.functional":
-        given = inspect.signature(target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-        given.apply_defaults()
-        of = given.arguments.get
-        statistics = of("running_mean") is not None and of("training", of("use_input_stats")) is not False
-        return bool(of("inplace")) or of("max_norm") is not None or statistics or name.endswith("_")
-    if "batch_norm" in name or "instance_norm" in name:  # torch's own, which takes its statistics by position
+    of = _arguments(node).get
+    statistics = of("running_mean") is not None and of("training", of("use_input_stats")) is not False
+    if of("out") is not None or of("inplace") or of("max_norm") is not None or statistics:
         return True
     bare = name[2:-2] if name.startswith("__") else name
-    in_place = bare.startswith("i") and hasattr(operator, bare[1:]) and hasattr(operator, bare)
-    return in_place or bare in ("setitem", "delitem") or bare.endswith("_")
+    if bare in _IN_PLACE or bare in ("setitem", "delitem") or bare.endswith("_"):
+        return True
+    if inspect.isfunction(target):
+        return False
+    # What torch has built in is an operator, or several, by the same name; what it writes but for `out` is no option.
+    packet = getattr(torch.ops.aten, name, None)
+    names = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else []  # type: ignore[no-untyped-call]
+    schemas = [getattr(packet, each)._schema for each in names]
+    return _tracks(name) or any(_is_written(argument) for schema in schemas for argument in schema.arguments)
+
+
+def _mutates(operator: torch._ops.OpOverload) -> bool:
+    """Whether an operator says that it writes, or does and says nothing: collectives, and norms with statistics."""
+    name = operator._schema.name.rpartition(":")[2]
+    return operator._schema.is_mutable or name.endswith("_") or (operator.namespace == "aten" and _tracks(name))
+
+
+def _tracks(name: str) -> bool:
+    """Whether a function of torch may write to statistics, which it takes by position and no schema tells."""
+    return "batch_norm" in name or "instance_norm" in name
+
+
+def _is_written(argument: Any) -> bool:
+    """Whether a function always writes to an argument: a tensor that is no `out`."""
+    of_tensor = argument.type.kind() in ("TensorType", "OptionalType")
+    return of_tensor and argument.is_write and not (argument.is_out or argument.kwarg_only)
+
+
+def _arguments(node: fx.Node) -> Mapping[str, Any]:
+    """Return the arguments of a call by their names; of what is built in, those that are given by name."""
+    if not inspect.isfunction(node.target):
+        return node.kwargs
+    arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    arguments.apply_defaults()
+    return arguments.arguments
 
 
 def _handed(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> tuple[Any, Any, Any]:
