@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from functional_sq.backends import codes_made
+from functional_sq.backends import codes_dtype
 from functional_sq.conv import conv, fold_batch_norm
 from functional_sq.conv_transpose import conv_transpose
 from functional_sq.linear import Epilogue, FoldedWeight, linear
@@ -471,14 +471,14 @@ def _handed(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> tuple[Any, Any
     _, scale, zero_point, text = node.args
     assert isinstance(text, str)
     spec, codes = _spec(text), _example(producer.args[_CODES])
-    made = torch.uint8 if codes is None else codes_made(codes)
+    dtype = torch.uint8 if codes is None else codes_dtype(codes)
     multiplied = all(user.target is _PRODUCT and user.args[0] is node for user in node.users)
     eight = spec.format.bounds[1] == 255  # what `operand` shifts
-    if not multiplied or not (spec.format.storage is torch.int8 or eight) or spec.format.storage is made:
+    if not multiplied or not (spec.format.storage is torch.int8 or eight) or spec.format.storage is dtype:
         return scale, zero_point, text
-    up = 128 if made is torch.uint8 else -128
+    up = 128 if dtype is torch.uint8 else -128
     low, high = (int(code) + up for code in spec.bounds)
-    shifted = QuantSpec(made, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
+    shifted = QuantSpec(dtype, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
     with graph.inserting_before(node):
         zero_point = graph.call_function(torch.add, (zero_point, up))
     text = describe(shifted)

@@ -160,7 +160,7 @@ def convolve(
         tensor([[[[2., 1., 0.]]]])
     """
     y: Tensor = torch.ops.functional_sq.onednn_conv.default(
-        *onednn.given(operands),
+        *onednn.arguments(operands),
         stride,
         padding,
         dilation,
@@ -168,7 +168,7 @@ def convolve(
         activation,
         to_scale,
         to_zero_point,
-        onednn.made(dtype),
+        onednn.result_dtype(dtype),
     )
     return y if to_scale is not None else y.to(dtype)
 
@@ -325,13 +325,13 @@ def _pack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
     known: _Packed | None = _PACKED.get(codes)
     # Another layout is chosen when it is asked for twice in a row: sizes that always change cost no packing.
     if known is None or not onednn.is_state(known.state, codes) or (form == known.asked and form != known.form):
-        known = _PACKED[codes] = _made(codes, form)
+        known = _PACKED[codes] = _prepack(codes, form)
     elif form != known.asked:
         known = _PACKED[codes] = known._replace(asked=form)
     return known
 
 
-def _made(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
+def _prepack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
     # Which layout fits is remembered in torch without the zero point: of two layers with one form but for it, the
     # second gets the layout of the first, and is reordered in each call.
     shape, is_zero, kernel, *settings = form
