@@ -13,7 +13,18 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["align", "asked_once", "blockwise", "is_among", "is_batched", "is_traced", "looped", "reaches", "split"]
+__all__ = [
+    "align",
+    "always",
+    "asked_once",
+    "blockwise",
+    "is_among",
+    "is_batched",
+    "is_traced",
+    "looped",
+    "reaches",
+    "split",
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -124,9 +135,22 @@ def reaches(rows: int, least: int) -> bool:
     """
     if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
         return rows >= least
+    return not always(rows < least)
+
+
+def always(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds for all that a graph is for; false where that is not known. Adds no guard.
+
+    Example:
+        >>> from functional_sq.blocks import always
+        >>> always(3 == 3)
+        True
+    """
+    if not (torch.compiler.is_compiling() or isinstance(condition, torch.SymBool)):
+        return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
-    return not statically_known_true(rows < least)
+    return statically_known_true(condition)
 
 
 def is_among(rows: int, those: range) -> bool:

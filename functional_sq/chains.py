@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from functional_sq.backends import codes_dtype
+from functional_sq.blocks import always
 from functional_sq.conv import conv, fold_batch_norm
 from functional_sq.conv_transpose import conv_transpose
 from functional_sq.linear import Epilogue, FoldedWeight, linear
@@ -357,17 +358,13 @@ def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | N
 
 def _alike(x: object, y: object) -> bool:
     """Whether two nodes are known to be tensors of one shape, layout and dtype."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
     a, b = _example(x), _example(y)
     return (
         a is not None
         and b is not None
         and a.dtype is b.dtype
         and a.ndim == b.ndim
-        and all(
-            statically_known_true(m == n) for m, n in zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True)
-        )
+        and all(always(m == n) for m, n in zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True))
     )
 
 

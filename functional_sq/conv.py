@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.backends import Convolution, convolution_for
-from functional_sq.blocks import looped
+from functional_sq.blocks import always, looped
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_product
 from functional_sq.formats import REAL_DTYPES, Float8
@@ -159,7 +159,7 @@ def conv(
         if epilogue is None:
             epilogue = _epilogue(spec, qp, weight, dtype=wide)
         # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
-        if x.shape[0] == 0:
+        if always(x.shape[0] == 0):
             product = x.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
         elif backend is not None:
             product = _corrected(backend, *backend_codes(backend.CODES, spec, x, qp), weight, geometry, groups)

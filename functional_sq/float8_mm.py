@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_sq import triton_mm
-from functional_sq.blocks import is_among, is_traced, looped, reaches
+from functional_sq.blocks import always, is_among, is_traced, looped, reaches
 from functional_sq.compat import is_exporting
 from functional_sq.formats import as_float32
 from functional_sq.int_mm import as_written, is_large, whole_and_rest
@@ -117,7 +117,7 @@ def _scaled_mm_takes(a: Tensor, b: Tensor) -> bool:
     return (
         kinds <= {torch.float8_e4m3fn, torch.float8_e5m2}
         and kinds != {torch.float8_e5m2}
-        and a.shape[0] > 0
+        and always(a.shape[0] > 0)
         and a.shape[1] % 16 == 0
         and b.shape[0] % 16 == 0
         and torch.cuda.get_device_capability(a.device) >= (8, 9)

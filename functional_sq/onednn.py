@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from functional_sq.blocks import is_batched, is_traced, looped
+from functional_sq.blocks import always, is_batched, is_traced, looped
 from functional_sq.granularity import PerTensor
 from functional_sq.int_mm import INT32_TERMS, plain
 from functional_sq.operands import Operands
@@ -223,7 +223,7 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     taken = arguments(operands)
     # A batch of vmap is no memory to write to, and an operator of ours has no gradient. Where Inductor leaves the
     # copy out and then needs one, it takes it from the start of the storage (torch 2.13).
-    within = is_traced(residual) and not _is_zero(residual.storage_offset())
+    within = is_traced(residual) and not always(residual.storage_offset() == 0)
     alone = is_batched(residual, *taken) or residual.requires_grad or result_dtype(residual.dtype) is not residual.dtype
     if alone or within:
         return (product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
@@ -253,14 +253,6 @@ def arguments(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     """Return what oneDNN reads of them: codes, zero point, the weight's codes, scale, and the bias as float32."""
     q, zero_point, codes, _, scale, _, bias = operands
     return q, zero_point, codes, scale, None if bias is None else bias.to(torch.float32)
-
-
-def _is_zero(offset: int | torch.SymInt) -> bool:
-    if isinstance(offset, int):
-        return offset == 0
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
-    return statically_known_true(offset == 0)
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
