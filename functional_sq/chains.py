@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from functional_sq.backends import codes_dtype
-from functional_sq.blocks import always
+from functional_sq.blocks import always, skipped
 from functional_sq.conv import conv, fold_batch_norm
 from functional_sq.conv_transpose import conv_transpose
 from functional_sq.linear import Epilogue, FoldedWeight, linear
@@ -150,7 +150,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 for _name, (_schema, _function) in _SCHEMAS.items():
     torch.library.define(f"functional_sq::{_name}", _schema)
-    torch.library.impl(f"functional_sq::{_name}", "CompositeImplicitAutograd", _function)
+    torch.library.impl(f"functional_sq::{_name}", "CompositeImplicitAutograd", skipped(_function))
 
 _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default

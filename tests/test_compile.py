@@ -348,6 +348,59 @@ def test_compiled_for_a_number_of_rows_that_depends_on_data(
     assert counter.frame_count == 1
 
 
+def in_one_graph(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch.compile(torch.vmap(layer), fullgraph=True)
+
+
+def behind_a_graph_break(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def mapped(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return torch.vmap(layer)(x)
+
+    return torch.compile(mapped)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "by_onednn", "compiled"),
+    [
+        ("linear", "int8", True, in_one_graph),
+        ("conv", "int8", False, in_one_graph),
+        ("linear", "int8", True, behind_a_graph_break),
+        ("linear", "int8", False, behind_a_graph_break),
+        ("linear", "uint8", True, behind_a_graph_break),
+        ("linear", "float8", False, behind_a_graph_break),
+        ("conv", "int8", True, behind_a_graph_break),
+    ],
+)
+def test_a_layer_under_vmap_in_compiled_code(
+    name: str, config: str, by_onednn: bool, compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Dynamo looks at each frame, it compiles none of those behind an operator of ours."""
+    for module in (onednn, onednn_conv):
+        monkeypatch.setattr(module, "WORTH", 0 if by_onednn else 10**18)
+    model, ((x, _), *_) = kept(name, config)
+    x = x.unflatten(0, (3, 3)) if by_onednn else x.unflatten(0, (9, 1))  # or each by itself
+    with torch.inference_mode():
+        expected = torch.stack([model.layer(each) for each in x])
+        torch.testing.assert_close(compiled(model.layer)(x), expected)
+
+
+@pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
+def test_a_kernel_is_not_compiled_behind_a_frame_that_is_not() -> None:
+    q, codes = torch.arange(16, dtype=torch.uint8).reshape(2, 8), torch.ones(4, 8, dtype=torch.int8)
+    operands = q, torch.zeros(1, dtype=torch.int32), codes, torch.ones(4), None, "none", None, None, torch.float32
+
+    @torch.compile
+    def products() -> torch.Tensor:
+        total = torch.zeros(2, 4)
+        for _ in range(2):
+            torch._dynamo.graph_break()  # in a loop: Dynamo leaves the frame as it is, but not what it calls
+            total += torch.ops.functional_sq.onednn_product.default(*operands)
+        return total
+
+    assert torch.equal(products(), 2 * (q.float() @ codes.float().t()))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_a_cuda_device_gives_the_bits_of_the_cpu(spec: fsq.QuantSpec) -> None:
