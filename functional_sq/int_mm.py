@@ -59,10 +59,13 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
             return (a.to(exact) @ b.to(exact).t()).to(torch.int32)
     # oneDNN reads a pitch off the stride of an axis of size 1, which torch leaves undefined, and
     # then returns memory that nothing was written to (pytorch/pytorch#195066).
-    if not is_exporting() and always(m == 1) and k > 1 and a.device.type == "cpu":
-        y: Tensor = torch.ops.functional_sq.row_product.default(a, b)
-        return y
-    return _filled_up(a, b, *(_not_one(size) for size in (m, k or 1, n)))
+    rows = m
+    if not always(m != 1):  # or it is not known, as a number of rows that depends on data
+        if not is_exporting() and always(m == 1) and k > 1 and a.device.type == "cpu":
+            y: Tensor = torch.ops.functional_sq.row_product.default(a, b)
+            return y
+        rows = torch.sym_max(m, 2)  # type: ignore[no-untyped-call]
+    return _filled_up(a, b, rows, *(2 if size == 1 else size for size in (k or 1, n)))
 
 
 # An operator, as Inductor has strides of its own for a row. A second row of zeros takes 3 to 8 times as long.
@@ -77,11 +80,6 @@ def _row_product(a: Tensor, b: Tensor) -> Tensor:
 torch.library.impl(_ROW, "cpu", skipped(_row_product))
 torch.library.register_fake(_ROW, lambda a, b: a.new_empty((1, b.shape[0]), dtype=torch.int32))
 torch.library.register_vmap(_ROW, looped(torch.ops.functional_sq.row_product.default))
-
-
-def _not_one(size: int) -> int:
-    """Return a size, or 2 where it is 1; 2 at least where it may be 1, as a number of rows that depends on data."""
-    return size if always(size != 1) else torch.sym_max(size, 2)  # type: ignore[no-untyped-call]
 
 
 def _in_eights(a: Tensor, b: Tensor) -> Tensor:
