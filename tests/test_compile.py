@@ -360,6 +360,7 @@ def behind_a_graph_break(layer: nn.Module) -> Callable[[torch.Tensor], torch.Ten
     return torch.compile(mapped)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # neither our operators nor torch._int_mm have a rule
 @pytest.mark.parametrize(
     ("name", "config", "by_onednn", "compiled"),
     [
