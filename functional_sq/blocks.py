@@ -18,12 +18,12 @@ __all__ = [
     "always",
     "asked_once",
     "blockwise",
+    "hide_from_dynamo",
     "is_among",
     "is_batched",
     "is_traced",
     "looped",
     "reaches",
-    "skipped",
     "split",
 ]
 
@@ -44,7 +44,7 @@ def is_batched(*tensors: Tensor | None) -> bool:
     return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)
 
 
-def skipped(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def hide_from_dynamo(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let Dynamo compile neither a function nor what it calls, where it finds it on the stack: a kernel of an operator.
 
     As `torch.compiler.disable`, which imports Dynamo, and whose wrapper would take 1 us of each call.
@@ -65,7 +65,7 @@ def looped(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
 
         return torch.stack([call(*at(i)) for i in range(info.batch_size)]), 0
 
-    return skipped(rule)
+    return hide_from_dynamo(rule)
 
 
 def align(stat_shape: Sequence[int], rank: int) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from functional_sq.backends import codes_dtype
-from functional_sq.blocks import always, skipped
+from functional_sq.blocks import always, hide_from_dynamo
 from functional_sq.conv import conv, fold_batch_norm
 from functional_sq.conv_transpose import conv_transpose
 from functional_sq.linear import Epilogue, FoldedWeight, linear
@@ -150,7 +150,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 for _name, (_schema, _function) in _SCHEMAS.items():
     torch.library.define(f"functional_sq::{_name}", _schema)
-    torch.library.impl(f"functional_sq::{_name}", "CompositeImplicitAutograd", skipped(_function))
+    torch.library.impl(f"functional_sq::{_name}", "CompositeImplicitAutograd", hide_from_dynamo(_function))
 
 _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default
@@ -433,10 +433,10 @@ def _writes(node: fx.Node) -> bool:
     return _tracks(name) or any(_is_written(argument) for schema in schemas for argument in schema.arguments)
 
 
-def _mutates(operator: torch._ops.OpOverload) -> bool:
+def _mutates(op: torch._ops.OpOverload) -> bool:
     """Whether an operator says that it writes, or does and says nothing: collectives, and norms with statistics."""
-    name = operator._schema.name.rpartition(":")[2]
-    return operator._schema.is_mutable or name.endswith("_") or (operator.namespace == "aten" and _tracks(name))
+    name = op._schema.name.rpartition(":")[2]
+    return op._schema.is_mutable or name.endswith("_") or (op.namespace == "aten" and _tracks(name))
 
 
 def _tracks(name: str) -> bool:

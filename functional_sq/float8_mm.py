@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_sq import triton_mm
-from functional_sq.blocks import always, is_traced, looped, reaches, skipped
+from functional_sq.blocks import always, hide_from_dynamo, is_traced, looped, reaches
 from functional_sq.compat import is_exporting
 from functional_sq.formats import as_float32
 from functional_sq.int_mm import as_written, is_large, whole_and_rest
@@ -107,7 +107,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-torch.library.impl(_NAME, "cpu", skipped(_product))
+torch.library.impl(_NAME, "cpu", hide_from_dynamo(_product))
 torch.library.register_fake(_NAME, lambda a, b: a.new_empty((a.shape[0], b.shape[0])))
 torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_float_product.default))
 

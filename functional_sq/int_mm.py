@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.blocks import always, looped, skipped
+from functional_sq.blocks import always, hide_from_dynamo, looped
 from functional_sq.compat import is_exporting
 
 __all__ = ["INT32_TERMS", "as_written", "integer_product", "is_large", "plain", "whole_and_rest"]
@@ -77,7 +77,7 @@ def _row_product(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(plain(a), plain(b).t())
 
 
-torch.library.impl(_ROW, "cpu", skipped(_row_product))
+torch.library.impl(_ROW, "cpu", hide_from_dynamo(_row_product))
 torch.library.register_fake(_ROW, lambda a, b: a.new_empty((1, b.shape[0]), dtype=torch.int32))
 torch.library.register_vmap(_ROW, looped(torch.ops.functional_sq.row_product.default))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from functional_sq.blocks import always, is_batched, is_traced, looped, skipped
+from functional_sq.blocks import always, hide_from_dynamo, is_batched, is_traced, looped
 from functional_sq.granularity import PerTensor
 from functional_sq.int_mm import INT32_TERMS, plain
 from functional_sq.operands import Operands
@@ -327,13 +327,13 @@ def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
 
 
-torch.library.impl(_NAME, "cpu", skipped(_product))
+torch.library.impl(_NAME, "cpu", hide_from_dynamo(_product))
 torch.library.register_fake(_NAME, _fake)
 torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_product.default))
-torch.library.impl(_SUMS, "cpu", skipped(_sums))
+torch.library.impl(_SUMS, "cpu", hide_from_dynamo(_sums))
 torch.library.register_fake(_SUMS, lambda q, _, codes: q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.int32))
 torch.library.register_vmap(_SUMS, looped(torch.ops.functional_sq.onednn_sums.default))
-torch.library.impl(_ADD, "cpu", skipped(_add_product))
+torch.library.impl(_ADD, "cpu", hide_from_dynamo(_add_product))
 torch.library.register_fake(_ADD, lambda *_: None)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
-from functional_sq.blocks import looped, skipped
+from functional_sq.blocks import hide_from_dynamo, looped
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
@@ -261,7 +261,7 @@ def _empty(
     return torch.empty(size, dtype=dtype, device=q.device, memory_format=torch.channels_last)
 
 
-torch.library.impl(_NAME, "cpu", skipped(_conv))
+torch.library.impl(_NAME, "cpu", hide_from_dynamo(_conv))
 torch.library.register_fake(_NAME, _fake)
 torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_conv.default))
 
