@@ -64,7 +64,7 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         if not is_exporting() and always(m == 1) and k > 1 and a.device.type == "cpu":
             y: Tensor = torch.ops.functional_sq.row_product.default(a, b)
             return y
-        rows = torch.sym_max(m, 2)  # type: ignore[no-untyped-call]
+        rows = _at_least(m, 2)
     return _filled_up(a, b, rows, *(2 if size == 1 else size for size in (k or 1, n)))
 
 
@@ -82,10 +82,18 @@ torch.library.register_fake(_ROW, lambda a, b: a.new_empty((1, b.shape[0]), dtyp
 torch.library.register_vmap(_ROW, looped(torch.ops.functional_sq.row_product.default))
 
 
+def _at_least(size: int, least: int) -> int:
+    """Return the larger of a size and a number; a symbol where that is not known, as it adds no guard."""
+    if always(size >= least):
+        return size
+    # Dynamo of torch 2.11 takes no sym_max of two numbers.
+    return least if always(size < least) else torch.sym_max(size, least)  # type: ignore[no-untyped-call]
+
+
 def _in_eights(a: Tensor, b: Tensor) -> Tensor:
     """Return the product by what cuBLASLt takes: more than 16 rows, and K and N that are multiples of 8."""
     (m, k), n = a.shape, b.shape[0]
-    rows, inner, columns = torch.sym_max(m, 17), k + -k % 8, n + -n % 8  # type: ignore[no-untyped-call]
+    rows, inner, columns = _at_least(m, 17), k + -k % 8, n + -n % 8
     if n != columns and k == inner and is_large(b):
         return torch.cat([_in_eights(a, piece) for piece in whole_and_rest(b, 8)], 1)
     return _filled_up(a, b, rows, inner, columns)
