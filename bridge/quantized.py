@@ -381,6 +381,8 @@ class Quantized(Buffers):
         return f"{_short(self.weight_codes.dtype)} product{self._backend()}"
 
     def extra_repr(self) -> str:
+        if torch.compiler.is_compiling():  # torch.vmap takes the repr of what it maps, which is no constant of a graph
+            return ""
         shown = {name: value for name, value in self.arguments().items() if name not in SWITCHES}
         return (
             f"{', '.join(f'{name}={value!r}' for name, value in shown.items())}, "

@@ -31,7 +31,7 @@ __all__ = [
     "PRODUCTS",
     "Convolution",
     "Product",
-    "codes_made",
+    "codes_dtype",
     "convolution_for",
     "fingerprint",
     "product_for",
@@ -141,13 +141,13 @@ def convolution_for(
     return None
 
 
-def codes_made(codes: Tensor) -> torch.dtype:
+def codes_dtype(codes: Tensor) -> torch.dtype:
     """Return of which dtype codes are where one layer hands them to the next: those of the backend for its weight.
 
     Example:
         >>> import torch
-        >>> from functional_sq.backends import codes_made
-        >>> codes_made(torch.zeros(4, 16, dtype=torch.int8))
+        >>> from functional_sq.backends import codes_dtype
+        >>> codes_dtype(torch.zeros(4, 16, dtype=torch.int8))
         torch.uint8
     """
     known: list[Product] | list[Convolution] = PRODUCTS if codes.ndim == 2 else CONVOLUTIONS

@@ -13,7 +13,19 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["align", "asked_once", "blockwise", "is_among", "is_batched", "is_traced", "looped", "reaches", "split"]
+__all__ = [
+    "align",
+    "always",
+    "asked_once",
+    "blockwise",
+    "hide_from_dynamo",
+    "is_among",
+    "is_batched",
+    "is_traced",
+    "looped",
+    "reaches",
+    "split",
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -32,6 +44,17 @@ def is_batched(*tensors: Tensor | None) -> bool:
     return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)
 
 
+def hide_from_dynamo(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let Dynamo compile neither a function nor what it calls, where it finds it on the stack: a kernel of an operator.
+
+    As `torch.compiler.disable`, which imports Dynamo, and whose wrapper would take 1 us of each call.
+    """
+    hook: Any = torch._C._dynamo.eval_frame
+    skip = hook._FrameAction.SKIP
+    hook.set_code_exec_strategy(function.__code__, hook._FrameExecStrategy(skip, skip))
+    return function
+
+
 def looped(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
     """Return the vmap rule of an operator without a batch: `call` for each element."""
 
@@ -42,7 +65,7 @@ def looped(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
 
         return torch.stack([call(*at(i)) for i in range(info.batch_size)]), 0
 
-    return rule
+    return hide_from_dynamo(rule)
 
 
 def align(stat_shape: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -124,9 +147,22 @@ def reaches(rows: int, least: int) -> bool:
     """
     if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
         return rows >= least
+    return not always(rows < least)
+
+
+def always(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds for all that a graph is for; false where that is not known. Adds no guard.
+
+    Example:
+        >>> from functional_sq.blocks import always
+        >>> always(3 == 3)
+        True
+    """
+    if not (torch.compiler.is_compiling() or isinstance(condition, torch.SymBool)):
+        return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
-    return not statically_known_true(rows < least)
+    return statically_known_true(condition)
 
 
 def is_among(rows: int, those: range) -> bool:

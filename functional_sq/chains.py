@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import json
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from functional_sq.backends import codes_made
+from functional_sq.backends import codes_dtype
+from functional_sq.blocks import always, hide_from_dynamo
 from functional_sq.conv import conv, fold_batch_norm
 from functional_sq.conv_transpose import conv_transpose
 from functional_sq.linear import Epilogue, FoldedWeight, linear
@@ -149,7 +150,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 for _name, (_schema, _function) in _SCHEMAS.items():
     torch.library.define(f"functional_sq::{_name}", _schema)
-    torch.library.impl(f"functional_sq::{_name}", "CompositeImplicitAutograd", _function)
+    torch.library.impl(f"functional_sq::{_name}", "CompositeImplicitAutograd", hide_from_dynamo(_function))
 
 _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default
@@ -198,26 +199,44 @@ def hand_on(graph: fx.Graph) -> list[Link]:
         >>> chains.hand_on(torch.fx.symbolic_trace(torch.nn.ReLU()).graph)
         []
     """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    writes = [i for node, i in order.items() if _writes(node)]
+    before = _Captured(graph)
+    _share_codes(graph, before)
+    _fold_batch_norms(graph, before)
+    links = _requantize(graph, before)
+    _add_residuals(graph, before)
+    return sorted(links, key=lambda link: before.order[link.producer])
 
-    def written(after: fx.Node, before: fx.Node, but: tuple[fx.Node, ...] = ()) -> bool:
-        """Whether anything between two nodes writes to a tensor, so that the order matters."""
-        between = set(writes) - {order[node] for node in but}
-        return any(order[after] < i < order[before] for i in between)
 
+class _Captured:
+    """The order of a graph's nodes as it was captured, and which of them write to a tensor."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self._writes = [node for node in self.order if _writes(node)]
+
+    def writes_between(self, first: fx.Node, last: fx.Node, but: tuple[fx.Node, ...] = ()) -> bool:
+        """Whether anything between two nodes, but for some, writes to a tensor, so that the order matters."""
+        between = range(self.order[first] + 1, self.order[last])
+        return any(self.order[node] in between and node not in but for node in self._writes)
+
+
+def _share_codes(graph: fx.Graph, before: _Captured) -> None:
+    """Quantize once what is quantized alike."""
     seen: dict[tuple[Any, ...], fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         first = seen.get(node.args)
-        if first is None or written(first, node):
+        if first is None or before.writes_between(first, node):
             seen[node.args] = node
         else:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
 
+
+def _fold_batch_norms(graph: fx.Graph, before: _Captured) -> None:
+    """Make a batch norm part of the scale and bias of the layer whose result it norms."""
     for node in graph.find_nodes(op="call_function", target=F.batch_norm):
         normed = _normed(node)
-        if normed is None or written(normed[0], node):
+        if normed is None or before.writes_between(normed[0], node):
             continue
         producer, statistics = normed
         arguments = list(producer.args)
@@ -226,40 +245,46 @@ def hand_on(graph: fx.Graph) -> list[Link]:
             for i, position in enumerate((_SCALE, _BIAS)):
                 arguments[position] = graph.call_function(operator.getitem, (both, i))
         producer.args = tuple(arguments)
-        node.append(producer)
-        node.replace_all_uses_with(producer)
-        graph.erase_node(node)
+        _replace(graph, node, producer)
 
+
+def _requantize(graph: fx.Graph, before: _Captured) -> list[Link]:
+    """Let a layer make the codes that all its result is quantized to; return the layers that do."""
     links = []
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         found = _source(node.args[0])
         if found is None:
             continue
         producer, activation, passed = found
-        if written(producer, node, passed):
+        if before.writes_between(producer, node, passed):
             continue
         links.append(Link(producer, activation, tuple(node.users)))
         to_scale, to_zero_point, to_spec = _handed(graph, producer, node)
         producer.args = (*producer.args[:-4], activation, to_scale, to_zero_point, to_spec)
-        # After its new arguments, which are known before it: a buffer, or computed from one.
-        node.append(producer)
-        node.replace_all_uses_with(producer)
-        for done in (node, *passed):
-            graph.erase_node(done)
+        _replace(graph, node, producer, passed)
+    return links
 
-    for node in order:
+
+def _add_residuals(graph: fx.Graph, before: _Captured) -> None:
+    """Let a linear layer add what its result is added to."""
+    for node in before.order:
         term = _addition(node) if node.target in _ADDITIONS else None
         if term is None:
             continue
         producer, passed, residual = term
-        if written(producer, node, (node, *passed)):
+        if before.writes_between(producer, node, (node, *passed)):
             continue
         producer.args = (*producer.args[:-5], residual, *producer.args[-4:])
-        node.append(producer)
-        node.replace_all_uses_with(producer)
-        for done in (node, *passed):
-            graph.erase_node(done)
-    return sorted(links, key=lambda link: order[link.producer])
+        _replace(graph, node, producer, passed)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, producer: fx.Node, passed: tuple[fx.Node, ...] = ()) -> None:
+    """Let a layer stand where a node of its result stood, and leave out what was between."""
+    # After its new arguments, which are known before the node: a buffer, or computed from one.
+    node.append(producer)
+    node.replace_all_uses_with(producer)
+    for done in (node, *passed):
+        graph.erase_node(done)
 
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -291,9 +316,7 @@ def _source(x: object) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
 
 def _normed(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
     """Return the layer whose result alone a batch norm in evaluation norms, and what `fold_batch_norm` takes of it."""
-    given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
-    given.apply_defaults()
-    x, mean, variance, gamma, beta, training, _, eps = given.arguments.values()
+    x, mean, variance, gamma, beta, training, _, eps = _arguments(node).values()
     source = _source(x)
     if source is None or mean is None or variance is None or training is not False:
         return None
@@ -335,17 +358,13 @@ def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | N
 
 def _alike(x: object, y: object) -> bool:
     """Whether two nodes are known to be tensors of one shape, layout and dtype."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
     a, b = _example(x), _example(y)
     return (
         a is not None
         and b is not None
         and a.dtype is b.dtype
         and a.ndim == b.ndim
-        and all(
-            statically_known_true(m == n) for m, n in zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True)
-        )
+        and all(always(m == n) for m, n in zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True))
     )
 
 
@@ -373,35 +392,71 @@ def _argument(node: fx.Node, name: str, position: int) -> object:
     return node.kwargs.get(name, node.args[position] if len(node.args) > position else None)
 
 
+_IN_PLACE = frozenset(
+    name[2:-2]
+    for kind in (operator, Tensor)
+    for name in dir(kind)
+    if name.startswith("__i") and hasattr(kind, f"__{name[3:]}")
+)
+"""`iadd`, `iand` and the like: what `operator` and a tensor have with an `i` in front, and without."""
+
+
 def _writes(node: fx.Node) -> bool:
     """Whether a node may write to a tensor that was there before; also where that cannot be told."""
     target = node.target
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
+        return _mutates(target)
     if isinstance(target, torch._ops.OpOverloadPacket):
-        names = target.overloads()  # type: ignore[no-untyped-call]
-        return any(getattr(target, name)._schema.is_mutable for name in names)
+        return any(_mutates(getattr(target, name)) for name in target.overloads())  # type: ignore[no-untyped-call]
     if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     module = getattr(target, "__module__", None) or "torch"
-    if module.partition(".")[0] not in ("torch", "_operator", "builtins", "math"):
+    # Dynamo has functions of its own for those of numpy, and for what it is told not to trace.
+    if module.partition(".")[0] not in ("torch", "_operator", "builtins", "math") or module.startswith("torch._dynamo"):
         return True  # somebody's own
-    if node.kwargs.get("out") is not None:
-        return True
-    if module == "torch.nn.functional":
-        given = inspect.signature(target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-        given.apply_defaults()
-        of = given.arguments.get
-        statistics = of("running_mean") is not None and of("training", of("use_input_stats")) is not False
-        return bool(of("inplace")) or of("max_norm") is not None or statistics or name.endswith("_")
-    if "batch_norm" in name or "instance_norm" in name:  # torch's own, which takes its statistics by position
+    of = _arguments(node).get
+    statistics = of("running_mean") is not None and of("training", of("use_input_stats")) is not False
+    if of("out") is not None or of("inplace") or of("max_norm") is not None or statistics:
         return True
     bare = name[2:-2] if name.startswith("__") else name
-    in_place = bare.startswith("i") and hasattr(operator, bare[1:]) and hasattr(operator, bare)
-    return in_place or bare in ("setitem", "delitem") or bare.endswith("_")
+    if bare in _IN_PLACE or bare in ("setitem", "delitem") or bare.endswith("_"):
+        return True
+    if inspect.isfunction(target):
+        return False
+    # What torch has built in is an operator, or several, by the same name; what it writes but for `out` is no option.
+    packet = getattr(torch.ops.aten, name, None)
+    names = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else []  # type: ignore[no-untyped-call]
+    schemas = [getattr(packet, each)._schema for each in names]
+    return _tracks(name) or any(_is_written(argument) for schema in schemas for argument in schema.arguments)
+
+
+def _mutates(op: torch._ops.OpOverload) -> bool:
+    """Whether an operator says that it writes, or does and says nothing: collectives, and norms with statistics."""
+    name = op._schema.name.rpartition(":")[2]
+    return op._schema.is_mutable or name.endswith("_") or (op.namespace == "aten" and _tracks(name))
+
+
+def _tracks(name: str) -> bool:
+    """Whether a function of torch may write to statistics, which it takes by position and no schema tells."""
+    return "batch_norm" in name or "instance_norm" in name
+
+
+def _is_written(argument: Any) -> bool:
+    """Whether a function always writes to an argument: a tensor that is no `out`."""
+    of_tensor = argument.type.kind() in ("TensorType", "OptionalType")
+    return of_tensor and argument.is_write and not (argument.is_out or argument.kwarg_only)
+
+
+def _arguments(node: fx.Node) -> Mapping[str, Any]:
+    """Return the arguments of a call by their names; of what is built in, those that are given by name."""
+    if not inspect.isfunction(node.target):
+        return node.kwargs
+    arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    arguments.apply_defaults()
+    return arguments.arguments
 
 
 def _handed(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> tuple[Any, Any, Any]:
@@ -413,14 +468,14 @@ def _handed(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> tuple[Any, Any
     _, scale, zero_point, text = node.args
     assert isinstance(text, str)
     spec, codes = _spec(text), _example(producer.args[_CODES])
-    made = torch.uint8 if codes is None else codes_made(codes)
+    dtype = torch.uint8 if codes is None else codes_dtype(codes)
     multiplied = all(user.target is _PRODUCT and user.args[0] is node for user in node.users)
     eight = spec.format.bounds[1] == 255  # what `operand` shifts
-    if not multiplied or not (spec.format.storage is torch.int8 or eight) or spec.format.storage is made:
+    if not multiplied or not (spec.format.storage is torch.int8 or eight) or spec.format.storage is dtype:
         return scale, zero_point, text
-    up = 128 if made is torch.uint8 else -128
+    up = 128 if dtype is torch.uint8 else -128
     low, high = (int(code) + up for code in spec.bounds)
-    shifted = QuantSpec(made, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
+    shifted = QuantSpec(dtype, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
     with graph.inserting_before(node):
         zero_point = graph.call_function(torch.add, (zero_point, up))
     text = describe(shifted)

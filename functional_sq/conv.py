@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.backends import Convolution, convolution_for
-from functional_sq.blocks import looped
+from functional_sq.blocks import always, looped
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_product
 from functional_sq.formats import REAL_DTYPES, Float8
@@ -42,12 +42,12 @@ from functional_sq.int_mm import as_written, integer_product
 from functional_sq.linear import (
     Epilogue,
     FoldedWeight,
+    backend_codes,
     check_epilogue,
     check_operands,
     fits_operator,
-    given_to,
-    made_by,
     operand,
+    requantize_by,
 )
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
 from functional_sq.onednn_conv import overlap
@@ -148,21 +148,21 @@ def conv(
     if backend is not None and weight.zero_point is None:
         assert epilogue is not None
         assert epilogue.offset is not None
-        given = given_to(backend.CODES, spec, x, qp)
-        operands = Operands(*given, weight.codes, None, epilogue.scale, epilogue.offset, bias)
+        taken = backend_codes(backend.CODES, spec, x, qp)
+        operands = Operands(*taken, weight.codes, None, epilogue.scale, epilogue.offset, bias)
         convolve = partial(_by, backend, operands, geometry, groups)
         if then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
-            y, then = made_by(convolve, then, backend.CODES), None
+            y, then = requantize_by(convolve, then, backend.CODES), None
         else:
             y = convolve(dtype=dtype)
     else:
         if epilogue is None:
             epilogue = _epilogue(spec, qp, weight, dtype=wide)
         # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
-        if x.shape[0] == 0:
+        if always(x.shape[0] == 0):
             product = x.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
         elif backend is not None:
-            product = _corrected(backend, *given_to(backend.CODES, spec, x, qp), weight, geometry, groups)
+            product = _corrected(backend, *backend_codes(backend.CODES, spec, x, qp), weight, geometry, groups)
         elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
             product = _direct(spec, x, qp, weight, geometry, groups)
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_sq import triton_mm
-from functional_sq.blocks import is_among, is_traced, looped, reaches
+from functional_sq.blocks import always, hide_from_dynamo, is_traced, looped, reaches
 from functional_sq.compat import is_exporting
 from functional_sq.formats import as_float32
 from functional_sq.int_mm import as_written, is_large, whole_and_rest
@@ -27,7 +27,8 @@ def float8_product(a: Tensor, b: Tensor, fast_accum: bool) -> Tensor:
         if a.device.type != "cpu" or not HAS_ONEDNN or is_exporting():
             with as_written(a.device):
                 return a @ as_float32(b).t()
-        few = is_traced(a) and is_among(a.shape[0], range(1, 9))
+        # One of these numbers, and not a symbol that is among them: each row is a node of the graph.
+        few = is_traced(a) and any(always(a.shape[0] == rows) for rows in range(1, 9))
         return _of_few(a, b) if few else _in_pieces(a, b)
     if b.shape[0] % 16 and is_large(b):
         pieces = whole_and_rest(b, 16)
@@ -106,7 +107,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-torch.library.impl(_NAME, "cpu", _product)
+torch.library.impl(_NAME, "cpu", hide_from_dynamo(_product))
 torch.library.register_fake(_NAME, lambda a, b: a.new_empty((a.shape[0], b.shape[0])))
 torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_float_product.default))
 
@@ -117,7 +118,7 @@ def _scaled_mm_takes(a: Tensor, b: Tensor) -> bool:
     return (
         kinds <= {torch.float8_e4m3fn, torch.float8_e5m2}
         and kinds != {torch.float8_e5m2}
-        and a.shape[0] > 0
+        and always(a.shape[0] > 0)
         and a.shape[1] % 16 == 0
         and b.shape[0] % 16 == 0
         and torch.cuda.get_device_capability(a.device) >= (8, 9)

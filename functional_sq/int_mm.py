@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.blocks import looped
+from functional_sq.blocks import always, hide_from_dynamo, looped
 from functional_sq.compat import is_exporting
 
 __all__ = ["INT32_TERMS", "as_written", "integer_product", "is_large", "plain", "whole_and_rest"]
@@ -59,10 +59,13 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
             return (a.to(exact) @ b.to(exact).t()).to(torch.int32)
     # oneDNN reads a pitch off the stride of an axis of size 1, which torch leaves undefined, and
     # then returns memory that nothing was written to (pytorch/pytorch#195066).
-    if m == 1 < k and a.device.type == "cpu" and not is_exporting():
-        y: Tensor = torch.ops.functional_sq.row_product.default(a, b)
-        return y
-    return _filled_up(a, b, *(2 if size == 1 else size for size in (m, k or 1, n)))
+    rows = m
+    if not always(m != 1):  # or it is not known, as a number of rows that depends on data
+        if not is_exporting() and always(m == 1) and k > 1 and a.device.type == "cpu":
+            y: Tensor = torch.ops.functional_sq.row_product.default(a, b)
+            return y
+        rows = _at_least(m, 2)
+    return _filled_up(a, b, rows, *(2 if size == 1 else size for size in (k or 1, n)))
 
 
 # An operator, as Inductor has strides of its own for a row. A second row of zeros takes 3 to 8 times as long.
@@ -74,15 +77,23 @@ def _row_product(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(plain(a), plain(b).t())
 
 
-torch.library.impl(_ROW, "cpu", _row_product)
+torch.library.impl(_ROW, "cpu", hide_from_dynamo(_row_product))
 torch.library.register_fake(_ROW, lambda a, b: a.new_empty((1, b.shape[0]), dtype=torch.int32))
 torch.library.register_vmap(_ROW, looped(torch.ops.functional_sq.row_product.default))
+
+
+def _at_least(size: int, least: int) -> int:
+    """Return the larger of a size and a number; a symbol where that is not known, as it adds no guard."""
+    if always(size >= least):
+        return size
+    # Dynamo of torch 2.11 takes no sym_max of two numbers.
+    return least if always(size < least) else torch.sym_max(size, least)  # type: ignore[no-untyped-call]
 
 
 def _in_eights(a: Tensor, b: Tensor) -> Tensor:
     """Return the product by what cuBLASLt takes: more than 16 rows, and K and N that are multiples of 8."""
     (m, k), n = a.shape, b.shape[0]
-    rows, inner, columns = max(m, 17), k + -k % 8, n + -n % 8
+    rows, inner, columns = _at_least(m, 17), k + -k % 8, n + -n % 8
     if n != columns and k == inner and is_large(b):
         return torch.cat([_in_eights(a, piece) for piece in whole_and_rest(b, 8)], 1)
     return _filled_up(a, b, rows, inner, columns)
@@ -116,10 +127,10 @@ def _filled_up(a: Tensor, b: Tensor, rows: int, inner: int, columns: int) -> Ten
     """Return the product of operands that are filled up to these sizes, cut to the one that is asked for."""
     m, n = a.shape[0], b.shape[0]
     y = torch._int_mm(_zeros_to(a, rows, inner), _zeros_to(b, columns, inner).t())
-    return y if (rows, columns) == (m, n) else y.narrow(0, 0, m).narrow(1, 0, n)
+    return y if columns == n and always(rows == m) else y.narrow(0, 0, m).narrow(1, 0, n)
 
 
 def _zeros_to(x: Tensor, rows: int, columns: int) -> Tensor:
     """Return `x` with rows and columns of zeros added, which change no sum; `x` itself if there are none."""
     m, k = x.shape
-    return x if (m, k) == (rows, columns) else F.pad(x, (0, columns - k, 0, rows - m))
+    return x if columns == k and always(rows == m) else F.pad(x, (0, columns - k, 0, rows - m))

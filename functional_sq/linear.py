@@ -45,17 +45,17 @@ from functional_sq.spec import QuantSpec, check_spec
 __all__ = [
     "Epilogue",
     "FoldedWeight",
+    "backend_codes",
     "check_epilogue",
     "check_operands",
     "check_product",
     "epilogue",
     "fits_operator",
     "fold",
-    "given_to",
     "linear",
     "linear_reference",
-    "made_by",
     "operand",
+    "requantize_by",
     "unfold",
 ]
 
@@ -340,9 +340,10 @@ def linear(
     if backend is not None:
         assert offset is not None
         zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(n)
-        operands = Operands(*given_to(backend.CODES, spec, flat, qp), weight.codes, zero_point, scale, offset, bias)
+        taken = backend_codes(backend.CODES, spec, flat, qp)
+        operands = Operands(*taken, weight.codes, zero_point, scale, offset, bias)
         if then is not None and residual is None and backend.requantizes(then.spec, then.qp.scale, then.activation):
-            return made_by(partial(backend.product, operands), then, backend.CODES).reshape(*lead, n)
+            return requantize_by(partial(backend.product, operands), then, backend.CODES).reshape(*lead, n)
         if residual is None:
             y = backend.product(operands, dtype=dtype).reshape(*lead, n)
         else:
@@ -448,20 +449,20 @@ def operand(spec: QuantSpec, q: Tensor) -> Tensor:
     return (q ^ 128 if _shift(spec) else q).view(torch.int8)
 
 
-def given_to(made: torch.dtype, spec: QuantSpec, q: Tensor, qp: QParams) -> tuple[Tensor, Tensor]:
+def backend_codes(dtype: torch.dtype, spec: QuantSpec, q: Tensor, qp: QParams) -> tuple[Tensor, Tensor]:
     """Return codes of at most 8 bits in the dtype of a backend, and the int32 zero point of one element for them."""
     zero_point = qp.zero_point.reshape(1).to(torch.int32)
-    if made is torch.int8:
+    if dtype is torch.int8:
         return operand(spec, q), zero_point - _shift(spec)
     return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
 
 
-def made_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization, made: torch.dtype) -> Tensor:
-    """Return codes of 8 bits that `make(activation, scale, zero_point)` makes in `made`, in the dtype of their spec."""
+def requantize_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization, dtype: torch.dtype) -> Tensor:
+    """Return codes of 8 bits that `make(activation, scale, zero_point)` makes in `dtype`, as their spec has them."""
     storage, zero_point = then.spec.format.storage, then.qp.zero_point.to(torch.int32)
-    if storage is made:
+    if storage is dtype:
         return make(then.activation, then.qp.scale, zero_point)
-    up = 128 if made is torch.uint8 else -128
+    up = 128 if dtype is torch.uint8 else -128
     return (make(then.activation, then.qp.scale, zero_point + up) ^ up).view(storage)
 
 

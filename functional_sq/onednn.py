@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from functional_sq.blocks import is_batched, is_traced, looped
+from functional_sq.blocks import always, hide_from_dynamo, is_batched, is_traced, looped
 from functional_sq.granularity import PerTensor
 from functional_sq.int_mm import INT32_TERMS, plain
 from functional_sq.operands import Operands
@@ -29,15 +29,15 @@ from functional_sq.spec import QuantSpec
 __all__ = [
     "CODES",
     "NAME",
+    "arguments",
     "exactly",
-    "given",
     "is_state",
     "key",
     "largest_sum",
-    "made",
     "plus",
     "product",
     "requantizes",
+    "result_dtype",
     "rows",
     "state",
     "supports",
@@ -193,7 +193,7 @@ def product(
         y = apply_epilogue(total, operands.scale, operands.bias, torch.float32)
         return _then(y, activation, to_scale, to_zero_point, dtype)
     result: Tensor = torch.ops.functional_sq.onednn_product.default(
-        *given(operands), activation, to_scale, to_zero_point, made(dtype)
+        *arguments(operands), activation, to_scale, to_zero_point, result_dtype(dtype)
     )
     return result if to_scale is not None else result.to(dtype)
 
@@ -220,11 +220,11 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     if operands.weight_zero_point is not None:
         total = _corrected(operands, operands.weight_zero_point).reshape(residual.shape)
         return apply_epilogue(total, operands.scale, operands.bias, residual.dtype, residual)
-    taken = given(operands)
+    taken = arguments(operands)
     # A batch of vmap is no memory to write to, and an operator of ours has no gradient. Where Inductor leaves the
     # copy out and then needs one, it takes it from the start of the storage (torch 2.13).
-    within = is_traced(residual) and not _is_zero(residual.storage_offset())
-    alone = is_batched(residual, *taken) or residual.requires_grad or made(residual.dtype) is not residual.dtype
+    within = is_traced(residual) and not always(residual.storage_offset() == 0)
+    alone = is_batched(residual, *taken) or residual.requires_grad or result_dtype(residual.dtype) is not residual.dtype
     if alone or within:
         return (product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
     y = residual.clone(memory_format=torch.contiguous_format)
@@ -249,21 +249,13 @@ def _then(
     return requantize(y, Requantization(_UINT8, QParams(to_scale, to_zero_point), activation))
 
 
-def given(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def arguments(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return what oneDNN reads of them: codes, zero point, the weight's codes, scale, and the bias as float32."""
     q, zero_point, codes, _, scale, _, bias = operands
     return q, zero_point, codes, scale, None if bias is None else bias.to(torch.float32)
 
 
-def _is_zero(offset: int | torch.SymInt) -> bool:
-    if isinstance(offset, int):
-        return offset == 0
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
-    return statically_known_true(offset == 0)
-
-
-def made(dtype: torch.dtype) -> torch.dtype:
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what oneDNN rounds to where `dtype` is wanted."""
     return dtype if dtype is torch.bfloat16 else torch.float32
 
@@ -335,13 +327,13 @@ def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
 
 
-torch.library.impl(_NAME, "cpu", _product)
+torch.library.impl(_NAME, "cpu", hide_from_dynamo(_product))
 torch.library.register_fake(_NAME, _fake)
 torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_product.default))
-torch.library.impl(_SUMS, "cpu", _sums)
+torch.library.impl(_SUMS, "cpu", hide_from_dynamo(_sums))
 torch.library.register_fake(_SUMS, lambda q, _, codes: q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.int32))
 torch.library.register_vmap(_SUMS, looped(torch.ops.functional_sq.onednn_sums.default))
-torch.library.impl(_ADD, "cpu", _add_product)
+torch.library.impl(_ADD, "cpu", hide_from_dynamo(_add_product))
 torch.library.register_fake(_ADD, lambda *_: None)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
-from functional_sq.blocks import looped
+from functional_sq.blocks import hide_from_dynamo, looped
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
@@ -160,7 +160,7 @@ def convolve(
         tensor([[[[2., 1., 0.]]]])
     """
     y: Tensor = torch.ops.functional_sq.onednn_conv.default(
-        *onednn.given(operands),
+        *onednn.arguments(operands),
         stride,
         padding,
         dilation,
@@ -168,7 +168,7 @@ def convolve(
         activation,
         to_scale,
         to_zero_point,
-        onednn.made(dtype),
+        onednn.result_dtype(dtype),
     )
     return y if to_scale is not None else y.to(dtype)
 
@@ -261,7 +261,7 @@ def _empty(
     return torch.empty(size, dtype=dtype, device=q.device, memory_format=torch.channels_last)
 
 
-torch.library.impl(_NAME, "cpu", _conv)
+torch.library.impl(_NAME, "cpu", hide_from_dynamo(_conv))
 torch.library.register_fake(_NAME, _fake)
 torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_conv.default))
 
@@ -325,13 +325,13 @@ def _pack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
     known: _Packed | None = _PACKED.get(codes)
     # Another layout is chosen when it is asked for twice in a row: sizes that always change cost no packing.
     if known is None or not onednn.is_state(known.state, codes) or (form == known.asked and form != known.form):
-        known = _PACKED[codes] = _made(codes, form)
+        known = _PACKED[codes] = _prepack(codes, form)
     elif form != known.asked:
         known = _PACKED[codes] = known._replace(asked=form)
     return known
 
 
-def _made(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
+def _prepack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
     # Which layout fits is remembered in torch without the zero point: of two layers with one form but for it, the
     # second gets the layout of the first, and is reordered in each call.
     shape, is_zero, kernel, *settings = form

@@ -143,7 +143,7 @@ def product(
     Returns:
         `(M, N)` in `dtype`, or int8 with `to_scale`.
     """
-    return _call(*_given(operands), None, activation, to_scale, to_zero_point, dtype)
+    return _call(*_arguments(operands), None, activation, to_scale, to_zero_point, dtype)
 
 
 def plus(residual: Tensor, operands: Operands) -> Tensor:
@@ -156,10 +156,10 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     if residual.requires_grad:  # an operator of ours has no gradient
         return (product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
     flat = residual.reshape(-1, operands.codes.shape[0])
-    return _call(*_given(operands), flat, "none", None, None, residual.dtype).reshape(residual.shape)
+    return _call(*_arguments(operands), flat, "none", None, None, residual.dtype).reshape(residual.shape)
 
 
-def _given(operands: Operands) -> tuple[Tensor | None, ...]:
+def _arguments(operands: Operands) -> tuple[Tensor | None, ...]:
     """Return what the kernel reads of them; of each row the sum too, if the weight is asymmetric.
 
     A compiler sums where it makes the codes.

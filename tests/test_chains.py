@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import operator
 import re
 import sys
 import warnings
@@ -218,6 +219,11 @@ HANDS_ON: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "residual around": ("b -> gelu c", lambda m, x: x + m.c(F.gelu(m.b(m.norm(x + m.a(x)))))),
     "writes elsewhere": ("a -> b", lambda m, x: inplace(torch.zeros(6, 16), m.b(m.a(x)))),
 }
+
+
+@torch._dynamo.nonstrict_trace
+def doubled_as_it_is(x: Tensor) -> Tensor:
+    return x.mul_(2)
 
 
 @torch.compiler.allow_in_graph
@@ -538,17 +544,65 @@ def test_layers_that_quantize_one_input_alike_share_its_codes() -> None:
 torch.library.define("functional_sq_tests::twice", "(Tensor(a!) x) -> ()")
 torch.library.impl("functional_sq_tests::twice", "CompositeExplicitAutograd", lambda x: (x.mul_(2), None)[1])
 torch.library.register_fake("functional_sq_tests::twice", lambda x: None)
+torch.library.define("functional_sq_tests::twice_each", "(Tensor(a!)[] xs) -> ()")
+torch.library.impl(
+    "functional_sq_tests::twice_each", "CompositeExplicitAutograd", lambda xs: (torch._foreach_mul_(xs, 2), None)[1]
+)
+torch.library.register_fake("functional_sq_tests::twice_each", lambda xs: None)
+
+
+class Doubling(torch.autograd.Function):
+    """Writes, as functions with a gradient of their own may."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def in_numpy(write: Callable[[np.ndarray], object]) -> Callable[[Tensor, Tensor], object]:
+    return lambda h, x: write(h.numpy())
+
+
 WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "an operator by its name": lambda h, x: torch.ops.functional_sq_tests.twice(h),
     "an operator": lambda h, x: torch.ops.functional_sq_tests.twice.default(h),
+    "an operator of a list": lambda h, x: torch.ops.functional_sq_tests.twice_each([h]),
+    "an operator that does not say it": lambda h, x: torch.ops.aten.batch_norm.default(
+        x, None, None, h[0], h[1], True, 0.1, 1e-5, False
+    ),
     "a dunder": lambda h, x: h.__iadd__(x),
+    "bits taken": lambda h, x: operator.iand(h.view(torch.int32), 0x7FFFFFFF),
+    "bits added": lambda h, x: operator.ior(h.view(torch.int32), -(2**31)),
+    "bits by a dunder": lambda h, x: h.view(torch.int32).__iand__(0x7FFFFFFF),
+    "bits added by a dunder": lambda h, x: h.view(torch.int32).__ior__(-(2**31)),
     "an item": lambda h, x: h.__setitem__(0, x[0]),
+    "items by index": lambda h, x: h.index_put_((torch.tensor([1]),), x[:1]),
+    "a copy": lambda h, x: h.copy_(x),
+    "other memory": lambda h, x: h.set_(x.clone()),
     "out": lambda h, x: F.normalize(x, out=h),
+    "out by position": lambda h, x: F.normalize(x, 2.0, 1, 1e-12, h),
+    "out of a builtin": lambda h, x: torch.add(x, 1, out=h),
+    "out of a norm": lambda h, x: torch.norm(x, 2, 1, True, h[:, :1]),
+    "several": lambda h, x: torch._foreach_add_([h], [x]),
     "an embedding": lambda h, x: F.embedding(torch.tensor([0, 1]), h, max_norm=0.1),
     "a bag": lambda h, x: F.embedding_bag(torch.tensor([[0, 1]]), h, max_norm=0.1),
     "statistics": lambda h, x: F.batch_norm(x, h[0], h[1], training=True),
     "statistics by position": lambda h, x: torch.batch_norm(x, None, None, h[0], h[1], True, 0.1, 1e-5, True),
     "of instances": lambda h, x: F.instance_norm(x[None].transpose(1, 2), h[0], h[1]),
+    "ranges": lambda h, x: torch.fused_moving_avg_obs_fake_quant(
+        x, *torch.ones(2, 1), h[0, :1], h[0, 1:2], torch.ones(1), torch.zeros(1, dtype=torch.int32), 0.1, 0, 255, 0
+    ),
+    "numpy": in_numpy(lambda v: operator.imul(v, 2)),
+    "a function of numpy": in_numpy(lambda v: np.fill_diagonal(v, 9)),
+    "a method of numpy": in_numpy(lambda v: v.sort()),
+    "out of numpy": in_numpy(lambda v: np.add(v, 1, out=v)),
+    "out of numpy by position": in_numpy(lambda v: np.add(v, 1, v)),
+    "a function with a gradient of its own": lambda h, x: Doubling.apply(h),
+    "what is traced as it is": lambda h, x: doubled_as_it_is(h),
 }
 
 
@@ -562,7 +616,18 @@ def test_codes_are_made_anew_after_a_write(case: str) -> None:
 
     model, x = converted(between)
     torch.compiler.reset()
-    assert difference(model, x) < 1e-5
+    assert quantizations(model, x) == 2
+
+
+def test_codes_are_shared_past_what_writes_nothing() -> None:
+    def between(m: Net, x: Tensor) -> Tensor:
+        h = m.norm(x)
+        y = m.a(h)
+        z = torch.norm(F.normalize(h), 2, 1).sort()[0] + F.dropout(F.hardtanh(h), 0.1, False).sum(1) - abs(-h).sum(1)
+        return torch.cat([y, m.a(h), z[:, None]], 1)
+
+    model, x = converted(between)
+    assert quantizations(model, x) == 1
 
 
 COPIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {

@@ -9,14 +9,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
+import bridge
 import functional_sq as fsq
-from functional_sq import compat
+from functional_sq import compat, onednn, onednn_conv
 
 ASYMMETRIC = fsq.MappingType.ASYMMETRIC
 
@@ -359,6 +362,123 @@ def test_float8_gradient_is_one_inside_and_zero_outside() -> None:
     qp = fsq.QParams(torch.tensor([2.0]), torch.tensor([0], dtype=torch.int32))
     x = torch.tensor([-897.0, -896.0, 0.1, 895.9, 896.0, 896.1])
     assert gradient(partial(fsq.fake_quantize, spec, qp=qp), x, torch.ones(6)).tolist() == [0, 1, 1, 1, 1, 0]
+
+
+class Kept(nn.Module):
+    """A layer whose number of rows depends on data."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return self.layer(x[keep])
+
+
+CONFIGS = ("int8", "int8_symmetric", "uint8", "float8")
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(16, 6), (16,)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 5, 6)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (4, 5, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 2, 2), (4, 5, 6)),
+}
+
+
+def kept(name: str, config: str) -> tuple[Kept, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A quantized layer, and inputs of which so many rows are kept."""
+    make, size = LAYERS[name]
+    model, x = Kept(make()).eval(), torch.randn(9, *size)
+    inputs = [(x, torch.arange(9) < count) for count in (3, 0, 1, 2, 9)]
+    bridge.prepare_(model, bridge.PRESETS[config])
+    bridge.calibrate(model, [inputs[-1]])
+    return bridge.convert_(model), inputs
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_exported_for_a_number_of_rows_that_depends_on_data(name: str, config: str) -> None:
+    model, inputs = kept(name, config)
+    exported = torch.export.export(model, inputs[0])
+    assert not [node for node in exported.graph.nodes if "functional_sq" in str(node.target)]
+    for given in inputs:
+        torch.testing.assert_close(exported.module()(*given), model(*given))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "by_onednn"),
+    [
+        *product(["linear"], CONFIGS, [True]),
+        *product(["conv", "depthwise"], ["int8"], [True]),
+        *product(LAYERS, ["int8", "float8"], [False]),
+    ],
+)
+def test_compiled_for_a_number_of_rows_that_depends_on_data(
+    name: str, config: str, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (onednn, onednn_conv):
+        monkeypatch.setattr(module, "WORTH", 0 if by_onednn else 10**18)
+    model, inputs = kept(name, config)
+    # Inductor finds other strides for the image of a float convolution than it has (torch 2.13).
+    counter = CompileCounterWithBackend("inductor" if name == "linear" else "aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.inference_mode():
+        for given in inputs:
+            torch.testing.assert_close(compiled(*given), model(*given))
+    assert counter.frame_count == 1
+
+
+def in_one_graph(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch.compile(torch.vmap(layer), fullgraph=True)
+
+
+def behind_a_graph_break(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def mapped(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return torch.vmap(layer)(x)
+
+    return torch.compile(mapped)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # neither our operators nor torch._int_mm have a rule
+@pytest.mark.parametrize(
+    ("name", "config", "by_onednn", "compiled"),
+    [
+        ("linear", "int8", True, in_one_graph),
+        ("conv", "int8", False, in_one_graph),
+        ("linear", "int8", True, behind_a_graph_break),
+        ("linear", "int8", False, behind_a_graph_break),
+        ("linear", "uint8", True, behind_a_graph_break),
+        ("linear", "float8", False, behind_a_graph_break),
+        ("conv", "int8", True, behind_a_graph_break),
+    ],
+)
+def test_a_layer_under_vmap_in_compiled_code(
+    name: str, config: str, by_onednn: bool, compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Dynamo looks at each frame, it compiles none of those behind an operator of ours."""
+    for module in (onednn, onednn_conv):
+        monkeypatch.setattr(module, "WORTH", 0 if by_onednn else 10**18)
+    model, ((x, _), *_) = kept(name, config)
+    x = x.unflatten(0, (3, 3)) if by_onednn else x.unflatten(0, (9, 1))  # or each by itself
+    with torch.inference_mode():
+        expected = torch.stack([model.layer(each) for each in x])
+        torch.testing.assert_close(compiled(model.layer)(x), expected)
+
+
+@pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
+def test_a_kernel_is_not_compiled_behind_a_frame_that_is_not() -> None:
+    q, codes = torch.arange(16, dtype=torch.uint8).reshape(2, 8), torch.ones(4, 8, dtype=torch.int8)
+    operands = q, torch.zeros(1, dtype=torch.int32), codes, torch.ones(4), None, "none", None, None, torch.float32
+
+    @torch.compile
+    def products() -> torch.Tensor:
+        total = torch.zeros(2, 4)
+        for _ in range(2):
+            torch._dynamo.graph_break()  # in a loop: Dynamo leaves the frame as it is, but not what it calls
+            total += torch.ops.functional_sq.onednn_product.default(*operands)
+        return total
+
+    assert torch.equal(products(), 2 * (q.float() @ codes.float().t()))
 
 
 @pytest.mark.cuda

@@ -39,7 +39,18 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import functional_sq as fsq
-from functional_sq import FORMATS, FoldedWeight, MappingType, QParams, QuantSpec, float8_mm, int_mm, onednn, triton_mm
+from functional_sq import (
+    FORMATS,
+    FoldedWeight,
+    MappingType,
+    QParams,
+    QuantSpec,
+    chains,
+    float8_mm,
+    int_mm,
+    onednn,
+    triton_mm,
+)
 from functional_sq.formats import REAL_DTYPES, Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
 
@@ -930,6 +941,28 @@ def test_float8_products_of_few_rows_compiled(rows: int) -> None:
     assert by_onednn == (float8_mm.HAS_ONEDNN and rows > 8)
     if 0 < rows <= 8 and float8_mm.HAS_ONEDNN:
         assert source.rindex("convert<at::Float8_e4m3fn>") < source.index("tmp_acc0")
+
+
+@pytest.mark.parametrize("captured", ["as it is", "as an operator"])
+def test_float8_products_of_a_number_of_rows_that_is_known_to_be_small(captured: str) -> None:
+    """Its rows are no nodes of a graph that is for each of these numbers."""
+    spec = QuantSpec(torch.float8_e4m3fn, fsq.PerTensor())
+    qp = QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    folded = fsq.fold(spec, fsq.quantize(spec, torch.randn(6, 16), qp), qp)
+    known, described = fsq.epilogue(spec, qp, folded), chains.describe(spec)
+
+    def forward(x: Tensor) -> Tensor:
+        if captured == "as it is":
+            return fsq.linear(spec, fsq.quantize(spec, x, qp), qp, folded)
+        return chains.layer(described, x, qp, folded.codes, None, None, known)
+
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(forward, fullgraph=True, backend=counter)
+    for rows in (5, 2, 8):
+        x = torch.randn(rows, 16)
+        torch._dynamo.mark_dynamic(x, 0, min=2, max=8)
+        torch.testing.assert_close(compiled(x), forward(x))
+    assert counter.frame_count == 1
 
 
 def test_float8_products_of_a_large_weight() -> None:
