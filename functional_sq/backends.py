@@ -1,9 +1,9 @@
 """The backends: what multiplies, or convolves with, a weight that is kept, where that is faster than torch's products.
 
 A backend is one file, or any object, with the functions of `Product` or `Convolution`, in front of `PRODUCTS` or
-`CONVOLUTIONS`; `check_product` and `check_convolution` of `functional_sq.testing` say whether it is right. `linear`,
-`conv` and the layers of the bridge ask the backends in order, and take the first that supports the weight and has
-rows enough.
+`CONVOLUTIONS`; `check_product_backend` and `check_convolution_backend` of `functional_sq.testing` say whether it is
+right. `linear`, `conv` and the layers of the bridge ask the backends in order, and take the first that supports the
+weight and has rows enough.
 Without one the arithmetic is that of `functional_sq.int_mm` and `float8_mm`, with the same bits.
 
 All but the products themselves are asked while a graph is traced: they see shapes, dtypes, devices and the machine,

@@ -47,11 +47,13 @@ def is_batched(*tensors: Tensor | None) -> bool:
 def hide_from_dynamo(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let Dynamo compile neither a function nor what it calls, where it finds it on the stack: a kernel of an operator.
 
-    As `torch.compiler.disable`, which imports Dynamo, and whose wrapper would take 1 us of each call.
+    As `torch.compiler.disable`, which imports Dynamo, and whose wrapper would take 1 us of each call. Where torch has
+    no such switch any more, the function is left as it is.
     """
     hook: Any = torch._C._dynamo.eval_frame
-    skip = hook._FrameAction.SKIP
-    hook.set_code_exec_strategy(function.__code__, hook._FrameExecStrategy(skip, skip))
+    if hasattr(hook, "set_code_exec_strategy"):
+        skip = hook._FrameAction.SKIP
+        hook.set_code_exec_strategy(function.__code__, hook._FrameExecStrategy(skip, skip))
     return function
 
 

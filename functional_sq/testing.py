@@ -1,9 +1,9 @@
 """The laws that every observer and every spec obeys, as code that anyone can run on their own.
 
-    from functional_sq.testing import check_convolution, check_observer, check_product
+    from functional_sq.testing import check_convolution_backend, check_observer, check_product_backend
     check_observer(MyObserver())        # None, or one AssertionError with the smallest example of each failure
-    check_product(my_kernels)           # the same for a backend of functional_sq.backends
-    check_convolution(my_kernels)
+    check_product_backend(my_kernels)           # the same for a backend of functional_sq.backends
+    check_convolution_backend(my_kernels)
 
 A law is a function of a spec and of tensors that raises AssertionError, with the expression and the
 values, where it does not hold. `LAWS` pairs each with the strategy of its arguments. Laws compare
@@ -50,10 +50,10 @@ __all__ = [
     "a_constant_is_represented",
     "assert_same_bits",
     "cases",
-    "check_convolution",
+    "check_convolution_backend",
     "check_law",
     "check_observer",
-    "check_product",
+    "check_product_backend",
     "codes_in_range_idempotent_monotone",
     "compiled_equals_eager",
     "convolution_is_exact",
@@ -1519,7 +1519,7 @@ def _roundings(draw: st.DrawFn, device: str) -> dict[str, Any]:
     }
 
 
-def check_product(backend: Product, *, device: torch.device | str = "cpu", max_examples: int = 300) -> None:
+def check_product_backend(backend: Product, *, device: torch.device | str = "cpu", max_examples: int = 300) -> None:
     """Check that a backend multiplies exactly and rounds as `linear` does.
 
     Args:
@@ -1535,12 +1535,14 @@ def check_product(backend: Product, *, device: torch.device | str = "cpu", max_e
     Example:
         >>> from functional_sq import onednn
         >>> if onednn.AVAILABLE:
-        ...     check_product(onednn, max_examples=5)
+        ...     check_product_backend(onednn, max_examples=5)
     """
     _check_backend(backend, Product, Law(product_is_exact, lambda b: _products(b, str(device))), max_examples)
 
 
-def check_convolution(backend: Convolution, *, device: torch.device | str = "cpu", max_examples: int = 300) -> None:
+def check_convolution_backend(
+    backend: Convolution, *, device: torch.device | str = "cpu", max_examples: int = 300
+) -> None:
     """Check that a backend convolves exactly and rounds as `conv` does: any geometry, groups, and images of any size.
 
     Args:
@@ -1549,12 +1551,12 @@ def check_convolution(backend: Convolution, *, device: torch.device | str = "cpu
         max_examples: number of cases to draw, among the weights that it supports.
 
     Raises:
-        AssertionError, TypeError: as `check_product`.
+        AssertionError, TypeError: as `check_product_backend`.
 
     Example:
         >>> from functional_sq import onednn, onednn_conv
         >>> if onednn.AVAILABLE:
-        ...     check_convolution(onednn_conv, max_examples=5)
+        ...     check_convolution_backend(onednn_conv, max_examples=5)
     """
     law = Law(convolution_is_exact, lambda b: _convolutions(b, str(device)))
     _check_backend(backend, Convolution, law, max_examples)

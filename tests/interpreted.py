@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import functional_sq as fsq
 from functional_sq import backends, triton_conv, triton_mm
-from functional_sq.testing import check_convolution, check_product
+from functional_sq.testing import check_convolution_backend, check_product_backend
 
 
 class Kernel:
@@ -88,8 +88,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     torch.library.wrap_triton = Kernel
     triton_mm.DEVICE = "cpu"
-    check_product(Interpreted(triton_mm), max_examples=6)
-    check_convolution(Interpreted(triton_conv), max_examples=15)
+    check_product_backend(Interpreted(triton_mm), max_examples=6)
+    check_convolution_backend(Interpreted(triton_conv), max_examples=15)
     check_bare()
     check_compiled()
     print("right")

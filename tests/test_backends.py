@@ -22,7 +22,12 @@ import functional_sq as fsq
 from functional_sq import backends, onednn, onednn_conv, triton_conv, triton_mm
 from functional_sq.operands import Operands
 from functional_sq.requantize import ACTIVATIONS, apply_epilogue
-from functional_sq.testing import check_convolution, check_product, convolution_is_exact, product_is_exact
+from functional_sq.testing import (
+    check_convolution_backend,
+    check_product_backend,
+    convolution_is_exact,
+    product_is_exact,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
@@ -129,8 +134,8 @@ class Signed(Int64):
 
 @pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
 def test_onednn_obeys() -> None:
-    check_product(onednn)
-    check_convolution(onednn_conv)
+    check_product_backend(onednn)
+    check_convolution_backend(onednn_conv)
 
 
 def test_the_kernels_of_triton_obey_where_they_are_interpreted() -> None:
@@ -194,12 +199,12 @@ def test_the_kernels_of_triton_compile_for_a_gpu(
 
 @pytest.mark.cuda
 def test_triton_obeys() -> None:
-    check_product(triton_mm, device="cuda", max_examples=60)
+    check_product_backend(triton_mm, device="cuda", max_examples=60)
 
 
 @pytest.mark.cuda
 def test_triton_obeys_as_a_convolution() -> None:
-    check_convolution(triton_conv, device="cuda", max_examples=150)
+    check_convolution_backend(triton_conv, device="cuda", max_examples=150)
 
 
 @pytest.mark.cuda
@@ -249,8 +254,8 @@ def test_triton_multiplies_in_compiled_code_for_any_number_of_rows() -> None:
 
 @pytest.mark.parametrize("right", [Int64(), Signed()], ids=["uint8", "int8"])
 def test_one_of_torch_alone_obeys(right: Int64) -> None:
-    check_product(right)
-    check_convolution(right)
+    check_product_backend(right)
+    check_convolution_backend(right)
 
 
 class NoZeroPoint(Int64):
@@ -447,7 +452,7 @@ class OneScaleAGroup(Int64):
     ("check", "law", "wrong"),
     [
         *(
-            (check_product, product_is_exact, wrong)
+            (check_product_backend, product_is_exact, wrong)
             for wrong in (
                 NoZeroPoint,
                 FloatSum,
@@ -471,7 +476,7 @@ class OneScaleAGroup(Int64):
             )
         ),
         *(
-            (check_convolution, convolution_is_exact, wrong)
+            (check_convolution_backend, convolution_is_exact, wrong)
             for wrong in (
                 PadsWithCodesOfZero,
                 PadsAlike,
@@ -507,22 +512,22 @@ def test_a_backend_that_supports_nothing_is_not_passed() -> None:
         def supports(self, codes: Tensor, zero_point: Tensor | None) -> bool:
             return False
 
-    for check in (check_product, check_convolution):
+    for check in (check_product_backend, check_convolution_backend):
         with pytest.raises(AssertionError, match="supports none of the weights that were drawn"):
             check(Nothing())
 
 
 def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
     with pytest.raises(TypeError, match="has no CODES, NAME, key, plus, product, requantizes, rows, supports; give an"):
-        check_product(object())
+        check_product_backend(object())
     with pytest.raises(
         TypeError, match="has no CODES, NAME, convolve, key, least_windows, requantizes, supports; give"
     ):
-        check_convolution(object())
+        check_convolution_backend(object())
     for key in (None, lambda: [1]):
         backend = Int64()
         backend.key = key
-        for check in (check_product, check_convolution):
+        for check in (check_product_backend, check_convolution_backend):
             with pytest.raises(TypeError, match="key is no function that returns a tuple; give what its answers"):
                 check(backend)
 
