@@ -49,7 +49,7 @@ class StaticQuantConfig(AOBaseConfig):
             or take those of the one before. `chains` shows where it does.
         fast_accum: on CUDA, add float8 products with fewer bits than float32 has: faster on Hopper, less exact.
         rules: exceptions, a dict or pairs; the first that fits a layer decides. A key is a name
-            pattern (`fnmatch`: `"encoder.*.query"`, `"lm_head"`) or a module class; a value is
+            pattern (`fnmatch`: `"encoder.*.query"`, `"lm_head"`), or the class, of layers; a value is
             another StaticQuantConfig without rules, or None: the layer stays in float.
 
     Raises:

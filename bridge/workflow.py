@@ -70,8 +70,9 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
         `model`.
 
     Raises:
-        ValueError: no layer is left to quantize; a rule's pattern fits no name in the model; layers
-            cannot be quantized so, each of which is named. Nothing was changed.
+        ValueError: no layer is left to quantize; a rule's pattern fits no name in the model, or a rule a part
+            of it and no layer; a layer has two names, and two answers; layers cannot be quantized so, each of
+            which is named. Nothing was changed.
 
     Example:
         >>> import torch, bridge
@@ -320,8 +321,8 @@ def reread_(model: nn.Module, config: StaticQuantConfig) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: the model has no observed layer, or records do not have what the config reads; names
-            each such layer. Nothing was changed.
+        ValueError: the model has no observed layer, a rule fits none, or records do not have what the config
+            reads; names each such layer. Nothing was changed.
 
     Example:
         >>> import dataclasses, torch, bridge, functional_sq as fsq
