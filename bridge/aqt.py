@@ -436,18 +436,6 @@ class PlainLayout:
     """
 
 
-def _intx_static(
-    input_float: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    block_size: Sequence[int],
-    target_dtype: torch.dtype,
-    quant_min: int | None,
-    quant_max: int | None,
-) -> AffineQuantizedTensor:
-    return _quantized(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
-
-
 def to_affine_quantized_intx_static(
     input_float: Tensor,
     scale: Tensor,
@@ -496,7 +484,7 @@ def to_affine_quantized_intx_static(
         raise ValueError("a zero point is given with zero_point_domain=ZeroPointDomain.NONE; give None, or use INT")
     if _layout is not None and type(_layout).__name__ != "PlainLayout":  # torchao's own is gone in 0.18
         raise TypeError(f"_layout is a {type(_layout).__name__}; give a PlainLayout, or None")
-    return _intx_static(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
+    return _quantized(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
 
 
 @dataclass(frozen=True)
@@ -561,12 +549,6 @@ class Float8Layout:
         Float8MMConfig(given.emulate, given.use_fast_accum, given.pad_inner_dim)
 
 
-def _floatx_static(
-    input_float: Tensor, scale: Tensor, block_size: Sequence[int], target_dtype: torch.dtype, use_fast_accum: bool
-) -> AffineQuantizedTensor:
-    return _quantized(input_float, scale, None, block_size, target_dtype, None, None, use_fast_accum)
-
-
 def to_affine_quantized_floatx_static(
     input_float: Tensor,
     scale: Tensor,
@@ -607,7 +589,8 @@ def to_affine_quantized_floatx_static(
     if scale_dtype is not None and isinstance(scale, Tensor) and scale_dtype is not scale.dtype:
         raise TypeError(f"scale_dtype={scale_dtype}, but scale is {scale.dtype}, and is kept so; give it in that dtype")
     config = None if _layout is None else Float8Layout(_layout.mm_config).mm_config
-    return _floatx_static(input_float, scale, block_size, target_dtype, config is not None and config.use_fast_accum)
+    use_fast_accum = config is not None and config.use_fast_accum
+    return _quantized(input_float, scale, None, block_size, target_dtype, None, None, use_fast_accum)
 
 
 def _quantized(
@@ -1121,7 +1104,7 @@ LinearActivationQuantizedTensor.operations = {
 
 # Compiled, these stay calls in the graph: a QuantSpec cannot be built where Dynamo traces Python, and
 # what they call is traced one level below, on the tensors inside.
-for _function in (_intx_static, _floatx_static, _dequantize, _linear, _quantizing_linear):
+for _function in (_quantized, _dequantize, _linear, _quantizing_linear):
     torch.compiler.allow_in_graph(_function)
 
 # What torch.load(weights_only=True) may make; all of it lies in this file.

@@ -113,8 +113,7 @@ class StaticQuantConfig(AOBaseConfig):
             (StaticQuantConfig(torch.int8), None)
         """
         for key, config in self.rules:
-            fits = fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key)
-            if fits:
+            if fits(key, module, name):
                 return config
         return dataclasses.replace(self, rules=()) if self.rules else self
 
@@ -174,6 +173,11 @@ def _default_specs(dtype: torch.dtype) -> dict[str, fsq.QuantSpec]:
         "activation": fsq.QuantSpec(dtype, fsq.PerTensor(), mapping=act),
         "weight": fsq.QuantSpec(dtype, fsq.PerAxis(0), mapping=asymmetric if unsigned else symmetric),
     }
+
+
+def fits(key: str | type[nn.Module], module: nn.Module, name: str) -> bool:
+    """Whether a rule's key is for a module of this name."""
+    return fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key)
 
 
 def _rule(pair: Any) -> tuple[str | type[nn.Module], StaticQuantConfig | None]:

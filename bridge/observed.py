@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -263,47 +264,16 @@ class AffineQuantizedMinMaxObserver(ObserverModule):
             CalibrationError: nothing was seen, or NaN or Inf was.
         """
         qp = super().calculate_qparams()
-        return qp if self.zero_point_domain is ZeroPointDomain.INT else qp._replace(zero_point=None)  # type: ignore
+        return qp if self.zero_point_domain is ZeroPointDomain.INT else qp._replace(zero_point=None)  # type: ignore[arg-type]
 
-    @property
-    def mapping_type(self) -> fsq.MappingType:
-        """How a range is mapped to codes."""
-        return self.spec.mapping
-
-    @property
-    def target_dtype(self) -> torch.dtype:
-        """The quantized dtype."""
-        return self.spec.dtype
-
-    @property
-    def granularity(self) -> fsq.Granularity:
-        """Which elements share one scale."""
-        return self.spec.granularity
-
-    @property
-    def quant_min(self) -> int | None:
-        """The smallest code; None: the dtype's."""
-        return self.spec.quant_min
-
-    @property
-    def quant_max(self) -> int | None:
-        """The largest code; None: the dtype's."""
-        return self.spec.quant_max
-
-    @property
-    def eps(self) -> float:
-        """The lower limit of a scale."""
-        return self.spec.eps
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """The dtype of scales."""
-        return self.spec.scale_dtype
-
-    @property
-    def zero_point_dtype(self) -> torch.dtype:
-        """The dtype of zero points."""
-        return self.spec.zero_point_dtype
+    mapping_type = property(attrgetter("spec.mapping"), doc="How a range is mapped to codes.")
+    target_dtype = property(attrgetter("spec.dtype"), doc="The quantized dtype.")
+    granularity = property(attrgetter("spec.granularity"), doc="Which elements share one scale.")
+    quant_min = property(attrgetter("spec.quant_min"), doc="The smallest code; None: the dtype's.")
+    quant_max = property(attrgetter("spec.quant_max"), doc="The largest code; None: the dtype's.")
+    eps = property(attrgetter("spec.eps"), doc="The lower limit of a scale.")
+    scale_dtype = property(attrgetter("spec.scale_dtype"), doc="The dtype of scales.")
+    zero_point_dtype = property(attrgetter("spec.zero_point_dtype"), doc="The dtype of zero points.")
 
     @property
     def min_val(self) -> Tensor:

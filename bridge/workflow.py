@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -25,6 +24,7 @@ from bridge.config import (
     PRESETS,
     StaticQuantConfig,
     check_reread,
+    fits,
     observed_layer,
     quantized_layer,
     reread_layer,
@@ -140,16 +140,15 @@ def _chosen(
 def check_rules(config: StaticQuantConfig, model: nn.Module) -> None:
     """Raise ValueError where a rule's pattern fits no name in the model, or a rule a part of it but no layer there."""
     names = _named(model)
+    layers = {name for name, module in names.items() if _is_layer(module)}
     for key, _ in config.rules:
-        fits = fnmatchcase if isinstance(key, str) else None
-        found = [name for name, m in names.items() if (fits(name, key) if fits else isinstance(m, key))]
+        found = [name for name, module in names.items() if fits(key, module, name)]
         if isinstance(key, str) and not found:
             near = get_close_matches(key, names, 1)
             hint = f"did you mean {near[0]!r}?" if near else "a pattern is matched against the whole name"
             raise ValueError(f"the rule for {key!r} fits no module of {type(model).__name__}; {hint}")
-        layers = [name for name, module in names.items() if _is_layer(module)]
         inside = [f"{name}.*" for name in found if any(layer.startswith(f"{name}.") for layer in layers)]
-        if inside and not set(found) & set(layers):
+        if inside and layers.isdisjoint(found):
             pattern = f"{key}.*" if isinstance(key, str) else inside[0]
             raise ValueError(
                 f"the rule for {written(key)} fits {inside[0][:-2]!r}, which is no layer, and says nothing of those in "

@@ -89,17 +89,16 @@ TARGETS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "granularity",
-    [
-        ao_granularity.PerTensor(),
-        ao_granularity.PerAxis(0),
-        ao_granularity.PerAxis(1),
-        ao_granularity.PerGroup(4),
-        ao_granularity.PerRow(),
-    ],
-    ids=str,
-)
+AO_GRANULARITIES = [
+    ao_granularity.PerTensor(),
+    ao_granularity.PerAxis(0),
+    ao_granularity.PerAxis(1),
+    ao_granularity.PerGroup(4),
+    ao_granularity.PerRow(),
+]
+
+
+@pytest.mark.parametrize("granularity", AO_GRANULARITIES, ids=str)
 @pytest.mark.parametrize(("dtype", "mapping"), TARGETS)
 def test_qparams_have_the_bits_of_the_torchao_observer(
     dtype: torch.dtype, mapping: TorchaoMappingType, granularity: ao_granularity.Granularity
@@ -129,18 +128,7 @@ GIVEN = {"quant_min": -127, "quant_max": 127, "eps": 2.0**-20, "scale_dtype": to
 
 
 @pytest.mark.parametrize("keepdim", [False, True])
-@pytest.mark.parametrize(
-    "granularity",
-    [
-        ao_granularity.PerTensor(),
-        ao_granularity.PerAxis(0),
-        ao_granularity.PerAxis(1),
-        ao_granularity.PerGroup(4),
-        ao_granularity.PerGroup(8),
-        ao_granularity.PerRow(),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("granularity", [*AO_GRANULARITIES, ao_granularity.PerGroup(8)], ids=str)
 def test_the_attributes_of_the_torchao_observer(granularity: ao_granularity.Granularity, keepdim: bool) -> None:
     args = TorchaoMappingType.SYMMETRIC, torch.int8, granularity
     ours, theirs = (
