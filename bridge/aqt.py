@@ -78,7 +78,9 @@ class _Wrapper(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch says neither that it is a class method nor `func`
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         operation = cls.operations.get(func)
         if operation is None:
@@ -392,7 +394,7 @@ class AffineQuantizedTensor(_Wrapper):
         """
         return _dequantize(self, output_dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         def shown(name: str, value: Tensor | None) -> str:
             return f"    {name}=" + repr(value).replace("\n", "\n" + " " * (len(name) + 5))
 
@@ -946,7 +948,7 @@ class LinearActivationQuantizedTensor(_Wrapper):
         with self._mode():
             return LinearActivationQuantizedTensor(original, self.input_quant_func, kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         function = getattr(self.input_quant_func, "__qualname__", repr(self.input_quant_func))
         kwargs = ", ".join(f"{name}={value!r}" for name, value in self.quant_kwargs.items())
         return f"{type(self).__name__}({self.original_weight_tensor!r}, {function}, {{{kwargs}}})"
@@ -997,7 +999,8 @@ def to_linear_activation_quantized(
         raise TypeError(f"weight is a {type(weight).__name__}; give a tensor")
     if not callable(input_quant_func):
         raise TypeError(f"input_quant_func is a {type(input_quant_func).__name__}; give a function of the input")
-    function, kwargs = input_quant_func, dict(quant_kwargs or {})
+    function: Any = input_quant_func
+    kwargs = dict(quant_kwargs or {})
     while isinstance(function, functools.partial) and not function.args:
         function, kwargs = function.func, function.keywords | kwargs
     held = {name: value for name, value in _held_tensors(function).items() if name not in kwargs}

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import nn
@@ -112,7 +112,7 @@ class StaticQuantConfig(AOBaseConfig):
             >>> config.of(torch.nn.Linear(2, 2), "body.0"), config.of(torch.nn.Linear(2, 2), "head.0")
             (StaticQuantConfig(torch.int8), None)
         """
-        for key, config in self.rules:
+        for key, config in rules_of(self):
             if fits(key, module, name):
                 return config
         return dataclasses.replace(self, rules=()) if self.rules else self
@@ -175,6 +175,11 @@ def _default_specs(dtype: torch.dtype) -> dict[str, fsq.QuantSpec]:
     }
 
 
+def rules_of(config: StaticQuantConfig) -> Rules:
+    """Return the rules as a config holds them, whatever it was given."""
+    return cast(Rules, config.rules)
+
+
 def fits(key: str | type[nn.Module], module: nn.Module, name: str) -> bool:
     """Whether a rule's key is for a module of this name."""
     return fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key)
@@ -212,7 +217,10 @@ def _plain(config: StaticQuantConfig | None) -> dict[str, Any] | None:
         "weight": json.loads(spec_to_json(config.weight)),
         "form": config.form,
         **settings_of(config, SWITCHES),
-        "rules": [[{"name": k} if isinstance(k, str) else {"class": written(k)}, _plain(v)] for k, v in config.rules],
+        "rules": [
+            [{"name": key} if isinstance(key, str) else {"class": written(key)}, _plain(rule)]
+            for key, rule in rules_of(config)
+        ],
     }
 
 
@@ -338,7 +346,7 @@ def _apply(module: nn.Module, config: StaticQuantConfig) -> nn.Module:
         return quantized_layer(config, module)
     if observed_type(module) is None:
         return module
-    if patterns := [key for key, _ in config.rules if isinstance(key, str)]:
+    if patterns := [key for key, _ in rules_of(config) if isinstance(key, str)]:
         raise ValueError(
             f"torchao's quantize_ tells a config no names, so the rule for {patterns[0]!r} cannot be applied; "
             f"use bridge.quantize_ or bridge.prepare_"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class ObserverModule(Buffers):
         return {name: value for name, value in self._buffers.items() if value is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ObserverModule:
-        unwritten = any(value.is_meta for value in self._buffers.values())
+        unwritten = any(value.is_meta for value in self.state.values())
         super()._apply(fn, recurse)
         if unwritten:  # to_empty gives memory that holds anything
             self.forget()
@@ -108,7 +108,7 @@ class ObserverModule(Buffers):
     def forward(self, x: Tensor) -> Tensor:
         if not self._buffers:
             self.reset(tuple(x.shape), x.device)
-        elif self._buffers["count"].is_meta and not x.is_meta:  # parameters were assigned to a model without memory
+        elif self.state["count"].is_meta and not x.is_meta:  # parameters were assigned to a model without memory
             self.forget(x.device)
         mask = None if self.mask is None else fit_mask(self.mask, x.shape[:-1])
         if mask is not None:
@@ -221,7 +221,7 @@ class AffineQuantizedMinMaxObserver(ObserverModule):
         zero_point_domain: ZeroPointDomain = ZeroPointDomain.INT,
         keepdim: bool = False,
     ) -> None:
-        given = {"eps": eps, "scale_dtype": scale_dtype, "zero_point_dtype": zero_point_dtype}
+        given: dict[str, Any] = {"eps": eps, "scale_dtype": scale_dtype, "zero_point_dtype": zero_point_dtype}
         spec = fsq.QuantSpec(
             target_dtype,
             adopt(granularity),
@@ -370,7 +370,7 @@ class Observed(nn.Module):
                 f"{cls.__name__}.from_float got a {type(module).__name__}; give a torch.nn.{cls.float_type.__name__}"
             )
         check_plain(module)
-        weight, shape = module.weight, tuple(weight_of(module).shape)
+        weight, shape = cast(Tensor, module.weight), tuple(weight_of(module).shape)
         check_static(act_obs.spec, shape)
         if act_obs.state:
             act_obs.to(weight.device)
@@ -385,7 +385,7 @@ class Observed(nn.Module):
             device="meta",
             dtype=weight.dtype,
         )
-        observed.weight, observed.bias = weight, module.bias
+        observed.weight, observed.bias = weight, cast(Tensor, module.bias)  # it may be None
         observed._float = (module,)
         observed.observe_weight()
         return observed.train(module.training)
@@ -482,7 +482,7 @@ class ObservedLinear(Observed, nn.Linear):
         self.attach(act_obs, weight_obs)
 
 
-CONV_SETTINGS = (
+CONV_SETTINGS: tuple[str, ...] = (
     "in_channels",
     "out_channels",
     "kernel_size",
@@ -730,13 +730,13 @@ _LOOKS_UP_OR_SCALES = (
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     """Whether a parameter is probably multiplied as a matrix, or is one of several matrices."""
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
         return False
     long = sum(size > 1 for size in parameter.shape)
     return long > 2 or (long == 2 and name.startswith("weight"))
 
 
-def weight_of(layer: nn.Module) -> Tensor:
+def weight_of(layer: Any) -> Tensor:
     """Return the weight of a float or observed layer as it is quantized: its output channels first.
 
     Example:

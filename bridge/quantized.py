@@ -7,12 +7,13 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 import functional_sq as fsq
 from bridge import inductor
@@ -162,8 +163,9 @@ class Quantized(Buffers):
         """Compute from the buffers what the product is scaled and shifted by; it is not saved."""
         one_a_row = all(size == 1 for size in self.weight_scale.shape[1:])
         multiplied = self.weight_codes.dtype is not torch.int16 and one_a_row and self.act_scale.numel() == 1
-        values = fsq.epilogue(self.act_spec, self.act_qparams, self.folded) if multiplied else fsq.Epilogue(None, None)
-        for name, value in values._asdict().items():
+        values = fsq.epilogue(self.act_spec, self.act_qparams, self.folded) if multiplied else None
+        for name in fsq.Epilogue._fields:
+            value = getattr(values, name, None)
             self.register_buffer(f"product_{name}", None if value is None else value.contiguous(), persistent=False)
         self._share()
 
@@ -205,7 +207,7 @@ class Quantized(Buffers):
         act: fsq.QuantSpec,
         act_qparams: fsq.QParams,
         weight: fsq.QuantSpec,
-        **switches: bool,
+        **switches: Any,
     ) -> Quantized:
         """Quantize the weight of the float layer `module`; its range is taken from the weight as it is now.
 
@@ -240,12 +242,13 @@ class Quantized(Buffers):
             raise fsq.CalibrationError("the weight has NaN or Inf; mend it, or leave the layer in float")
         qparams = fsq.calc_qparams(weight, state)
         quantized._set(act_qparams, fsq.fold(weight, fsq.quantize(weight, w, qparams), qparams))
-        if module.bias is not None:
-            quantized.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+        bias: Any = module.bias
+        if bias is not None:
+            quantized.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return quantized.train(module.training)
 
     @classmethod
-    def from_observed(cls, observed: Observed, target_dtype: torch.dtype | None = None, **switches: bool) -> Quantized:
+    def from_observed(cls, observed: Observed, target_dtype: torch.dtype | None = None, **switches: Any) -> Quantized:
         """Convert a calibrated layer.
 
         Args:
@@ -337,10 +340,10 @@ class Quantized(Buffers):
 
     def _run(self, x: Tensor, changed: Mapping[str, Any]) -> Tensor:
         """Return the result; `changed` is what this call alone has in place of the layer's geometry."""
-        bias = self.bias
+        bias: Tensor | None = self.bias
+        known = fsq.Epilogue(self.product_scale, self.product_offset)
         captured = torch.compiler.is_compiling() and not is_exporting()
         if captured and self.hand_on and not self.reference and x.dtype is not torch.float64 and not changed:
-            known = fsq.Epilogue(self.product_scale, self.product_offset)
             return chains.layer(
                 self._described,
                 self._padded(x),
@@ -360,9 +363,8 @@ class Quantized(Buffers):
             w = self._dequantized(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
             return self._reference(self.act_spec, q, qp, w, bias, **geometry)
-        # A float64 model wants the scales' product in float64.
-        known = None if x.dtype is torch.float64 else fsq.Epilogue(self.product_scale, self.product_offset)
-        how = {"dtype": x.dtype, "epilogue": known, "fast_accum": self.fast_accum}
+        exact = x.dtype is torch.float64  # Its model wants the scales' product in float64.
+        how = {"dtype": x.dtype, "epilogue": None if exact else known, "fast_accum": self.fast_accum}
         return self._product(self.act_spec, q, qp, self.folded, bias, **geometry, **how)
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -488,9 +490,9 @@ class QuantizedLinear(Quantized):
         weight = to_linear_activation_quantized(self.qweight, static_activation, activation)
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = self.bias
+        linear.bias = self.bias  # type: ignore[assignment]  # None is what torch sets for none
         # What print(model) shows; torch.nn.Linear does not look at its weight. No method: one pickles as its name.
-        linear.extra_repr = partial(_repr_of_weight, linear)
+        linear.extra_repr = partial(_repr_of_weight, linear)  # type: ignore[method-assign]
         return linear.train(self.training)
 
     def _backend(self) -> str:
@@ -510,9 +512,15 @@ _GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups")
 class _QuantizedConv(Quantized):
     """What the convolutions share; `kernel_size` and the like are tuples, as in `torch.nn.Conv2d`."""
 
-    settings = ObservedConv2d.settings
-    _product = staticmethod(fsq.conv)
-    _reference = staticmethod(fsq.conv_reference)
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    settings: ClassVar[tuple[str, ...]] = ObservedConv2d.settings
+    _product: ClassVar[Callable[..., Tensor]] = staticmethod(fsq.conv)
+    _reference: ClassVar[Callable[..., Tensor]] = staticmethod(fsq.conv_reference)
 
     def __init__(
         self,
@@ -545,7 +553,7 @@ class _QuantizedConv(Quantized):
         )
         for name, value in settings_of(made, self.settings).items():
             setattr(self, name, value)
-        self._around = [] if self.padding_mode == "zeros" else made._reversed_padding_repeated_twice
+        self._around = [] if self.padding_mode == "zeros" else cast(list[int], made._reversed_padding_repeated_twice)
         self._geometry = settings_of(self, [name for name in self.settings if name in _GEOMETRY])
         if self._around:
             self._geometry["padding"] = 0
@@ -666,7 +674,7 @@ class _QuantizedConvTranspose(_QuantizedConv):
         if output_size is None:
             return self._run(input, {})
         lengths = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
-        added = self.observed.float_type._output_padding(self, input, output_size, *lengths)
+        added = _ConvTransposeNd._output_padding(self, input, output_size, *lengths)  # type: ignore[arg-type]
         return self._run(input, {"output_padding": added})
 
 

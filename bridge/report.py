@@ -547,7 +547,7 @@ def _stand_in(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
     modules = list(model.modules())
     modes = [module.training for module in modules]
     buffers = [
-        (module, dict(module._buffers), {k: v.clone() for k, v in module._buffers.items() if v is not None})
+        (module, dict(module._buffers), [(v, v.clone()) for v in module._buffers.values() if v is not None])
         for module in modules
     ]
     own: dict[nn.Module, Callable[..., Any]] = {layer.observed: layer.forward for layer in layers}
@@ -572,9 +572,9 @@ def _stand_in(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
         for module, held, values in buffers:
             module._buffers.clear()
             module._buffers.update(held)
-            for name, value in values.items():
-                if not torch.equal(held[name], value):
-                    held[name].copy_(value)
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import functional_sq as fsq
 from bridge.aqt import AffineQuantizedTensor, LinearActivationQuantizedTensor
 from bridge.observed import ObserverModule, check_plain, choose_paths, float_reason, public_name
 from bridge.quantized import QUANTIZED
@@ -67,7 +66,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{len(observed)} layers still have observers: {', '.join(sorted(observed))}; call convert_(model) first, "
             f"or save the calibration itself: functional_sq.serialize.save"
         )
-    state = model.state_dict()
+    state: Any = model.state_dict()  # its versions are in an attribute of the dict
     faults = [f"{public_name(name)}: {fault}" for name, value in state.items() if (fault := _fault(value))]
     faults += [
         f"{_where(name)}: is a {type(m).__name__}, a class of your own; convert to one of {', '.join(_KINDS)}"
@@ -278,14 +277,14 @@ def _layer(record: Mapping[str, Any], classes: tuple[type, ...]) -> _Layer:
     where = f"layer {_where(', '.join(record['names']))!r}"
     try:
         kind, dtype = str(record["kind"]), getattr(torch, record["dtype"])
-        arguments = {name: _tuples(value) for name, value in record["arguments"].items()}
+        arguments: dict[str, Any] = {name: _tuples(value) for name, value in record["arguments"].items()}
         written = {which: json.dumps(record[which]) for which in ("act", "weight")}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} cannot be read ({error!r}); {safetensors.DAMAGED}") from error
     if kind not in _KINDS:
         raise ValueError(f"{where} is a {kind}, known: {', '.join(_KINDS)}; update functional_sq")
     quantized, float_class = _KINDS[kind]
-    specs: dict[str, fsq.QuantSpec] = {}
+    specs: dict[str, Any] = {}
     for which, text in written.items():
         try:
             specs[which] = spec_from_json(text, classes=classes)

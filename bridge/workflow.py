@@ -28,6 +28,7 @@ from bridge.config import (
     observed_layer,
     quantized_layer,
     reread_layer,
+    rules_of,
     written,
 )
 from bridge.observed import (
@@ -141,7 +142,7 @@ def check_rules(config: StaticQuantConfig, model: nn.Module) -> None:
     """Raise ValueError where a rule's pattern fits no name in the model, or a rule a part of it but no layer there."""
     names = _named(model)
     layers = {name for name, module in names.items() if _is_layer(module)}
-    for key, _ in config.rules:
+    for key, _ in rules_of(config):
         found = [name for name, module in names.items() if fits(key, module, name)]
         if isinstance(key, str) and not found:
             near = get_close_matches(key, names, 1)
@@ -481,7 +482,7 @@ def unfit(model: nn.Module, wanted: Filter = is_observed, min_rows: int = 1) -> 
                 found[public_name(name)] = fault
             elif (rows := module.rows) < min_rows:
                 found[public_name(name)] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
-            elif not all(bool(p.isfinite().all()) for p in (module.weight, module.bias) if p is not None):
+            elif not all(bool(torch.isfinite(p).all()) for p in module.parameters(recurse=False)):
                 found[public_name(name)] = "weight or bias has NaN or Inf; mend it, or leave the layer in float"
     return found
 
