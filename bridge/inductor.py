@@ -15,7 +15,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from bridge.buffers import check_module
-from bridge.observed import Observed, choose_paths, public_name
+from bridge.observed import Observed, choose_paths, module_names
 from functional_sq import backends
 from functional_sq.chains import hand_on
 
@@ -121,7 +121,7 @@ def chains(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Chain, ...]:
         0 -> gelu 2
     """
     check_module(model)
-    names = {module: public_name(name) for name, module in model.named_modules()}
+    names = module_names(model)
     if observed := [name for module, name in names.items() if isinstance(module, Observed)]:
         raise ValueError(f"{observed[0]} has observers, which would record this call; call convert_(model) first")
     choose_paths(model)

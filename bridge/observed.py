@@ -314,6 +314,11 @@ def qparams_of(observer: ObserverModule) -> fsq.QParams:
     return fsq.QParams(scale, zero_point)
 
 
+def weight_qparams(spec: fsq.QuantSpec, weight: Tensor) -> fsq.QParams:
+    """Return scale and zero point of a weight as it is now; `weight` is that of `weight_of`."""
+    return fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, weight.shape, device=weight.device), weight))
+
+
 class Observed(nn.Module):
     """A float layer that records its input; its weight is observed when it is converted.
 
@@ -862,6 +867,11 @@ def public_name(name: str) -> str:
         'encoder.0'
     """
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the public names of a model's modules; one that has several is under its first."""
+    return {module: public_name(name) for name, module in model.named_modules()}
 
 
 def swap_(

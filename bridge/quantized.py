@@ -37,6 +37,7 @@ from bridge.observed import (
     qparams_of,
     settings_of,
     weight_of,
+    weight_qparams,
 )
 from functional_sq import backends, chains
 from functional_sq.compat import is_exporting
@@ -236,11 +237,10 @@ class Quantized(Buffers):
             device="meta",
             dtype=w.dtype,
         )
-        state = fsq.observe(weight, fsq.init(weight, w.shape, device=w.device), w)
         # Not fsq.check: a weight that is all zero is exact under any scale.
         if not bool(w.isfinite().all()):
             raise fsq.CalibrationError("the weight has NaN or Inf; mend it, or leave the layer in float")
-        qparams = fsq.calc_qparams(weight, state)
+        qparams = weight_qparams(weight, w)
         quantized._set(act_qparams, fsq.fold(weight, fsq.quantize(weight, w, qparams), qparams))
         bias: Any = module.bias
         if bias is not None:

@@ -26,7 +26,17 @@ import functional_sq as fsq
 from bridge import picture
 from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.inductor import capture, uncompiled
-from bridge.observed import Observed, ObserverModule, choose_paths, fit_mask, public_name, qparams_of, weight_of
+from bridge.observed import (
+    Observed,
+    ObserverModule,
+    choose_paths,
+    fit_mask,
+    module_names,
+    public_name,
+    qparams_of,
+    weight_of,
+    weight_qparams,
+)
 from bridge.quantized import Quantized
 from bridge.workflow import (
     call,
@@ -282,7 +292,7 @@ def report(
         for batch in batches:
             if not whole.seconds:
                 whole.capture(batch)
-            keep = mask_of(batch, mask)
+            keep = mask_of(model, batch, mask)
             whole.add(batch, keep)
             if mask is not None:
                 check_fitted(keep, any(layer.masked for layer in layers))
@@ -396,10 +406,8 @@ class _Layer:
     def result(self, rank: Rank | None) -> LayerReport:
         error = self.clipping + self.rounding
         weight, spec = weight_of(self.observed).detach(), self.observed.weight_obs.spec
-        # As conversion does it: the weight's range is that of the weight as it is now.
-        qp = fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, weight.shape, device=weight.device), weight))
         of_weight = _Ratio()
-        of_weight.add(weight, fsq.fake_quantize(spec, weight, qp))
+        of_weight.add(weight, fsq.fake_quantize(spec, weight, weight_qparams(spec, weight)))
         state = self.observed.act_obs.state
         predicted = None
         if histogram_of(self.spec.observer):
@@ -493,8 +501,7 @@ class _Whole:
         by_name = {layer.name: layer for layer in self.layers}
         for layer in self.layers:
             layer.form = "captured"
-        names = {module: public_name(name) for name, module in self.model.named_modules()}
-        names |= {layer.twin: layer.name for layer in self.layers}
+        names = module_names(self.model) | {layer.twin: layer.name for layer in self.layers}
         with torch.compiler.set_stance("default"), torch.random.fork_rng(self.devices):
             given = _copy(batch)
             for chain in capture(lambda: call(uncompiled(self.model), given), names):

@@ -63,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     observed = {_where(name.rpartition(".")[0]) for name, m in modules.items() if isinstance(m, ObserverModule)}
     if observed:
         raise ValueError(
-            f"{len(observed)} layers still have observers: {', '.join(sorted(observed))}; call convert_(model) first, "
+            f"the model still has observers, in {', '.join(sorted(observed))}; call convert_(model) first, "
             f"or save the calibration itself: functional_sq.serialize.save"
         )
     state: Any = model.state_dict()  # its versions are in an attribute of the dict

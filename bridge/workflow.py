@@ -111,7 +111,7 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
         + (f"; and some must stay in float:\n{listed}" if left else ""),
     )
     if left:
-        warnings.warn(f"{sum(map(len, left.values()))} modules stay in float:\n{listed}", stacklevel=2)
+        warnings.warn(f"{_count(sum(map(len, left.values())), 'module')} left in float:\n{listed}", stacklevel=2)
     return model
 
 
@@ -214,9 +214,9 @@ def calibrate(
             arguments.
         mask: `batch -> bool tensor`, True where a position counts, for inputs whose leading axes
             have the mask's shape, or its axes flattened into one; or None, for a batch without
-            padding. Default: a batch's own `attention_mask`, if it has one; where `decoder_input_ids`
-            or `labels` have its shape, the positions of either sequence. Other inputs (pooled ones)
-            are recorded whole.
+            padding. Default: a batch's own `attention_mask`, if it has one; where `decoder_input_ids`, or
+            the `labels` of an encoder-decoder, have its shape, the positions of either sequence. Other
+            inputs (pooled ones) are recorded whole.
         max_batches: stop after so many, those of the checkpoint included.
         until_stable: stop when in the last `window` batches no layer's scale moved by more than this
             share of itself, and no zero point by more than this share of the codes. Where the
@@ -277,7 +277,7 @@ def calibrate(
         # Not in inference mode: what the model makes and keeps, a cache or a table of angles, would stay unusable.
         with torch.no_grad():
             for batch in _progress(itertools.islice(batches, done, max_batches), done, max_batches):
-                given = mask_of(batch, mask)
+                given = mask_of(model, batch, mask)
                 with _masked(observers.values(), given):
                     call(model, batch)
                 if mask is not None:
@@ -347,7 +347,8 @@ def reread_(model: nn.Module, config: StaticQuantConfig) -> nn.Module:
         except ValueError as error:
             faults[name] = str(error)
     if faults:
-        raise ValueError(f"{len(faults)} layers cannot be read so, and nothing was changed:\n{_listed(faults)}")
+        what = _count(len(faults), "layer")
+        raise ValueError(f"{what} cannot be read so, and nothing was changed:\n{_listed(faults)}")
     for name, own in chosen.items():
         reread_layer(own, observed[name])
     return model
@@ -771,7 +772,7 @@ def check_function(name: str, given: object, what: str) -> None:
         raise TypeError(f"{name} is a {type(given).__name__}; give a function from {what}")
 
 
-def mask_of(batch: Any, mask: Callable[[Any], Tensor | None] | None = None) -> Tensor | None:
+def mask_of(model: nn.Module, batch: Any, mask: Callable[[Any], Tensor | None] | None = None) -> Tensor | None:
     """Return what `mask` gives for a batch, or the batch's own mask; None where every position counts."""
     if mask is not None:
         given = mask(batch)
@@ -780,9 +781,13 @@ def mask_of(batch: Any, mask: Callable[[Any], Tensor | None] | None = None) -> T
             raise TypeError(f"mask(batch) is a {found}; return a bool tensor, True where a position counts, or None")
         return given
     keep = _of_tokens(batch, "attention_mask")
-    for decoder in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
-        tokens = batch.get(decoder) if keep is not None else None
-        if isinstance(tokens, Tensor) and keep is not None and tokens.shape[:2] == keep.shape:
+    if keep is None:
+        return None
+    # Of labels an encoder-decoder makes the decoder's input; for others they are no input.
+    of_labels = any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in model.modules())
+    for decoder in ("decoder_input_ids", "decoder_inputs_embeds", *(("labels",) if of_labels else ())):
+        tokens = batch.get(decoder)
+        if isinstance(tokens, Tensor) and tokens.shape[:2] == keep.shape:
             # Positions of the encoder and of the decoder look alike: those of both count, so that no token is lost.
             other = _of_tokens(batch, "decoder_attention_mask")
             return None if other is None else keep | other

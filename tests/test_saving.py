@@ -552,14 +552,14 @@ SAVES = {
     "save(prepared)": (
         prepared,
         ValueError,
-        r"2 layers still have observers: 0\.0, 2; call convert_\(model\) first, or .*functional_sq\.serialize\.save",
+        r"the model still has observers, in 0\.0, 2; call convert_\(model\) first, or .*functional_sq\.serialize\.save",
     ),
-    "save(prepared and compiled)": (lambda: torch.compile(prepared()), ValueError, r"2 layers .*: 0\.0, 2; call"),
-    "save(a prepared layer)": (lambda: prepared()[2], ValueError, "1 layers still have observers: the model itself"),
+    "save(prepared and compiled)": (lambda: torch.compile(prepared()), ValueError, r"observers, in 0\.0, 2; call"),
+    "save(a prepared layer)": (lambda: prepared()[2], ValueError, "the model still has observers, in the model itself"),
     "save(partly converted)": (
         lambda: bridge.prepare_(quantized(nn.Sequential(nn.Linear(16, 8))).append(nn.Linear(8, 8)), INT8),
         ValueError,
-        "1 layers still have observers: 1; call",
+        "the model still has observers, in 1; call",
     ),
     "save(float model)": (build, ValueError, r"Sequential has no quantized layer; call prepare_, .*torch\.save"),
     "save(tensor form)": (

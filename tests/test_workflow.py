@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import types
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -98,7 +99,7 @@ class Named(nn.Module):
         super().__init__()
         self.fc = nn.Linear(16, 8)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         return self.fc(x)
 
 
@@ -200,6 +201,16 @@ def test_a_decoder_of_the_encoders_length_loses_no_token() -> None:
             bridge.calibrate(model, [{"x": x, "decoder_inputs_embeds": y, "attention_mask": keep, **masks}])
             found.append([int(layer.act_obs.state["count"]) // 4 for layer in model.children()])
     assert found == [[6, 6], [3, 4], [4, 4], [3, 4]]
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_labels_are_a_second_sequence_for_an_encoder_decoder_alone(encoder_decoder: bool) -> None:
+    """The batches of a training loop have them; a decoder alone, or a tagger, must not record its padding for that."""
+    keep = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    model = prepared(Named())
+    model.config = types.SimpleNamespace(is_encoder_decoder=encoder_decoder)
+    bridge.calibrate(model, [{"x": torch.ones(2, 3, 16), "attention_mask": keep, "labels": torch.ones_like(keep)}])
+    assert int(model.fc.act_obs.state["count"]) == 16 * (6 if encoder_decoder else 3)
 
 
 def test_a_mask_is_dropped_when_a_batch_fails() -> None:
@@ -414,7 +425,7 @@ def test_the_projection_inside_multihead_attention_is_left_alone() -> None:
     model = Attention().eval()
     x = batches()
     expected = model(x)
-    with pytest.warns(UserWarning, match=r"1 modules stay in float:\n  attention: .*MultiheadAttention multiplies its"):
+    with pytest.warns(UserWarning, match=r"1 module left in float:\n  attention: .*MultiheadAttention multiplies its"):
         prepared(model)
     bridge.calibrate(model, x)
     bridge.convert_(model)
@@ -429,7 +440,7 @@ class Scaled(nn.Linear):
 
 
 def test_a_subclass_that_computes_something_else_is_left_alone() -> None:
-    with pytest.warns(UserWarning, match=r"1 modules stay in float:\n  0: Scaled has a forward of its own"):
+    with pytest.warns(UserWarning, match=r"1 module left in float:\n  0: Scaled has a forward of its own"):
         model = prepared(nn.Sequential(Scaled(16, 16), nn.Linear(16, 8)))
     assert kinds(model) == ["Scaled", "ObservedLinear"]
 
@@ -469,7 +480,7 @@ def test_a_layer_with_a_quantized_weight_stays_what_it_is(make: Callable[[], nn.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             prepare(model, INT8)
-        told = [str(w.message) for w in caught if "stay in float" in str(w.message)]
+        told = [str(w.message) for w in caught if "left in float" in str(w.message)]
         assert ["0: its weight is a" in each and "already" in each for each in told] == (
             [True] if make is by_torchao and prepare is bridge.prepare_ else []
         )
