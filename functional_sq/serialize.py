@@ -22,7 +22,7 @@ from functional_sq import safetensors
 from functional_sq.granularity import Granularity
 from functional_sq.observer import Observer, State
 from functional_sq.qparams import MappingType
-from functional_sq.spec import QuantSpec
+from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["load", "save", "spec_from_json", "spec_to_json"]
 
@@ -53,8 +53,7 @@ def spec_to_json(spec: QuantSpec) -> str:
 "mapping": "SYMMETRIC", "observer": {"class": "MinMax"}, "quant_max": null, "quant_min": null, \
 "scale_dtype": "float32", "zero_point_dtype": "int32"}
     """
-    if not isinstance(spec, QuantSpec):
-        raise TypeError(f"spec is a {type(spec).__name__}; give a QuantSpec")
+    check_spec(spec)
     plain: dict[str, object] = {}
     for f in dataclasses.fields(spec):
         value = getattr(spec, f.name)
@@ -144,8 +143,6 @@ def save(path: str | os.PathLike[str], calibration: Mapping[str, tuple[QuantSpec
         specs[layer] = json.loads(spec_to_json(spec))
         spec.observer.stat_shape(state)
         for key, value in state.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{layer!r}: {key!r} is a {type(value).__name__}; a state holds tensors")
             if fault := safetensors.fault(value):
                 raise TypeError(f"{layer!r}: {key!r} {fault}")
             if "." in key:

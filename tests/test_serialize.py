@@ -279,7 +279,7 @@ SAVES = {
     "save(path, {x: state})": ({"x": fsq.init(INT8, (1,))}, TypeError, "'x': the value is a dict; give the pair"),
     "save(path, {x: (state, spec)})": ({"x": ({}, INT8)}, TypeError, "'x': the value is a tuple; give the pair"),
     "save(path, {x: (spec, {})})": ({"x": (INT8, {})}, ValueError, "this state is []; make a state with init"),
-    "save(path, {x: (raw, {a: 1})})": ({"x": (RAW, {"a": 1})}, TypeError, "'a' is a int; a state holds tensors"),
+    "save(path, {x: (raw, {a: 1})})": ({"x": (RAW, {"a": 1})}, TypeError, "'a' is a int; give a tensor"),
     "save(path, {x: (raw, {a.b: t})})": ({"x": (RAW, {"a.b": torch.ones(1)})}, ValueError, "'a.b' contains a dot"),
     "save(path, {x: (raw, {a: complex128})})": (
         {"x": (RAW, {"a": torch.ones(1, dtype=torch.complex128)})},
@@ -536,7 +536,7 @@ def test_json_holds_only_what_it_returns() -> None:
             spec_to_json(fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Holds(value)))
     with pytest.raises(TypeError, match=r"NoDataclass is no dataclass; decorate it @dataclass"):
         spec_to_json(fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=NoDataclass()))
-    with pytest.raises(TypeError, match="spec is a str; give a QuantSpec"):
+    with pytest.raises(TypeError, match="spec is 'int8'; give a QuantSpec"):
         spec_to_json("int8")
     spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Holds((1, (True, None), "x", float("inf"))))
     assert spec_from_json(spec_to_json(spec), classes=(Holds,)) == spec
