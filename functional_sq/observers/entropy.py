@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 
 from functional_sq.formats import Float8
 from functional_sq.observer import State
-from functional_sq.observers.histogram import Histogram
+from functional_sq.observers.histogram import Histogram, search_blocks
 from functional_sq.observers.mse import code_table
 from functional_sq.qparams import QParams, from_range
 
@@ -67,17 +68,9 @@ class Entropy(Histogram):
     """
 
     def range(self, spec: QuantSpec, state: State) -> tuple[Tensor, Tensor]:
-        lo, hi = state["min"], state["max"]
-        edges = self.edges(device=lo.device)
-        rows = (state["histogram"].reshape(-1, self.bins), lo.reshape(-1), hi.reshape(-1))
         candidates = _OCTAVES << self.mantissa_bits
-        chunk = max(1, _CHUNK // (candidates * self.bins))
-        parts = zip(*(torch.split(row, chunk) for row in rows), strict=True)
-        found = [_search(spec, edges, candidates, *part) for part in parts]
-        # Nothing seen, NaN and Inf stay visible.
-        fit = lo.isfinite() & hi.isfinite() & (state["count"] > 0)
-        chosen_lo, chosen_hi = (torch.cat(ends).reshape(lo.shape) for ends in zip(*found, strict=True))
-        return torch.where(fit, chosen_lo, lo), torch.where(fit, chosen_hi, hi)
+        search = partial(_search, spec, self.edges(device=state["min"].device), candidates)
+        return search_blocks(state, search, max(1, _CHUNK // (candidates * self.bins)))
 
 
 def _search(

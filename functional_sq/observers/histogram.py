@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from functional_sq.observer import MAX, MIN, SUM, Accumulator, Observer, State, 
 if TYPE_CHECKING:
     from functional_sq.spec import QuantSpec
 
-__all__ = ["Histogram", "histogram_of"]
+__all__ = ["Histogram", "histogram_of", "search_blocks"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,6 +196,21 @@ def histogram_of(observer: Observer) -> Histogram | None:
     while inner is not None and not isinstance(inner, Histogram):
         inner = getattr(inner, "observer", None)
     return inner
+
+
+def search_blocks(
+    state: State, search: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Return the range that `search(histogram, lo, hi)` finds for each block, `chunk` blocks at a time.
+
+    Where nothing was seen, or NaN or Inf was, the range is what was recorded: it stays visible.
+    """
+    lo, hi, histogram = state["min"], state["max"], state["histogram"]
+    rows = (histogram.reshape(-1, histogram.shape[-1]), lo.reshape(-1), hi.reshape(-1))
+    found = [search(*part) for part in zip(*(torch.split(row, chunk) for row in rows), strict=True)]
+    best_lo, best_hi = (torch.cat(ends).reshape(lo.shape) for ends in zip(*found, strict=True))
+    fit = lo.isfinite() & hi.isfinite() & (state["count"] > 0)
+    return torch.where(fit, best_lo, lo), torch.where(fit, best_hi, hi)
 
 
 def _encoding(x: Tensor) -> tuple[Tensor, int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functional_sq.formats import Float8
 from functional_sq.observer import State
-from functional_sq.observers.histogram import Histogram, histogram_of
+from functional_sq.observers.histogram import Histogram, histogram_of, search_blocks
 from functional_sq.qparams import MappingType, QParams, check_qparams, from_range
 from functional_sq.spec import QuantSpec, check_spec
 
@@ -68,18 +68,10 @@ class Mse(Histogram):
     """
 
     def range(self, spec: QuantSpec, state: State) -> tuple[Tensor, Tensor]:
-        lo, hi = state["min"], state["max"]
-        edges = self.edges(device=lo.device)
-        histogram = state["histogram"].reshape(-1, edges.numel() - 1)
-        rows = (histogram, lo.reshape(-1), hi.reshape(-1))
+        edges, window = self.edges(device=state["min"].device), min(self.half, _WINDOW << self.mantissa_bits)
         search = _asymmetric if spec.mapping is MappingType.ASYMMETRIC else _symmetric
-        width = 2 * min(histogram.shape[-1] // 2, _WINDOW << self.mantissa_bits) + 2
-        chunk = max(1, _CHUNK // (width * 80))
-        found = [search(_Model(spec, edges, _WINDOW << self.mantissa_bits, *part)) for part in _split(rows, chunk)]
-        # Nothing seen, NaN and Inf stay visible.
-        fit = lo.isfinite() & hi.isfinite() & (state["count"] > 0)
-        chosen_lo, chosen_hi = (torch.cat(ends).reshape(lo.shape) for ends in zip(*found, strict=True))
-        return torch.where(fit, chosen_lo, lo), torch.where(fit, chosen_hi, hi)
+        chunk = max(1, _CHUNK // ((2 * window + 2) * 80))
+        return search_blocks(state, lambda *rows: search(_Model(spec, edges, window, *rows)), chunk)
 
 
 class SquaredError(NamedTuple):
@@ -144,8 +136,9 @@ def expected_error(spec: QuantSpec, state: State, qp: QParams) -> SquaredError:
     edges = bins.edges(device=lo.device)
     rows = (state["histogram"].reshape(-1, bins.bins), *(t.reshape(-1) for t in (lo, hi, *qp)))
     found = []
-    for *recorded, scale, zero_point in _split(rows, max(1, _CHUNK // (bins.bins + 2))):
-        model = _Model(spec, edges, _WINDOW << bins.mantissa_bits, *recorded)
+    window, chunk = min(bins.half, _WINDOW << bins.mantissa_bits), max(1, _CHUNK // (bins.bins + 2))
+    for *recorded, scale, zero_point in zip(*(torch.split(row, chunk) for row in rows), strict=True):
+        model = _Model(spec, edges, window, *recorded)
         found.append(model.squared_error(QParams(scale[:, None], zero_point[:, None])))
     seen, fit = count > 0, lo.isfinite() & hi.isfinite()
     return SquaredError(
@@ -155,10 +148,6 @@ def expected_error(spec: QuantSpec, state: State, qp: QParams) -> SquaredError:
             for part in zip(*found, strict=True)
         )
     )
-
-
-def _split(rows: tuple[Tensor, ...], chunk: int) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(torch.split(row, chunk) for row in rows), strict=True))
 
 
 class _Best(NamedTuple):
@@ -266,7 +255,6 @@ class _Model:
 def _window(edges: Tensor, window: int, histogram: Tensor, extreme: Tensor) -> tuple[Tensor, Tensor]:
     """Keep, of each row, the `window` bins of either sign below the extreme; the rest is the middle bin."""
     half = histogram.shape[-1] // 2
-    window = min(window, half)
     # Bins of a magnitude are numbered 1 to half; the first one kept is `start` + 1.
     # `right`: an extreme that is itself an edge is in the bin that starts there.
     top = torch.bucketize(extreme, edges[half + 1 :].contiguous(), right=True).clamp(max=half)
