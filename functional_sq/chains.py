@@ -111,9 +111,8 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: str) -> Tensor
 
 
 def _product(*given: Any) -> Tensor:
-    q, scale, zero_point, spec, codes, weight_zero_point, bias, s, offset, *how, residual = given[:-4]
-    geometry, dtype, fast_accum, _ = how
-    activation, to_s, to_z, to_spec = given[-4:]
+    q, scale, zero_point, spec, codes, weight_zero_point, bias, s, offset, *how = given
+    geometry, dtype, fast_accum, _, residual, activation, to_s, to_z, to_spec = how
     weight = FoldedWeight(codes, s, weight_zero_point, None)  # scale and sum are not read
     arguments = _spec(spec), q, QParams(scale, zero_point), weight, bias
     then = None
@@ -239,12 +238,10 @@ def _fold_batch_norms(graph: fx.Graph, before: _Captured) -> None:
         if normed is None or before.writes_between(normed[0], node):
             continue
         producer, statistics = normed
-        arguments = list(producer.args)
         with graph.inserting_before(node):
-            both = graph.call_function(_BATCH_NORM, (arguments[_SCALE], arguments[_BIAS], *statistics))
+            both = graph.call_function(_BATCH_NORM, (producer.args[_SCALE], producer.args[_BIAS], *statistics))
             for i, position in enumerate((_SCALE, _BIAS)):
-                arguments[position] = graph.call_function(operator.getitem, (both, i))
-        producer.args = tuple(arguments)
+                producer.update_arg(position, graph.call_function(operator.getitem, (both, i)))
         _replace(graph, node, producer)
 
 
@@ -259,8 +256,7 @@ def _requantize(graph: fx.Graph, before: _Captured) -> list[Link]:
         if before.writes_between(producer, node, passed):
             continue
         links.append(Link(producer, activation, tuple(node.users)))
-        to_scale, to_zero_point, to_spec = _handed(graph, producer, node)
-        producer.args = (*producer.args[:-4], activation, to_scale, to_zero_point, to_spec)
+        producer.args = (*producer.args[: _RESIDUAL + 1], activation, *_handed(graph, producer, node))
         _replace(graph, node, producer, passed)
     return links
 
@@ -274,7 +270,7 @@ def _add_residuals(graph: fx.Graph, before: _Captured) -> None:
         producer, passed, residual = term
         if before.writes_between(producer, node, (node, *passed)):
             continue
-        producer.args = (*producer.args[:-5], residual, *producer.args[-4:])
+        producer.update_arg(_RESIDUAL, residual)
         _replace(graph, node, producer, passed)
 
 
@@ -480,5 +476,5 @@ def _handed(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> tuple[Any, Any
         zero_point = graph.call_function(torch.add, (zero_point, up))
     text = describe(shifted)
     for user in tuple(node.users):
-        user.args = (user.args[0], user.args[1], zero_point, text, *user.args[4:])
+        user.args = (*user.args[:2], zero_point, text, *user.args[4:])
     return scale, zero_point, text
