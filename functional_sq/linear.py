@@ -323,7 +323,7 @@ def linear(
         raise TypeError(f"linear to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
     if then is not None:
         check_requantization(then)
-    check_residual(residual, (*lead, n), dtype)
+    _check_residual(residual, (*lead, n), dtype)
     wide = torch.promote_types(dtype, torch.float32)
     check_epilogue(epilogue, bias, n, wide)
     scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
@@ -334,41 +334,43 @@ def linear(
             f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {flat.shape[0]} "
             f"tokens; quantize and multiply with the same qp"
         )
+    per_output = scale.ndim == 1 and fits_operator(scale, bias, wide)
     backend = None
-    if epilogue is not None and offset is not None and scale.ndim == 1 and fits_operator(scale, bias, wide):
+    if per_output and epilogue is not None and offset is not None:
         backend = product_for(flat.shape[0], weight.codes, weight.zero_point)
+    y: Tensor | None = None
     if backend is not None:
         assert offset is not None
         zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(n)
         taken = backend_codes(backend.CODES, spec, flat, qp)
         operands = Operands(*taken, weight.codes, zero_point, scale, offset, bias)
-        if then is not None and residual is None and backend.requantizes(then.spec, then.qp.scale, then.activation):
-            return requantize_by(partial(backend.product, operands), then, backend.CODES).reshape(*lead, n)
-        if residual is None:
-            y = backend.product(operands, dtype=dtype).reshape(*lead, n)
-        else:
+        if residual is not None:
             y = backend.plus(residual, operands)
-        return y if then is None else requantize(y, then)
-    codes = operand(spec, flat)
-    made = None
-    if offset is None and scale.ndim == 1 and residual is None and fits_operator(scale, bias, wide):
-        made = float8_linear(codes, weight.codes, scale, bias, dtype, fast_accum)
-    if made is None:
-        if offset is None:
-            product = float8_product(codes, weight.codes, fast_accum)
+        elif then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
+            y, then = requantize_by(partial(backend.product, operands), then, backend.CODES), None
         else:
-            product = integer_product(codes, weight.codes)
-            if weight.zero_point is not None:
-                token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
-                offset = offset + weight.zero_point.reshape(-1) * token_sum
-            product = product - offset if is_traced(product) or is_batched(offset) else product.sub_(offset)
-        rest = None if residual is None else residual.reshape(-1, n)
-        made = apply_epilogue(product, scale, bias, dtype, rest)
-    y = made.reshape(*lead, n)
+            y = backend.product(operands, dtype=dtype)
+    elif per_output and offset is None and residual is None:
+        y = float8_linear(operand(spec, flat), weight.codes, scale, bias, dtype, fast_accum)
+    if y is None:
+        product = _bracket(operand(spec, flat), weight, offset, fast_accum)
+        y = apply_epilogue(product, scale, bias, dtype, None if residual is None else residual.reshape(-1, n))
+    y = y.reshape(*lead, n)
     return y if then is None else requantize(y, then)
 
 
 _epilogue = epilogue  # `linear` has an argument of that name
+
+
+def _bracket(codes: Tensor, weight: FoldedWeight, offset: Tensor | None, fast_accum: bool) -> Tensor:
+    """Return what the scales multiply, `(M, N)`: the bracket above, or for float8 the bare product."""
+    if offset is None:
+        return float8_product(codes, weight.codes, fast_accum)
+    product = integer_product(codes, weight.codes)
+    if weight.zero_point is not None:
+        token_sum = codes.sum(1, keepdim=True, dtype=product.dtype)
+        offset = offset + weight.zero_point.reshape(-1) * token_sum
+    return product - offset if is_traced(product) or is_batched(offset) else product.sub_(offset)
 
 
 def linear_reference(
@@ -494,7 +496,7 @@ def check_epilogue(epilogue: Epilogue | None, bias: Tensor | None, n: int, wide:
         )
 
 
-def check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
+def _check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless what is added to a result has its shape and dtype."""
     if residual is None:
         return
