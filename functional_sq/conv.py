@@ -63,9 +63,9 @@ __all__ = [
     "check_conv",
     "conv",
     "conv_reference",
-    "each",
     "fold_batch_norm",
     "is_channels_last",
+    "per_dimension",
 ]
 
 _FLOAT32_TERMS = 2**24 // 255**2
@@ -150,7 +150,7 @@ def conv(
         assert epilogue.offset is not None
         taken = backend_codes(backend.CODES, spec, x, qp)
         operands = Operands(*taken, weight.codes, None, epilogue.scale, epilogue.offset, bias)
-        convolve = partial(_by, backend, operands, geometry, groups)
+        convolve = partial(_convolve_by, backend, operands, geometry, groups)
         if then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
             y, then = requantize_by(convolve, then, backend.CODES), None
         else:
@@ -286,17 +286,17 @@ def _geometry(
     dilation: int | Sequence[int],
 ) -> _Geometry:
     rank = len(kernel)
-    steps, gaps = each("stride", stride, rank, 1), each("dilation", dilation, rank, 1)
+    steps, gaps = per_dimension("stride", stride, rank, 1), per_dimension("dilation", dilation, rank, 1)
     if padding == "same":
         if any(step != 1 for step in steps):
             raise ValueError(f"padding='same' with stride={stride}: the size cannot stay; use stride=1, or numbers")
         missing = [gap * (size - 1) for size, gap in zip(kernel, gaps, strict=True)]
         return _Geometry(steps, tuple((m // 2, m - m // 2) for m in missing), gaps)
-    sides = each("padding", 0 if padding == "valid" else padding, rank, 0, " or 'same' or 'valid'")
+    sides = per_dimension("padding", 0 if padding == "valid" else padding, rank, 0, " or 'same' or 'valid'")
     return _Geometry(steps, tuple((side, side) for side in sides), gaps)
 
 
-def each(name: str, value: object, rank: int, least: int, words: str = "") -> tuple[int, ...]:
+def per_dimension(name: str, value: object, rank: int, least: int, words: str = "") -> tuple[int, ...]:
     """Return a setting for each dimension, or raise ValueError; `words` are what else may be given."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
@@ -399,7 +399,7 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Ge
     return windows.reshape(batch, *size, math.prod(kernel) * channels).contiguous().view(q.dtype)
 
 
-def _by(
+def _convolve_by(
     backend: Convolution,
     operands: Operands,
     geometry: _Geometry,
@@ -444,7 +444,7 @@ def _corrected(
     def sums(w: Tensor) -> Tensor:
         offset = zero_point * w.flatten(1).sum(1, dtype=torch.int32)
         operands = Operands(q, zero_point, w, None, unscaled[: len(w)], offset, None)
-        return _by(backend, operands, geometry, groups).to(torch.int32)
+        return _convolve_by(backend, operands, geometry, groups).to(torch.int32)
 
     of_weight = weight.zero_point.reshape(-1, *(1 for _ in codes.shape[2:]))
     return sums(codes) - of_weight * sums(ones).repeat_interleave(len(codes) // groups, 1)

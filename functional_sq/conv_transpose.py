@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.conv import check_channels, check_conv, conv, each, is_channels_last
+from functional_sq.conv import check_channels, check_conv, conv, is_channels_last, per_dimension
 from functional_sq.linear import Epilogue, FoldedWeight
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
@@ -177,8 +177,8 @@ def _geometry(
 ) -> tuple[tuple[int, ...], list[tuple[int, int]], tuple[int, ...]]:
     """Return stride, what is around the spread input, and dilation, for each dimension; or raise ValueError."""
     kernel, rank = weight[2:], len(weight) - 2
-    steps, gaps = each("stride", stride, rank, 1), each("dilation", dilation, rank, 1)
-    sides, more = each("padding", padding, rank, 0), each("output_padding", output_padding, rank, 0)
+    steps, gaps = per_dimension("stride", stride, rank, 1), per_dimension("dilation", dilation, rank, 1)
+    sides, more = per_dimension("padding", padding, rank, 0), per_dimension("output_padding", output_padding, rank, 0)
     for added, step, gap in zip(more, steps, gaps, strict=True):
         if added >= max(step, gap):
             raise ValueError(
