@@ -1,13 +1,12 @@
-"""The backends: what multiplies, or convolves with, a weight that is kept, where that is faster than torch's products.
+"""The backends: faster products and convolutions with a weight that is used again than torch has.
 
 A backend is one file, or any object, with the functions of `Product` or `Convolution`, in front of `PRODUCTS` or
 `CONVOLUTIONS`; `check_product_backend` and `check_convolution_backend` of `functional_sq.testing` say whether it is
-right. `linear`, `conv` and the layers of the bridge ask the backends in order, and take the first that supports the
-weight and has rows enough.
-Without one the arithmetic is that of `functional_sq.int_mm` and `float8_mm`, with the same bits.
+right. `linear`, `conv` and the layers of the bridge take the first backend in the list that supports the weight and is
+faster for so many rows. Without one the arithmetic is that of `functional_sq.int_mm` and `float8_mm`: the same bits.
 
-All but the products themselves are asked while a graph is traced: they see shapes, dtypes, devices and the machine,
-never values. Codes may be written to between two products; scale and bias may have strides.
+All functions but the products themselves are called while a graph is traced: they see shapes, dtypes, devices and the
+machine, never values. Codes may be written to between two products; scale and bias may have strides.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class _Backend(Protocol):
         """Whether it applies a key of `ACTIVATIONS` and makes codes of the result: of all 8 bits, one scale."""
 
     def key(self) -> tuple[object, ...]:
-        """What its answers depend on, beside their arguments; its `repr` is part of `fingerprint`."""
+        """What its answers depend on, apart from their arguments; its `repr` is part of `fingerprint`."""
 
 
 class Product(_Backend, Protocol):
@@ -142,7 +141,7 @@ def convolution_for(
 
 
 def codes_dtype(codes: Tensor) -> torch.dtype:
-    """Return of which dtype codes are where one layer hands them to the next: those of the backend for its weight.
+    """Return the dtype in which codes are handed to the layer of a weight: that of the backend which takes the weight.
 
     Example:
         >>> import torch
@@ -157,7 +156,7 @@ def codes_dtype(codes: Tensor) -> torch.dtype:
 def fingerprint() -> str:
     """Return what compiled code depends on beside its graph: this package's source, and what backends choose by.
 
-    A compiler's cache on disk must know a graph by it, for the graph has operators of `functional_sq.chains` by name.
+    It must be part of the key of a compiler's cache on disk: a graph has operators of `functional_sq.chains` by name.
 
     Example:
         >>> from functional_sq.backends import fingerprint

@@ -1,5 +1,4 @@
-"""The only reshapes in the package: a tensor seen as blocks, each of which has one statistic; and what code that may
-be traced asks.
+"""A tensor seen as blocks, each of which has one statistic; and what code asks that torch may trace.
 
 Shape work is plain Python on tuples; a split is a view and costs nothing.
 """
@@ -32,23 +31,23 @@ _R = TypeVar("_R")
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether what is done with `x` becomes part of a graph: eager code that suits one size is out of place.
+    """Whether operations on `x` are traced into a graph, where code that depends on one size is out of place.
 
-    The type tells where the compiler traces an operator of ours and torch before 2.13 does not say so.
+    The type tells it where the compiler traces an operator of ours, which torch before 2.13 does not say.
     """
     return torch.compiler.is_compiling() or type(x) is not Tensor
 
 
 def is_batched(*tensors: Tensor | None) -> bool:
-    """Whether any of them has a batch of `torch.vmap`, and one that has none cannot be written to."""
+    """Whether any of them has a batch of `torch.vmap`; a tensor without one then cannot take its result in place."""
     return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)
 
 
 def hide_from_dynamo(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let Dynamo compile neither a function nor what it calls, where it finds it on the stack: a kernel of an operator.
+    """Keep Dynamo from compiling the kernel of an operator, and what it calls, when they run beside compiled code.
 
-    As `torch.compiler.disable`, which imports Dynamo, and whose wrapper would take 1 us of each call. Where torch has
-    no such switch any more, the function is left as it is.
+    As `torch.compiler.disable`, which imports Dynamo and whose wrapper takes 1 us of each call. Where torch has no such
+    switch any more, the function is left as it is.
     """
     hook: Any = torch._C._dynamo.eval_frame
     if hasattr(hook, "set_code_exec_strategy"):
@@ -128,24 +127,24 @@ def blockwise(op: Callable[..., Tensor], x: Tensor, *stats: Tensor) -> Tensor:
 
 
 def asked_once(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let Dynamo call a function where it traces, and take what it returns for a constant.
+    """Let Dynamo call a function while it traces, with constants, and take its result as a constant.
 
-    As `torch.compiler.assume_constant_result`, which imports Dynamo. The arguments are constants.
+    As `torch.compiler.assume_constant_result`, which imports Dynamo.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def reaches(rows: int, least: int) -> bool:
-    """Whether `rows` is `least` or more, or not known yet.
+    """Whether `rows` is at least `least`, or not known yet.
 
     Example:
         >>> from functional_sq.blocks import reaches
         >>> reaches(3, 4)
         False
 
-    In a compiled graph for any number of rows it counts as more: 40 us lost on few are less than what many gain,
-    and a guard on the number would compile each layer's side of it.
+    In a graph for any number of rows it counts as reached: 40 us lost on few rows are less than what many gain, and
+    with a guard on the number each layer would be compiled for either side of it.
     """
     if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
         return rows >= least
@@ -153,7 +152,7 @@ def reaches(rows: int, least: int) -> bool:
 
 
 def always(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes holds for all that a graph is for; false where that is not known. Adds no guard.
+    """Whether a condition holds for all sizes that a graph is for; False where that is not known. Adds no guard.
 
     Example:
         >>> from functional_sq.blocks import always
@@ -168,7 +167,7 @@ def always(condition: bool | torch.SymBool) -> bool:
 
 
 def is_among(rows: int, those: range) -> bool:
-    """Whether `rows` is one of `those`; a number that is not known yet, where they have no end: `sys.maxsize`.
+    """Whether `rows` is in a range; a number not known yet is, if the range has no end (`sys.maxsize`).
 
     Example:
         >>> from functional_sq.blocks import is_among

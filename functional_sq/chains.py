@@ -83,7 +83,7 @@ def layer(
         geometry: JSON of the settings that `conv` or `conv_transpose` takes; "" for `linear`.
         dtype: dtype of the result.
         fast_accum: as `linear`.
-        known_by: what a compiler's cache on disk knows the operator by: `backends.fingerprint()`.
+        known_by: `backends.fingerprint()`, by which a compiler's cache on disk tells versions of the operator apart.
 
     Returns:
         what that function returns.
@@ -177,14 +177,13 @@ class Link(NamedTuple):
 def hand_on(graph: fx.Graph) -> list[Link]:
     """Let the layers of a captured graph hand codes on, share those of one input, and add residuals. Changes the graph.
 
-    A layer hands on where all that is done with its result is one of `ACTIVATIONS` or none, dropouts in
-    evaluation, and the quantization of the next layers. What differs from the graph as it was is said at
-    `then` of `linear`. A linear layer whose result, through dropouts, only goes into a sum of its shape and dtype
-    adds the other term itself, in the dtype in which it scales; the sum is rounded once. A batch norm in evaluation
-    of one layer's result is part of that layer's scale and bias, as if folded into the weight before quantization,
-    where no gradient of its own is asked for. A residual of a convolution is left to Inductor: oneDNN takes longer to
-    add it than a pass that adds it, applies the activation and makes the next codes (8 images of 256 x 56 x 56: 3.6
-    against 3.2 ms).
+    A layer hands codes on if its result goes nowhere but into the quantization of the next layers, through one of
+    `ACTIVATIONS` at most and dropouts in evaluation; `then` of `linear` says how codes may differ. A linear layer whose
+    result, through dropouts, goes only into a sum of its shape and dtype adds the other term itself, in the dtype in
+    which it scales, and the sum is rounded once. A batch norm in evaluation, of one layer's result alone, becomes part
+    of that layer's scale and bias, as if folded into the weight before quantization, unless its gradient is asked for.
+    A residual of a convolution is left to Inductor: oneDNN takes longer to add it than a pass that adds it, applies the
+    activation and makes the next codes (8 images of 256 x 56 x 56: 3.6 against 3.2 ms).
 
     Args:
         graph: as Dynamo captures it: functions of torch, in-place ones too, and the operators of `layer`.
@@ -220,7 +219,7 @@ class _Captured:
 
 
 def _share_codes(graph: fx.Graph, before: _Captured) -> None:
-    """Quantize once what is quantized alike."""
+    """Quantize an input once for all layers that quantize it alike."""
     seen: dict[tuple[Any, ...], fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         first = seen.get(node.args)

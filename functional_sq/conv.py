@@ -13,11 +13,11 @@ is written: Winograd's algorithm and the FFT round on the way. On a CPU neither 
 spatial axes, so one or two are given more of size 1; a CUDA device computes groups in float64 and
 rounds to the integer. So groups are exact, and no faster than floats.
 
-A symmetric int8 weight that is kept (`epilogue=`) is convolved by oneDNN where that is the faster one, groups
-always: neither windows nor floats are written, and the bits are the same. `functional_sq.onednn_conv` is
-that backend. An asymmetric weight needs each window's sum besides, which is a convolution with ones: both are
-exact in float32 while `K <= 514` (`K * 255 * 128 <= 2**24`), as for depthwise and first layers, and the rest
-follows in int32. Three dimensions are not asked for.
+A symmetric int8 weight that is used again (`epilogue=`) is convolved by a backend where that is faster, by
+oneDNN with groups always: neither windows nor floats are written, and the bits are the same. An asymmetric weight
+also needs each window's sum, which is a convolution with ones: both are exact in float32 while `K <= 514`
+(`K * 255 * 128 <= 2**24`), as for depthwise and first layers, and the rest follows in int32. No backend takes three
+dimensions.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ def conv(
         dilation: steps between the elements of a window.
         groups: the channels are cut into so many groups that do not mix.
         dtype: dtype of the result.
-        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits. The weight counts
-            as one that is kept: where a backend is the faster one, oneDNN packs it at the first
-            call, one byte an element more for as long as `weight.codes` live.
+        epilogue: as `linear`.
         then: return the next layer's codes, `requantize(conv(...), then)`, as `linear` does.
         fast_accum: as `linear`.
 
@@ -421,10 +419,10 @@ def _convolve_by(
 def asked_for(
     codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> tuple[Tensor | None, int]:
-    """Return for which zero point backends are asked to convolve with a weight, and how many windows count as one.
+    """Return the zero point that backends are asked about for a weight, and by how many to divide its windows.
 
-    They are asked for none where two of their convolutions give the sums of an asymmetric weight, exactly, and without
-    them windows are copied, or groups run as floats. Two, and a pass over their results, need the more windows.
+    They are asked about None for an asymmetric weight too, where two of their convolutions give its sums exactly and
+    torch would copy windows, or convolve groups as floats. Two, and a pass over their results, pay off later.
     """
     exact = math.prod(codes.shape[1:]) <= _FLOAT32_SUMS
     if zero_point is None or not exact or (groups == 1 and not overlap(codes.shape[2:], stride, dilation)):

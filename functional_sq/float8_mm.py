@@ -46,8 +46,8 @@ def float8_linear(
 ) -> Tensor | None:
     """Return `float8_product(a, b) * scale + bias`, `(N,)` both, where one kernel does all of it faster, or None.
 
-    By Triton for a token or few; on Hopper by `torch._scaled_mm`, rounded to bfloat16: on an H200 it takes as long as
-    the bare product from 256 rows on (of fewer twice as long), and the float32 matrix is neither written nor read.
+    By Triton for at most 16 rows; on Hopper by `torch._scaled_mm`, which rounds to bfloat16: on an H200 that takes as
+    long as the bare product from 256 rows on (twice as long for fewer), and no float32 matrix is written or read.
     """
     few = triton_mm.float8_product(a, b, scale, bias, dtype)
     if few is not None:
@@ -76,10 +76,10 @@ def _of_few(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _in_pieces(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a @ b.T` of float32 and float8 codes, of which as many are floats at a time as memory is kept for.
+    """Return `a @ b.T` of float32 and float8 codes; a piece of the codes at a time is made floats.
 
-    Eager steps meet in the cache. A graph gets few pieces, as each has a loop of its own; above 32 MiB, 2**23 floats,
-    glibc takes pages that are new in each call: 20 ms for 4096 x 4096.
+    Eager pieces stay in the cache. A graph has few pieces, as each is a loop of its own; above 32 MiB, 2**23 floats,
+    glibc takes new pages in each call: 20 ms for 4096 x 4096.
     """
     n, k = b.shape
     multiply = torch.ops.functional_sq.onednn_float_product.default

@@ -30,7 +30,7 @@ __all__ = ["Granularity", "PerAxis", "PerBlock", "PerGroup", "PerRow", "PerTenso
 
 
 class Granularity(abc.ABC):
-    """Which elements share one scale. Subclass it, frozen, to add one of your own."""
+    """Which elements share one scale. For one of your own, derive a frozen dataclass."""
 
     @abc.abstractmethod
     def stat_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
-"""The bare product of int8 codes, exact, on every device: `torch._int_mm`, or what is better than it.
+"""The bare product of int8 codes, exact, on every device.
 
-On CUDA Triton's kernel, where there is Triton; floats on a CPU on which oneDNN saturates.
+By `torch._int_mm`; on CUDA by a kernel of Triton, where it is installed; in floats on a CPU where oneDNN saturates.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ torch.library.register_vmap(_ROW, looped(torch.ops.functional_sq.row_product.def
 
 
 def _at_least(size: int, least: int) -> int:
-    """Return the larger of a size and a number; a symbol where that is not known, as it adds no guard."""
+    """Return the larger of a size and a number; a symbol where that is not known, for a comparison adds a guard."""
     if always(size >= least):
         return size
     # Dynamo of torch 2.11 takes no sym_max of two numbers.

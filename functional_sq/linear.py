@@ -13,9 +13,9 @@ starts with the conversion of the bracket to float32.
 Codes of uint8 are shifted by 128 to int8, together with their zero point, which changes no difference
 `q - z`: int8 is what the devices multiply.
 
-What multiplies is a file each: `int_mm.py` and `float8_mm.py` give the bare product of any codes on any
-device, the backends of `functional_sq.backends` the result itself, of a weight that is kept, where they say
-that they take it and are the faster ones.
+What multiplies is in other files: `int_mm.py` and `float8_mm.py` give the bare product of any codes on any
+device; the backends of `functional_sq.backends` give the result itself, for a weight that is used again, where
+they support it and are faster.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
         qp: scale and zero point of `q`.
 
     Returns:
-        the folded weight. `unfold(spec, ...)` gives `q` and `qp` back. Under `torch.vmap` multiply within the mapped
-        function: it returns no None, which some fields are.
+        the folded weight. `unfold(spec, ...)` gives `q` and `qp` back. Some fields may be None, which a function
+        mapped by `torch.vmap` cannot return: multiply inside it.
 
     Raises:
         TypeError: `q` is not in the spec's storage dtype, or `qp` is no QParams.
@@ -204,7 +204,7 @@ use PerAxis(0) or PerTensor() for the weight, or the reference path
 
 
 class Epilogue(NamedTuple):
-    """What turns a bare product of codes into real values, and does not depend on the activations.
+    """What turns a bare product of codes into real values, and is known before the activations are.
 
     Attributes:
         scale: `s_x s_w`, output units per unit of the product; `(N,)`, or `(M, N)` for a scale a token.
@@ -285,22 +285,24 @@ def linear(
         weight: `fold` of an `(N, K)` weight.
         bias: `(N,)` or None, output units.
         dtype: dtype of the result.
-        epilogue: `epilogue(spec, qp, weight)`, if it was computed before; the same bits; with `dtype=torch.float64`
-            both are of it. The weight counts as one that is kept: where a backend is the faster one, oneDNN packs
-            it at the first call, one byte an element more for as long as `weight.codes` live.
+        epilogue: `epilogue(spec, qp, weight)`, if it was computed before, for the same bits; for
+            `dtype=torch.float64` computed with that dtype. It also says that the weight is used again, so a
+            backend may take it. oneDNN packs it at the first call, one byte an element more for as long as
+            `weight.codes` live.
         residual: `(..., N)` in `dtype`, or None: what is added to the result before it is rounded to `dtype`.
-        then: return the next layer's codes, `requantize(linear(...), then)`. Where oneDNN makes them, the
+        then: return the next layer's codes, `requantize(linear(...), then)`. Where a backend makes them, the
             result is not rounded to `dtype` before, and a code may differ by one where a value lies on the
             border of two.
-        fast_accum: let a CUDA device add float8 products with fewer bits than float32 has; faster on
-            Hopper, less exact. Other products stay as they are.
+        fast_accum: let a CUDA device add float8 products with fewer bits than float32 has: faster on
+            Hopper, less exact. Integers are not affected.
 
     Returns:
         `(..., N)` in `dtype`; with `then`, in the storage dtype of `then.spec`.
 
     Raises:
-        TypeError: integer codes meet float8 codes, or `residual` or `epilogue` has another dtype.
-        ValueError: shapes do not fit, the activations have scales along K, or `then` is no activation's.
+        TypeError: integer codes meet float8 codes, `dtype` holds no real values, or `residual` or `epilogue` has
+            another dtype.
+        ValueError: shapes do not fit, the activations have scales along K, or `then` names no known activation.
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), equation 7.
 
@@ -469,13 +471,14 @@ def requantize_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantiz
 
 
 def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:
-    """Whether an epilogue may be left to an operator of ours; an exported program has torch's own alone."""
+    """Whether an operator of ours may apply the epilogue: it has no gradient, and an exported program has only torch's
+    operators."""
     learned = scale.requires_grad or (bias is not None and bias.requires_grad)
     return scale.dtype is wide is torch.float32 and not learned and not is_exporting()
 
 
 def check_epilogue(epilogue: Epilogue | None, bias: Tensor | None, n: int, wide: torch.dtype) -> None:
-    """Raise unless what follows a product has its columns; a backend reads as many."""
+    """Raise unless what follows a product has one entry for each of its columns; a backend reads as many."""
     if bias is not None:
         check_real(bias, "the bias")
         if bias.shape != (n,):

@@ -106,7 +106,7 @@ def extremes(x: Tensor, dims: tuple[int, ...], keep: Tensor | None) -> tuple[Ten
 
 
 def _is_known(rows: int) -> bool:
-    """Whether a compiled graph is for this number of rows alone: it guards what Python computes from any other."""
+    """Whether a compiled graph is for this number of rows alone; Python code on a symbol would add guards."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
 
     return has_static_value(rows)
@@ -146,7 +146,7 @@ class Observer(abc.ABC):
 
     @property
     def table(self) -> Mapping[str, Reduction]:
-        """By which reduction each key of a state merges, `count` among them; empty if `merge` is no such table."""
+        """The reduction by which each key of a state merges, `count` among them; empty if `merge` works otherwise."""
         return {}
 
     def stat_shape(self, state: State, *, exact: bool = True) -> tuple[int, ...]:

@@ -116,10 +116,10 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
 def rows(codes: Tensor, zero_point: Tensor | None) -> range:
     """Return for how many rows oneDNN is the faster one; for others `torch._int_mm` has the same bits.
 
-    A zero point of the weight needs each token's sum, which oneDNN does not give: the sums are corrected behind it, as
-    behind `torch._int_mm`, which packs the weight in each call, and where many rows share that there is no gain. With
-    4096 x 4096 codes, 4 rows take 0.3 times as long, 32 half as long, or as long where the sums are cut in two, see
-    `exactly`: those of uniform weights, or of normal ones with K above 5000.
+    A weight with zero points needs each token's sum, which oneDNN does not give: the product is corrected afterwards,
+    as after `torch._int_mm`. That one packs the weight in each call, which costs little where many rows share it. With
+    4096 x 4096 codes, oneDNN takes 0.3 times as long for 4 rows and half as long for 32, or as long where `exactly`
+    cuts the sums in two, as it does for uniform weights, or normal ones with K above 5000.
 
     Args:
         codes, zero_point: the weight's, that `supports` takes.
@@ -138,7 +138,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 
 
 def key() -> tuple[object, ...]:
-    """Return what the answers here depend on, beside their arguments."""
+    """Return what the answers here depend on, apart from their arguments."""
     return AVAILABLE, AMX, WORTH, WHOLE
 
 
@@ -223,8 +223,8 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
         total = _corrected(operands, operands.weight_zero_point).reshape(residual.shape)
         return apply_epilogue(total, operands.scale, operands.bias, residual.dtype, residual)
     taken = arguments(operands)
-    # A batch of vmap is no memory to write to, and an operator of ours has no gradient. Where Inductor leaves the
-    # copy out and then needs one, it takes it from the start of the storage (torch 2.13).
+    # A batch of vmap cannot be written to, and an operator of ours has no gradient. Inductor (torch 2.13) may leave the
+    # copy out, find that it needs one, and then take it from the start of the storage.
     within = is_traced(residual) and not always(residual.storage_offset() == 0)
     alone = is_batched(residual, *taken) or residual.requires_grad or result_dtype(residual.dtype) is not residual.dtype
     if alone or within:
@@ -245,14 +245,14 @@ def _corrected(operands: Operands, weight_zero_point: Tensor) -> Tensor:
 def _then(
     y: Tensor, activation: str, to_scale: Tensor | None, to_zero_point: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return what follows a product in float32 that oneDNN does not finish."""
+    """Apply what follows a product to one in float32 that oneDNN does not finish."""
     if to_scale is None or to_zero_point is None:
         return ACTIVATIONS[activation](y).to(dtype)
     return requantize(y, Requantization(_UINT8, QParams(to_scale, to_zero_point), activation))
 
 
 def arguments(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return what oneDNN reads of them: codes, zero point, the weight's codes, scale, and the bias as float32."""
+    """Return the operands that oneDNN reads: codes, zero point, the weight's codes, scale, and the bias as float32."""
     q, zero_point, codes, _, scale, _, bias = operands
     return q, zero_point, codes, scale, None if bias is None else bias.to(torch.float32)
 
@@ -419,7 +419,7 @@ def _pack(codes: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def state(codes: Tensor) -> int | Tensor:
-    """Return what tells whether codes change: their version, or a copy of those that have none, of inference mode."""
+    """Return what shows later whether codes changed: their version, or a copy where inference mode gives them none."""
     return codes.clone() if codes.is_inference() else codes._version
 
 

@@ -106,7 +106,7 @@ def overlap(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int
 
 
 def key() -> tuple[object, ...]:
-    """Return what the answers here depend on, beside their arguments."""
+    """Return what the answers here depend on, apart from their arguments."""
     return onednn.AVAILABLE, onednn.AMX, WORTH
 
 

@@ -13,7 +13,7 @@ from functional_sq.formats import check_real
 if TYPE_CHECKING:
     from functional_sq.spec import QuantSpec
 
-__all__ = ["MappingType", "QParams", "from_range"]
+__all__ = ["MappingType", "QParams", "check_qparams", "from_range"]
 
 
 class MappingType(enum.Enum):
@@ -39,7 +39,7 @@ class MappingType(enum.Enum):
 
 
 class QParams(NamedTuple):
-    """What maps real values to codes: `q = round(x / scale) + zero_point`.
+    """What maps real values to codes: `q = round(x / scale) + zero_point`, limited to the codes.
 
     Unpacks as torchao's pair, `scale, zero_point = qp`, and is a pytree.
 
@@ -67,10 +67,10 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
     """Turn the range of each block into its scale and zero point.
 
     Arithmetic runs in the dtype of the range and is cast to `spec.scale_dtype` at the end, as in
-    `torchao.quantization.choose_qparams_affine_with_min_max`, with its bits wherever its scale is
-    finite, but that a 16-bit range does not round the middle of int16 codes. Where `hi - lo` overflows
-    each end is divided before the subtraction, and a scale that is still too large for a dtype on the
-    way is that dtype's largest number.
+    `torchao.quantization.choose_qparams_affine_with_min_max`. The bits are torchao's wherever its scale
+    is finite, except that a 16-bit range does not round the middle of int16 codes. Where `hi - lo`
+    overflows, each end is divided before the subtraction; a scale that is too large even so is the
+    largest number of the range's dtype or of `scale_dtype`, whichever is less.
 
     Args:
         spec: the quantization; its `mapping`, bounds, `eps`, `scale_dtype` and `zero_point_dtype`

@@ -199,7 +199,7 @@ def _elementwise(op: Callable[..., Tensor], x: Tensor, qp: QParams) -> Tensor:
     scale, zero_point = (value.reshape(1) for value in qp)
     pieces = torch.split(x.view(-1), size)
     first = op(pieces[0], scale, zero_point)
-    # From the first piece, so that it has a batch of its own where vmap gives one to qp alone.
+    # Made from the first piece, which has a batch where vmap gives one to qp alone.
     y = first.new_empty(x.shape)
     each = chain([first], (op(piece, scale, zero_point) for piece in pieces[1:]))
     for to, piece in zip(torch.split(y.view(-1), size), each, strict=True):
@@ -208,8 +208,8 @@ def _elementwise(op: Callable[..., Tensor], x: Tensor, qp: QParams) -> Tensor:
 
 
 def _is_recorded(*stats: Tensor) -> bool:
-    """Whether the steps are recorded for a gradient of a statistic, and none may be written into a part of a tensor.
-    A batch of vmap does not say whether it has one."""
+    """Whether the steps are recorded for the gradient of a statistic, so that none may write into a part of a tensor.
+    A batch of vmap does not tell, and counts as if they were."""
     return torch.is_grad_enabled() and any(stat.requires_grad or is_batched(stat) for stat in stats)
 
 

@@ -65,7 +65,8 @@ def requantize(x: Tensor, then: Requantization) -> Tensor:
         codes in the storage dtype of `then.spec`, shape of `x`.
 
     Raises:
-        TypeError, ValueError: as `check_requantization` and `quantize`.
+        TypeError: `then` is no Requantization, or `x` holds no real values.
+        ValueError: the activation is none of `ACTIVATIONS`, or `then.qp` does not fit `x`.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -83,11 +84,11 @@ def apply_epilogue(
 ) -> Tensor:
     """Scale an exact product, add the bias and a residual, round once to `dtype`; in float32, or wider where it is.
 
-    The product is the caller's no more: it is written to, as another matrix takes an eager call as long as arithmetic.
+    The product may be written to: in eager mode memory for another matrix takes as long as the arithmetic.
     """
     wide = torch.promote_types(dtype, torch.float32)
     y = product.to(wide)
-    # In a graph it may be a view of any size, and what is written to one is computed again.
+    # In a graph it may be a view, and writing to a view makes the compiler compute it again.
     apart = is_traced(y) or is_batched(scale, bias, residual)
     y = y * scale.to(wide) if apart else y.mul_(scale.to(wide))
     for term in (bias, residual):
@@ -97,7 +98,7 @@ def apply_epilogue(
 
 
 def fills_a_byte(spec: QuantSpec, scale: Tensor) -> bool:
-    """Whether codes are of all 8 bits, with one scale for the tensor: those that products make themselves."""
+    """Whether codes use all 8 bits and have one float32 scale, as those that a backend can make do."""
     return scale.numel() == 1 and scale.dtype is torch.float32 and spec.bounds in ((-128, 127), (0, 255))
 
 
