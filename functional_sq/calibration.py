@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from functional_sq.formats import REAL_DTYPES, check_real
+from functional_sq.formats import check_real, check_real_dtype
 from functional_sq.granularity import check_stats
 from functional_sq.observer import CalibrationError, State
 from functional_sq.qparams import QParams, from_range
@@ -51,8 +51,7 @@ def init(
     for size in shape:
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool) or size < 0:
             raise ValueError(f"shape {tuple(shape)} has the size {size!r}; sizes are ints, at least 0")
-    if dtype not in REAL_DTYPES:
-        raise TypeError(f"init with dtype={dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    check_real_dtype(dtype, "init with dtype=")
     device = None if device is None else torch.device(device)
     return spec.observer.init(spec.granularity.stat_shape(tuple(shape)), dtype, device)
 

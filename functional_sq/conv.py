@@ -37,7 +37,7 @@ from functional_sq.backends import Convolution, convolution_for
 from functional_sq.blocks import always, looped
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_product
-from functional_sq.formats import REAL_DTYPES, Float8
+from functional_sq.formats import Float8, check_real_dtype
 from functional_sq.int_mm import as_written, integer_product
 from functional_sq.linear import (
     Epilogue,
@@ -316,8 +316,7 @@ def check_conv(
 ) -> None:
     """Raise unless these are the operands of a convolution; how its windows lie is not looked at."""
     check_operands(spec, q, qp, weight)
-    if dtype not in REAL_DTYPES:
-        raise TypeError(f"conv to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    check_real_dtype(dtype, "conv to ")
     if then is not None:
         check_requantization(then)
     if qp.scale.numel() != 1:

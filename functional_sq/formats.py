@@ -28,7 +28,17 @@ from functional_sq.compat import is_exporting
 if TYPE_CHECKING:
     from functional_sq.qparams import QParams
 
-__all__ = ["FORMATS", "REAL_DTYPES", "Float8", "Format", "Integer", "as_float32", "check_real", "format_of"]
+__all__ = [
+    "FORMATS",
+    "REAL_DTYPES",
+    "Float8",
+    "Format",
+    "Integer",
+    "as_float32",
+    "check_real",
+    "check_real_dtype",
+    "format_of",
+]
 
 REAL_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of real values: what can be observed and quantized."""
@@ -233,6 +243,12 @@ def format_of(dtype: torch.dtype) -> Format:
     except (KeyError, TypeError):
         names = ", ".join(str(d).removeprefix("torch.") for d in FORMATS)
         raise TypeError(f"{dtype!r} is not a quantized dtype; use one of {names}") from None
+
+
+def check_real_dtype(dtype: object, given: str) -> None:
+    """Raise TypeError unless `dtype` is one of real values; `given` says before it what it was given for."""
+    if dtype not in REAL_DTYPES:
+        raise TypeError(f"{given}{dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
 
 
 def check_real(x: Tensor, verb: str) -> None:

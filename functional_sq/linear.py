@@ -33,7 +33,7 @@ from functional_sq.backends import product_for
 from functional_sq.blocks import is_batched, is_traced
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_linear, float8_product
-from functional_sq.formats import REAL_DTYPES, Float8, check_real
+from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import INT32_TERMS, integer_product
 from functional_sq.operands import Operands
@@ -321,8 +321,7 @@ def linear(
             f"activations of shape {tuple(q.shape)} meet a weight of shape {tuple(weight.codes.shape)}; "
             f"the last axes must be equal"
         )
-    if dtype not in REAL_DTYPES:
-        raise TypeError(f"linear to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    check_real_dtype(dtype, "linear to ")
     if then is not None:
         check_requantization(then)
     _check_residual(residual, (*lead, n), dtype)

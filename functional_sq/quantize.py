@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functional_sq.blocks import blockwise, is_batched, is_traced
-from functional_sq.formats import REAL_DTYPES, check_real
+from functional_sq.formats import check_real, check_real_dtype
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.spec import QuantSpec, check_spec
@@ -87,8 +87,7 @@ def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = 
     if not isinstance(q, Tensor) or q.dtype is not spec.format.storage:
         found = q.dtype if isinstance(q, Tensor) else type(q).__name__
         raise TypeError(f"dequantize got {found}; the codes of {spec.dtype} are a tensor of {spec.format.storage}")
-    if dtype not in REAL_DTYPES:
-        raise TypeError(f"dequantize to {dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    check_real_dtype(dtype, "dequantize to ")
     qp = _fitted(spec, q, qp)
     format = spec.format
     return _elementwise(lambda q, s, z: format.decode(q, QParams(s, z), dtype), q, qp)

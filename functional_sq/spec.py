@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from functional_sq.formats import REAL_DTYPES, Float8, Format, format_of
+from functional_sq.formats import REAL_DTYPES, Float8, Format, check_real_dtype, format_of
 from functional_sq.granularity import Granularity
 from functional_sq.observer import Observer
 from functional_sq.observers.min_max import MinMax
@@ -154,8 +154,7 @@ def _check_mapping(spec: QuantSpec, format: Format) -> None:
 
 
 def _check_dtypes(spec: QuantSpec, format: Format) -> None:
-    if spec.scale_dtype not in REAL_DTYPES:
-        raise TypeError(f"scale_dtype={spec.scale_dtype}; use one of {', '.join(map(str, REAL_DTYPES))}")
+    check_real_dtype(spec.scale_dtype, "scale_dtype=")
     if isinstance(spec.eps, bool) or not isinstance(spec.eps, (int, float)):
         raise TypeError(f"eps={spec.eps!r} is not a float")
     tiny, huge = torch.finfo(spec.scale_dtype).tiny, torch.finfo(spec.scale_dtype).max
@@ -164,16 +163,14 @@ def _check_dtypes(spec: QuantSpec, format: Format) -> None:
             f"eps={spec.eps!r} with scale_dtype={spec.scale_dtype}: the reciprocal of the smallest scale must be "
             f"finite; use an eps of at least {tiny!r}"
         )
-    low, high = format.bounds
     if format.storage is torch.int16 and torch.finfo(spec.scale_dtype).eps > 2**-16:
         raise ValueError(
             f"int16 with scale_dtype={spec.scale_dtype}: 16-bit codes are not exact in it; use torch.float32"
         )
     zp = spec.zero_point_dtype
-    if isinstance(format, Float8):
-        low, high = 0, 0
     if not isinstance(zp, torch.dtype) or zp.is_complex or zp is torch.bool or zp.itemsize < 1:
         raise TypeError(f"zero_point_dtype={zp!r} is not an integer or float dtype; use torch.int32")
+    low, high = (0, 0) if isinstance(format, Float8) else format.bounds
     if zp.is_floating_point:
         exact = zp in REAL_DTYPES and max(-low, high) <= 2 / torch.finfo(zp).eps
     else:
