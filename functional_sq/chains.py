@@ -305,7 +305,7 @@ def _source(x: object) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
             return None
         activation = activation if name == "none" else name
         passed.append(x)
-        x = x.args[0]
+        x = _argument(x, "input", 0)
     return None
 
 

@@ -215,6 +215,7 @@ HANDS_ON: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "tanh": ("a -> tanh b", lambda m, x: m.b(nn.Tanh()(m.a(x)))),
     "F.tanh": ("a -> tanh b", lambda m, x: m.b(F.tanh(m.a(x)))),
     "dropout": ("a -> relu b", lambda m, x: m.b(F.dropout(F.relu(F.dropout(m.a(x), training=False)), 0.1, False))),
+    "by name": ("a -> gelu b", lambda m, x: m.b(F.gelu(input=F.dropout(input=m.a(input=x), training=False)))),
     "identity": ("a -> b", lambda m, x: m.b(nn.Identity()(m.a(x)))),
     "residual around": ("b -> gelu c", lambda m, x: x + m.c(F.gelu(m.b(m.norm(x + m.a(x)))))),
     "writes elsewhere": ("a -> b", lambda m, x: inplace(torch.zeros(6, 16), m.b(m.a(x)))),
