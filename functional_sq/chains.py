@@ -472,7 +472,8 @@ def _handed(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> tuple[Any, Any
     low, high = (int(code) + up for code in spec.bounds)
     shifted = QuantSpec(dtype, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
     with graph.inserting_before(node):
-        zero_point = graph.call_function(torch.add, (zero_point, up))
+        # It may be held in a dtype of few bits.
+        zero_point = graph.call_function(torch.add, (graph.call_method("int", (zero_point,)), up))
     text = describe(shifted)
     for user in tuple(node.users):
         user.args = (*user.args[:2], zero_point, text, *user.args[4:])

@@ -262,6 +262,13 @@ def test_a_layer_keeps_its_floats(case: str) -> None:
     assert found(KEEPS[case]) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4], ids=str)
+def test_a_zero_point_may_be_held_in_a_dtype_that_has_the_codes_alone(dtype: torch.dtype) -> None:
+    spec = fsq.QuantSpec(dtype, fsq.PerTensor(), zero_point_dtype=torch.int8)
+    model, x = converted(HANDS_ON["F.relu"][1], StaticQuantConfig(dtype, activation=spec))
+    assert quantizations(model, x) == 1
+
+
 def test_a_chain_of_three_and_one_to_two() -> None:
     assert found(lambda m, x: m.c(F.relu(m.b(F.gelu(m.a(x)))))) == ["a -> gelu b", "b -> relu c"]
     model, x = converted(lambda m, x: (y := F.relu(m.a(x))) * 0 + m.b(y) + m.c(y))
