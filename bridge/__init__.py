@@ -12,8 +12,8 @@ from bridge.aqt import (
 )
 from bridge.config import PRESETS, StaticQuantConfig
 from bridge.inductor import Chain, chains
+from bridge.min_max_observer import AffineQuantizedMinMaxObserver
 from bridge.observed import (
-    AffineQuantizedMinMaxObserver,
     ObservedConv1d,
     ObservedConv2d,
     ObservedConv3d,
