@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 import functional_sq as fsq
 from bridge.torchao import ZeroPointDomain, check_zero_point_domain
 from functional_sq import backends
-from functional_sq.formats import REAL_DTYPES, Float8, Format, Integer, check_real, format_of
+from functional_sq.formats import REAL_DTYPES, Float8, Integer, check_real, format_of
 
 __all__ = [
     "AffineQuantizedTensor",
@@ -711,15 +711,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _codes_multiply(x: AffineQuantizedTensor, weight: AffineQuantizedTensor) -> bool:
     formats = [format_of(t.target_dtype) for t in (x, weight)]
     return (
-        (all(map(_is_short_integer, formats)) or all(isinstance(f, Float8) for f in formats))
+        (all(isinstance(f, Integer) and f.bits <= 8 for f in formats) or all(isinstance(f, Float8) for f in formats))
         and weight.ndim == 2
         and tuple(weight.scale.shape) in ((1, 1), (weight.int_data.shape[0], 1))
         and (x.scale.numel() == 1 or tuple(x.scale.shape) == (*x.int_data.shape[:-1], 1))
     )
-
-
-def _is_short_integer(format: Format) -> bool:
-    return isinstance(format, Integer) and format.bits <= 8
 
 
 # Operations of AffineQuantizedTensor: the operator, then its arguments.
@@ -757,13 +753,16 @@ def _taken(q: AffineQuantizedTensor, codes: Tensor, scales: Callable[[Tensor], T
     return q._map(lambda t: codes if t is q.int_data else scales(t))
 
 
-def _block(q: AffineQuantizedTensor, dim: int) -> int | None:
-    """How many elements along `dim` share a scale; None where one scale serves the whole axis."""
+def _have_scales(q: AffineQuantizedTensor, dim: int) -> bool:
+    """Whether elements along `dim` have a scale each, and not one for all; ValueError where some of them share one."""
     n, s = q.int_data.shape[dim], q.scale.shape[dim]
-    return None if s == 1 else 1 if s == n else n // s
+    if s not in (1, n):
+        raise _cut(q, dim)
+    return s != 1
 
 
-def _cut(q: AffineQuantizedTensor, dim: int, block: int) -> ValueError:
+def _cut(q: AffineQuantizedTensor, dim: int) -> ValueError:
+    block = q.block_size[dim]
     return ValueError(
         f"an index along axis {dim} of shape {tuple(q.shape)} cuts blocks of {block} (block_size={q.block_size}); "
         f"slice at multiples of {block}, or index x.dequantize()"
@@ -774,22 +773,20 @@ def _slice(
     func: Any, q: AffineQuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> AffineQuantizedTensor:
     codes = func(q.int_data, dim, start, end, step)
-    block = _block(q, dim)
-    if block is None:
+    if q.scale.shape[dim] == 1:
         return _taken(q, codes, lambda t: t)
+    block = q.block_size[dim]
     if block > 1:
         start, end, _ = slice(start, end).indices(q.int_data.shape[dim])
         if step != 1 or start % block or end % block:
-            raise _cut(q, dim, block)
+            raise _cut(q, dim)
         start, end = start // block, end // block
     return _taken(q, codes, lambda t: func(t, dim, start, end, step))
 
 
 def _select(func: Any, q: AffineQuantizedTensor, dim: int, index: int) -> AffineQuantizedTensor:
-    block = _block(q, dim)
-    if block is not None and block > 1:
-        raise _cut(q, dim, block)
-    return _taken(q, func(q.int_data, dim, index), lambda t: func(t, dim, 0 if block is None else index))
+    own = _have_scales(q, dim)
+    return _taken(q, func(q.int_data, dim, index), lambda t: func(t, dim, index if own else 0))
 
 
 def _index(func: Any, q: AffineQuantizedTensor, indices: Sequence[Tensor | None]) -> AffineQuantizedTensor:
@@ -799,13 +796,11 @@ def _index(func: Any, q: AffineQuantizedTensor, indices: Sequence[Tensor | None]
             f"indexing with tensors of shapes {[tuple(index.shape) for _, index in given]}; "
             f"use one index tensor of rank 1, or index x.dequantize()"
         )
-    block = _block(q, given[0][0])
-    if block is not None and block > 1:
-        raise _cut(q, given[0][0], block)
+    own = _have_scales(q, given[0][0])
     # Read as bytes, for CUDA indexes no float8.
     codes = q.int_data.view(torch.uint8) if isinstance(format_of(q.target_dtype), Float8) else q.int_data
     codes = func(codes, indices).view(q.int_data.dtype)
-    return _taken(q, codes, lambda t: t if block is None else func(t, indices))
+    return _taken(q, codes, lambda t: func(t, indices) if own else t)
 
 
 def _view(func: Any, q: AffineQuantizedTensor, size: Sequence[int]) -> AffineQuantizedTensor:
