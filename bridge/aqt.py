@@ -420,7 +420,24 @@ class AffineQuantizedTensor(_Wrapper):
 
     @staticmethod
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _linear(input, weight, bias)
+        """Return `input @ weight.T + bias`; on codes where both have them and their scales are constant along K."""
+        if not isinstance(weight, AffineQuantizedTensor):
+            raise NotImplementedError(
+                f"a quantized input meets a weight that is a {type(weight).__name__} of {weight.dtype}; "
+                f"quantize the weight too, or multiply input.dequantize()"
+            )
+        if not isinstance(input, AffineQuantizedTensor):
+            return F.linear(input, weight.dequantize(), bias)
+        if input.dtype != weight.dtype:
+            raise TypeError(
+                f"an input that stands for {input.dtype} meets a weight that stands for {weight.dtype}; "
+                f"convert one of them, as weight.to({input.dtype})"
+            )
+        x, qp = input.int_data, input.qparams
+        if not _codes_multiply(input, weight):
+            return fsq.linear_reference(input.spec, x, qp, weight.dequantize(), bias)
+        folded = fsq.fold(weight.spec, weight.int_data, weight.qparams)
+        return fsq.linear(input.spec, x, qp, folded, bias, dtype=input.dtype, fast_accum=weight.use_fast_accum)
 
 
 # Constructing.
@@ -688,26 +705,6 @@ def _dequantize(q: AffineQuantizedTensor, dtype: torch.dtype | None) -> Tensor:
     return fsq.dequantize(q.spec, q.int_data, q.qparams, dtype=dtype or q.dtype)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `x @ weight.T + bias`; on codes where both have them and their scales are constant along K."""
-    if not isinstance(weight, AffineQuantizedTensor):
-        raise NotImplementedError(
-            f"a quantized input meets a weight that is a {type(weight).__name__} of {weight.dtype}; "
-            f"quantize the weight too, or multiply input.dequantize()"
-        )
-    if not isinstance(x, AffineQuantizedTensor):
-        return F.linear(x, weight.dequantize(), bias)
-    if x.dtype != weight.dtype:
-        raise TypeError(
-            f"an input that stands for {x.dtype} meets a weight that stands for {weight.dtype}; "
-            f"convert one of them, as weight.to({x.dtype})"
-        )
-    if not _codes_multiply(x, weight):
-        return fsq.linear_reference(x.spec, x.int_data, x.qparams, weight.dequantize(), bias)
-    folded = fsq.fold(weight.spec, weight.int_data, weight.qparams)
-    return fsq.linear(x.spec, x.int_data, x.qparams, folded, bias, dtype=x.dtype, fast_accum=weight.use_fast_accum)
-
-
 def _codes_multiply(x: AffineQuantizedTensor, weight: AffineQuantizedTensor) -> bool:
     formats = [format_of(t.target_dtype) for t in (x, weight)]
     return (
@@ -950,12 +947,8 @@ class LinearActivationQuantizedTensor(_Wrapper):
 
     @staticmethod
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _quantizing_linear(input, weight, bias)
-
-
-def _quantizing_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    assert isinstance(weight, LinearActivationQuantizedTensor)
-    return F.linear(weight.input_quant_func(x, **weight.quant_kwargs), weight.original_weight_tensor, bias)
+        assert isinstance(weight, LinearActivationQuantizedTensor)
+        return F.linear(weight.input_quant_func(input, **weight.quant_kwargs), weight.original_weight_tensor, bias)
 
 
 def to_linear_activation_quantized(
@@ -1102,7 +1095,7 @@ LinearActivationQuantizedTensor.operations = {
 
 # Compiled, these stay calls in the graph: a QuantSpec cannot be built where Dynamo traces Python, and
 # what they call is traced one level below, on the tensors inside.
-for _function in (_quantized, _dequantize, _linear, _quantizing_linear):
+for _function in (_quantized, _dequantize, AffineQuantizedTensor.linear, LinearActivationQuantizedTensor.linear):
     torch.compiler.allow_in_graph(_function)
 
 # What torch.load(weights_only=True) may make; all of it lies in this file.
