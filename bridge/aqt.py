@@ -878,6 +878,9 @@ class LinearActivationQuantizedTensor(_Wrapper):
         quant_kwargs: its keyword arguments. The tensors among them are tensors of the weight: they
             move with it, and are saved with it; a change of dtype leaves them as they are.
 
+    Slices, single elements, transposes and views are those of `original_weight_tensor`, each with the same function: a
+    shard of such a weight is one.
+
     Source: the class of the same name in `torchao.quantization` 0.16, which held no tensors.
 
     Example: see `to_linear_activation_quantized`.
@@ -935,10 +938,12 @@ class LinearActivationQuantizedTensor(_Wrapper):
     def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LinearActivationQuantizedTensor:
         kwargs = {name: fn(value) if isinstance(value, Tensor) else value for name, value in self.quant_kwargs.items()}
         original = fn(self.original_weight_tensor)
-        if dtype is not None:
-            original = original.to(dtype)
+        return self._like(original if dtype is None else original.to(dtype), kwargs)
+
+    def _like(self, original: Tensor, quant_kwargs: Mapping[str, Any]) -> LinearActivationQuantizedTensor:
+        """Return a weight that quantizes its input by the same function, with other tensors inside."""
         with self._mode():
-            return LinearActivationQuantizedTensor(original, self.input_quant_func, kwargs)
+            return LinearActivationQuantizedTensor(original, self.input_quant_func, quant_kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         function = getattr(self.input_quant_func, "__qualname__", repr(self.input_quant_func))
@@ -1075,19 +1080,26 @@ class _Rebound:
         return result
 
 
-def _original_t(func: Any, weight: LinearActivationQuantizedTensor) -> LinearActivationQuantizedTensor:
-    original = func(weight.original_weight_tensor)
-    with weight._mode():
-        return LinearActivationQuantizedTensor(original, weight.input_quant_func, weight.quant_kwargs)
+def _of_original(
+    func: Any, weight: LinearActivationQuantizedTensor, *args: Any, **kwargs: Any
+) -> LinearActivationQuantizedTensor:
+    return weight._like(func(weight.original_weight_tensor, *args, **kwargs), weight.quant_kwargs)
 
 
 LinearActivationQuantizedTensor.operations = {
     aten.detach.default: _each,
     aten.alias.default: _each,
     aten.clone.default: _each,
-    aten.t.default: _original_t,
+    aten.t.default: _of_original,
+    aten.transpose.int: _of_original,
+    aten.permute.default: _of_original,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,
+    aten.slice.Tensor: _of_original,
+    aten.select.int: _of_original,
+    aten.index.Tensor: _of_original,
+    aten.view.default: _of_original,
+    aten._unsafe_view.default: _of_original,
     aten.linear.default: _multiply,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,

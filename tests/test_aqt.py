@@ -693,6 +693,34 @@ def test_linear_quantizes_its_input() -> None:
     check_bits(F.linear(x[:0], w, bias), torch.empty(0, 3, 8))
 
 
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "[2:4]": lambda t: t[2:4],
+    "[:, 4:]": lambda t: t[:, 4:],
+    "[3]": lambda t: t[3],
+    "[[3, 0, 3]]": lambda t: t[torch.tensor([3, 0, 3])],
+    "narrow": lambda t: t.narrow(0, 1, 3),
+    "mT.mT": lambda t: t.mT.mT,
+    "permute": lambda t: t.permute(1, 0).t(),
+    "view to itself": lambda t: t.view(8, 16),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_part_of_the_activation_weight_is_that_of_its_original(inference: bool, part: str) -> None:
+    """So a shard of it is taken as of any weight, as the original allows."""
+    w, take = activation_weight(), PARTS[part]
+    with torch.inference_mode(inference):
+        taken, expected = take(w), take(w.original_weight_tensor)
+    assert isinstance(taken, LinearActivationQuantizedTensor)
+    check_equal(taken.original_weight_tensor, expected)
+    assert (taken.shape, taken.stride()) == (expected.shape, expected.stride())
+    assert taken.quant_kwargs == w.quant_kwargs
+    if expected.ndim == 2:
+        x = torch.randn(5, expected.shape[1])
+        check_bits(F.linear(x, taken), F.linear(static_activation(x, **w.quant_kwargs), expected))
+
+
 def test_what_the_activation_weight_holds_moves_with_it() -> None:
     w = activation_weight()
     assert (w.shape, w.dtype) == ((8, 16), torch.float32)
