@@ -74,6 +74,8 @@ class _Wrapper(Tensor):
         # F.linear is taken here, before torch cuts it into view, t and mm: one step for any rank.
         if func is F.linear:
             return cls.linear(*args, **(kwargs or {}))
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            _exchange(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -135,6 +137,16 @@ class _Wrapper(Tensor):
         model and with `model.requires_grad_()`.
         """
         return self
+
+
+def _exchange(q: _Wrapper, data: Tensor) -> None:
+    """Give `q` the tensors inside `data`: what torch exchanges for `q.data = data` is the outside alone."""
+    if type(data) is not type(q):
+        raise TypeError(
+            f"data = a {type(data).__name__} of a {type(q).__name__} would leave the codes as they are; "
+            f"quantize it, or assign a torch.nn.Parameter in place of the tensor"
+        )
+    vars(q).update(vars(data.detach()))
 
 
 @functools.cache

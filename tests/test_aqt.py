@@ -855,6 +855,26 @@ def test_a_module_moves_and_converts() -> None:
     assert module.weight.original_weight_tensor.int_data.device.type == "meta"
 
 
+@pytest.mark.parametrize("kind", ["AffineQuantizedTensor", "LinearActivationQuantizedTensor"])
+def test_data_is_exchanged_with_what_is_inside(kind: str) -> None:
+    weights = [activation_weight(quant_min, dtype) for quant_min, dtype in ((0, torch.float32), (1, torch.bfloat16))]
+    if kind == "AffineQuantizedTensor":
+        weights = [w.original_weight_tensor for w in weights]
+    linear = torch.nn.Linear(16, 8)
+    linear.weight = kept = torch.nn.Parameter(weights[0])
+    linear.weight.data = torch.nn.Parameter(weights[1])
+    assert linear.weight is kept
+    check_equal(linear.weight, weights[1])
+    linear.weight.data = linear.weight.data.float()
+    check_equal(linear.weight, weights[1].float())
+    for data in (torch.zeros(8, 16), intx()):
+        if type(data) is not type(kept):
+            with pytest.raises(TypeError, match=rf"data = a {type(data).__name__} of a {kind}"):
+                linear.weight.data = data
+    weights[1].data = weights[0]
+    assert not isinstance(weights[1], torch.nn.Parameter)
+
+
 @pytest.mark.cuda
 def test_cuda() -> None:
     for module in (static_linear(dtype=torch.bfloat16), static_linear(FLOAT8, torch.bfloat16)):
