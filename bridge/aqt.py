@@ -682,7 +682,8 @@ def _fitted(name: str, value: Tensor, stat_shape: tuple[int, ...], block_size: S
             f"{name} of shape {tuple(value.shape)} has {value.numel()} values, and block_size={tuple(block_size)} "
             f"makes {math.prod(stat_shape)} blocks; give one for each block, or the block size it was made with"
         )
-    return value.detach().reshape(stat_shape)
+    # A copy: tensors that are made with one scale are loaded apart.
+    return value.detach().clone().reshape(stat_shape)
 
 
 def _granularity(shape: tuple[int, ...], stat_shape: tuple[int, ...], block_size: tuple[int, ...]) -> fsq.Granularity:
@@ -1012,7 +1013,9 @@ def to_linear_activation_quantized(
     if held:
         assert isinstance(function, types.FunctionType)
         function = _Rebound(function, tuple(held))
-    return LinearActivationQuantizedTensor(weight, function, held | kwargs)
+    # Copies: weights that are made with one scale are loaded apart.
+    own = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in (held | kwargs).items()}
+    return LinearActivationQuantizedTensor(weight, function, own)
 
 
 def static_activation(

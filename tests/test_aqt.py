@@ -827,6 +827,31 @@ def test_a_state_dict_is_saved_and_loaded(kind: str, assign: bool) -> None:
     check_bits(target(x), source(x))
 
 
+@pytest.mark.parametrize("kind", ["AffineQuantizedTensor", "LinearActivationQuantizedTensor"])
+def test_a_state_is_loaded_into_layers_that_were_made_with_the_same_tensors(kind: str) -> None:
+    scale, activation = torch.tensor(1.0), {"scale": torch.tensor(1.0), "zero_point": Z, "target_dtype": torch.uint8}
+
+    def module() -> torch.nn.Linear:
+        linear = torch.nn.Linear(16, 8, bias=False)
+        rows = scale.expand(8), torch.zeros(1, dtype=torch.int32).expand(8)
+        weight = to_affine_quantized_intx_static(linear.weight, *rows, (1, 16), torch.uint8)
+        if kind != "AffineQuantizedTensor":
+            weight = to_linear_activation_quantized(weight, static_activation, activation)
+        linear.weight = torch.nn.Parameter(weight)
+        return linear
+
+    target, source = (torch.nn.Sequential(module(), module()) for _ in range(2))
+    for layer in source:
+        q = quantized(torch.randn(8, 16), (1, 16))
+        if kind != "AffineQuantizedTensor":
+            q = to_linear_activation_quantized(q, static_activation, activation | {"scale": torch.rand(())})
+        layer.weight = torch.nn.Parameter(q)
+    target.load_state_dict(source.state_dict())
+    for ours, theirs in zip(target, source, strict=True):
+        check_equal(ours.weight, theirs.weight)
+    assert scale == activation["scale"] == 1
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("weight", [lambda: quantized(torch.randn(8, 16), (1, 16)), activation_weight])
 def test_a_state_is_loaded_into_a_fresh_float_module_and_asked_for_gradients(
