@@ -229,10 +229,10 @@ class AffineQuantizedTensor(_Wrapper):
         * `zero_point` has the shape of `scale`, or is None: always for float8, where it is 0.
 
     Defined operations: `F.linear`, `torch.mm`, `torch.addmm` and `torch.matmul` with such a weight,
-    detach, clone, contiguous, `to`, t, transpose, permute, indexing by slice, int or one index
-    tensor, view, reshape, and `copy_` between equals. It is a `torch.nn.Parameter`, which never requires a
-    gradient, and it is copied, pickled, saved and loaded; with `weights_only=True` too, where this module has been
-    imported.
+    `F.embedding`, which gives real values, detach, clone, contiguous, `to`, t, transpose, permute,
+    indexing by slice, int or one index tensor, view, reshape, and `copy_` between equals. It is a
+    `torch.nn.Parameter`, which never requires a gradient, and it is copied, pickled, saved and loaded;
+    with `weights_only=True` too, where this module has been imported.
 
     Args:
         int_data: codes.
@@ -807,10 +807,18 @@ def _index(func: Any, q: AffineQuantizedTensor, indices: Sequence[Tensor | None]
             f"use one index tensor of rank 1, or index x.dequantize()"
         )
     own = _have_scales(q, given[0][0])
+    return _taken(q, _picked(func, q, indices), lambda t: func(t, indices) if own else t)
+
+
+def _embedding(func: Any, q: AffineQuantizedTensor, rows: Tensor, *options: Any) -> Tensor:
+    each = rows if _have_scales(q, 0) else torch.zeros_like(rows)
+    return _taken(q, _picked(func, q, rows), lambda t: func(t, each)).dequantize()
+
+
+def _picked(func: Any, q: AffineQuantizedTensor, indices: Any) -> Tensor:
     # Read as bytes, for CUDA indexes no float8.
     codes = q.int_data.view(torch.uint8) if isinstance(format_of(q.target_dtype), Float8) else q.int_data
-    codes = func(codes, indices).view(q.int_data.dtype)
-    return _taken(q, codes, lambda t: func(t, indices) if own else t)
+    return func(codes, indices).view(q.int_data.dtype)
 
 
 def _view(func: Any, q: AffineQuantizedTensor, size: Sequence[int]) -> AffineQuantizedTensor:
@@ -866,6 +874,7 @@ AffineQuantizedTensor.operations = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index.Tensor: _index,
+    aten.embedding.default: _embedding,
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
     aten.linear.default: _multiply,

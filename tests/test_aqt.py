@@ -552,6 +552,32 @@ def test_the_options_of_the_float8_product() -> None:
         assert all(t.use_fast_accum for t in (fast, fast[1:], fast.bfloat16(), copy.deepcopy(fast)))
 
 
+def embedding(weight: Tensor) -> torch.nn.Embedding:
+    layer = torch.nn.Embedding(*weight.shape)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize("case", ["per row", "groups", "int8", "per tensor", "per column", "float8, per row"])
+def test_an_embedding_gives_the_real_values_of_the_rows(case: str) -> None:
+    q = quantized(torch.randn(6, 8), **CODED[case])
+    layer = embedding(q)
+    for shape in ((), (3,), (0,), (2, 3)):
+        rows = torch.randint(6, shape)
+        check_bits(layer(rows), F.embedding(rows, q.dequantize()))
+        with torch.inference_mode():
+            check_bits(F.embedding(rows, q.bfloat16()), F.embedding(rows, q.dequantize(torch.bfloat16)))
+    check_bits(torch.compile(layer, fullgraph=True, backend="aot_eager")(rows), layer(rows))
+
+
+@needs_original
+@pytest.mark.parametrize("case", ["per row", "groups", "int8"])
+def test_an_embedding_gives_what_the_original_gave(case: str) -> None:
+    x, rows = torch.randn(6, 8), torch.tensor([[5, 0, 5], [1, 2, 3]])
+    q = quantized(x, **CODED[case])
+    check_bits(embedding(q)(rows), embedding(the_original(x, q))(rows))
+
+
 # Refusals: the call, the error, and what its message says.
 
 X = torch.ones(4, 8)
@@ -639,6 +665,12 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "sum": (lambda: intx().sum(), NotImplementedError, r"aten.sum.default.*nothing is dequantized silently"),
     "relu": (lambda: F.relu(intx()), NotImplementedError, "aten.relu.default"),
     "to int8": (lambda: intx().to(torch.int8), TypeError, "int_data has the codes"),
+    "embedding of blocks": (
+        lambda: F.embedding(torch.tensor([1]), quantized(X, (2, 8))),
+        ValueError,
+        r"cuts blocks of 2",
+    ),
+    "no row": (lambda: F.embedding(torch.tensor([-1]), intx()), IndexError, "out of range"),
     "two indices": (lambda: intx()[torch.tensor([0]), torch.tensor([1])], NotImplementedError, "one index tensor"),
     "mask of rank 2": (lambda: intx()[X > 0], NotImplementedError, "one index tensor of rank 1"),
     "copy of floats": (lambda: intx().copy_(X), TypeError, "a Tensor into a AffineQuantizedTensor"),
