@@ -7,6 +7,7 @@ from bridge.aqt import (
     LinearActivationQuantizedTensor,
     PlainLayout,
     to_affine_quantized_floatx_static,
+    to_affine_quantized_intx,
     to_affine_quantized_intx_static,
     to_linear_activation_quantized,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "reread_",
     "save",
     "to_affine_quantized_floatx_static",
+    "to_affine_quantized_intx",
     "to_affine_quantized_intx_static",
     "to_linear_activation_quantized",
     "unprepare_",

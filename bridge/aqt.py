@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import functional_sq as fsq
-from bridge.torchao import ZeroPointDomain, check_zero_point_domain
+from bridge.torchao import ZeroPointDomain, adopt, check_preserve_zero, check_zero_point_domain
 from functional_sq import backends
 from functional_sq.formats import REAL_DTYPES, Float8, Integer, check_real, format_of
 
@@ -50,6 +50,7 @@ __all__ = [
     "TensorImpl",
     "static_activation",
     "to_affine_quantized_floatx_static",
+    "to_affine_quantized_intx",
     "to_affine_quantized_intx_static",
     "to_linear_activation_quantized",
 ]
@@ -518,6 +519,65 @@ def to_affine_quantized_intx_static(
     return _quantized(input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max)
 
 
+def to_affine_quantized_intx(
+    input_float: Tensor,
+    mapping_type: fsq.MappingType,
+    block_size: Sequence[int],
+    target_dtype: torch.dtype,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    eps: float | None = None,
+    scale_dtype: torch.dtype | None = None,
+    zero_point_dtype: torch.dtype | None = None,
+    preserve_zero: bool = True,
+    zero_point_domain: ZeroPointDomain = ZeroPointDomain.INT,
+    _layout: PlainLayout | None = None,
+) -> AffineQuantizedTensor:
+    """Quantize real values to integers with the scale and zero point of their own smallest and largest.
+
+    Args:
+        input_float: real values; their dtype becomes the outer dtype, and scales are computed in it.
+        mapping_type: `MappingType`, functional_sq's or torchao's.
+        block_size, target_dtype, quant_min, quant_max, _layout: as of `to_affine_quantized_intx_static`.
+        eps: lower limit of a scale; default: that of the dtype of `input_float`.
+        scale_dtype: default: the dtype of `input_float`.
+        zero_point_dtype: default int32.
+        preserve_zero: True: every range is made to contain 0.
+        zero_point_domain: torchao's `ZeroPointDomain.INT`, or `NONE` for a mapping that is symmetric around the code 0.
+
+    Raises:
+        TypeError, ValueError: as of `to_affine_quantized_intx_static`; or `preserve_zero` is another, or a zero point
+            is not 0 with `NONE`.
+
+    Source: the function of the same name in `torchao.dtypes` 0.16; the same bits.
+
+    Example:
+        >>> import torch
+        >>> from bridge import MappingType, to_affine_quantized_intx
+        >>> w = torch.tensor([[-1.27, 0.5], [2.54, 0.0]])
+        >>> to_affine_quantized_intx(w, MappingType.SYMMETRIC, (1, 2), torch.int8, -127).int_data
+        tensor([[-127,   50],
+                [ 127,    0]], dtype=torch.int8)
+    """
+    check_real(input_float, "quantize")
+    check_preserve_zero(preserve_zero)
+    scale, zero_point = _chosen(
+        input_float,
+        tuple(block_size),
+        target_dtype,
+        zero_point_domain,
+        mapping=adopt(mapping_type),
+        quant_min=quant_min,
+        quant_max=quant_max,
+        eps=torch.finfo(input_float.dtype).eps if eps is None else eps,
+        scale_dtype=scale_dtype or input_float.dtype,
+        zero_point_dtype=zero_point_dtype or torch.int32,
+    )
+    return to_affine_quantized_intx_static(
+        input_float, scale, zero_point, block_size, target_dtype, quant_min, quant_max, zero_point_domain, _layout
+    )
+
+
 @dataclass(frozen=True)
 class Float8MMConfig:
     """Options of the float8 product.
@@ -652,6 +712,18 @@ def _quantized(
         dtype=x.dtype,
         use_fast_accum=use_fast_accum,
     )
+
+
+def _chosen(
+    x: Tensor, block_size: tuple[int, ...], dtype: torch.dtype, domain: ZeroPointDomain, **options: Any
+) -> fsq.QParams:
+    """Return the qparams of the smallest and the largest value of each block, computed in the dtype of `x`."""
+    shape = tuple(x.shape)
+    spec = fsq.QuantSpec(dtype, _granularity(shape, _stat_shape(block_size, shape), block_size), **options)
+    check_zero_point_domain(domain, spec)
+    state = fsq.observe(spec, fsq.init(spec, shape, dtype=x.dtype, device=x.device), x.detach())
+    qp = fsq.calc_qparams(spec, state)
+    return qp._replace(zero_point=None) if domain is ZeroPointDomain.NONE else qp  # type: ignore[arg-type]
 
 
 def _stat_shape(block_size: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -1131,7 +1203,13 @@ LinearActivationQuantizedTensor.operations = {
 
 # Compiled, these stay calls in the graph: a QuantSpec cannot be built where Dynamo traces Python, and
 # what they call is traced one level below, on the tensors inside.
-for _function in (_quantized, _dequantize, AffineQuantizedTensor.linear, LinearActivationQuantizedTensor.linear):
+for _function in (
+    _chosen,
+    _quantized,
+    _dequantize,
+    AffineQuantizedTensor.linear,
+    LinearActivationQuantizedTensor.linear,
+):
     torch.compiler.allow_in_graph(_function)
 
 # What torch.load(weights_only=True) may make; all of it lies in this file.

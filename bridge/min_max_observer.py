@@ -11,7 +11,7 @@ from torch import Tensor
 
 import functional_sq as fsq
 from bridge.observed import ObserverModule
-from bridge.torchao import ZeroPointDomain, adopt, check_zero_point_domain
+from bridge.torchao import ZeroPointDomain, adopt, check_preserve_zero, check_zero_point_domain
 
 __all__ = ["AffineQuantizedMinMaxObserver"]
 
@@ -79,15 +79,8 @@ class AffineQuantizedMinMaxObserver(ObserverModule):
             quant_max=quant_max,
             **{name: value for name, value in given.items() if value is not None},
         )
-        if preserve_zero is not True:
-            raise ValueError(f"preserve_zero={preserve_zero}: 0.0 always has a code; leave it out")
-        check_zero_point_domain(zero_point_domain)
-        if zero_point_domain is ZeroPointDomain.NONE and (
-            spec.mapping is fsq.MappingType.ASYMMETRIC or int((sum(spec.bounds) + 1) / 2)
-        ):
-            raise ValueError(
-                f"zero_point_domain=ZeroPointDomain.NONE with {spec}: its zero point is not 0; use ZeroPointDomain.INT"
-            )
+        check_preserve_zero(preserve_zero)
+        check_zero_point_domain(zero_point_domain, spec)
         super().__init__(spec)
         self.preserve_zero = preserve_zero
         self.zero_point_domain = zero_point_domain

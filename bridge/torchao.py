@@ -23,6 +23,7 @@ __all__ = [
     "AOBaseConfig",
     "ZeroPointDomain",
     "adopt",
+    "check_preserve_zero",
     "check_zero_point_domain",
     "compute_error",
     "register_quantize_module_handler",
@@ -49,8 +50,19 @@ def adopt(value: Any) -> Any:
     return twin(**{f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
 
 
-def check_zero_point_domain(domain: Any) -> None:
-    """Raise ValueError unless a zero point is a code, or there is none.
+def check_preserve_zero(preserve_zero: Any) -> None:
+    """Raise ValueError for a range that need not contain 0.
+
+    Example:
+        >>> from bridge.torchao import check_preserve_zero
+        >>> check_preserve_zero(True)
+    """
+    if preserve_zero is not True:
+        raise ValueError(f"preserve_zero={preserve_zero}: 0.0 always has a code; leave it out")
+
+
+def check_zero_point_domain(domain: Any, spec: fsq.QuantSpec | None = None) -> None:
+    """Raise ValueError unless a zero point is a code, or there is none; for a spec, none where it would be 0.
 
     Example:
         >>> from bridge.torchao import ZeroPointDomain, check_zero_point_domain
@@ -60,4 +72,12 @@ def check_zero_point_domain(domain: Any) -> None:
         raise ValueError(
             f"zero_point_domain={domain}: a zero point is a code here; use ZeroPointDomain.INT, or "
             f"ZeroPointDomain.NONE where there is none"
+        )
+    if (
+        spec is not None
+        and domain is ZeroPointDomain.NONE
+        and (spec.mapping is fsq.MappingType.ASYMMETRIC or int((sum(spec.bounds) + 1) / 2))
+    ):
+        raise ValueError(
+            f"zero_point_domain=ZeroPointDomain.NONE with {spec}: its zero point is not 0; use ZeroPointDomain.INT"
         )

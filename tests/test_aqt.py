@@ -290,6 +290,49 @@ def test_print_shows_what_is_inside() -> None:
     assert "zero_point=None" in repr(q)
 
 
+CHOSEN: dict[str, tuple[MappingType, tuple[int, ...], torch.dtype, dict[str, Any]]] = {
+    "per row": (MappingType.SYMMETRIC, (1, 8), torch.int8, {}),
+    "per tensor": (MappingType.ASYMMETRIC, (6, 8), torch.uint8, {}),
+    "groups": (MappingType.ASYMMETRIC, (1, 4), torch.uint4, {"quant_min": 0, "quant_max": 15}),
+    "blocks": (MappingType.SYMMETRIC_NO_CLIPPING_ERR, (2, 4), torch.int8, {"eps": 1e-3}),
+    "codes": (MappingType.SYMMETRIC, (1, 8), torch.int8, {"quant_min": -127, "scale_dtype": torch.float32}),
+    "no zero point": (MappingType.SYMMETRIC, (1, 8), torch.int8, {"zero_point_domain": ZeroPointDomain.NONE}),
+}
+
+
+@needs_original
+@pytest.mark.parametrize("case", CHOSEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_scale_is_chosen_with_the_bits_of_the_original(dtype: torch.dtype, case: str) -> None:
+    *chosen, options = CHOSEN[case]
+    x = torch.randn(6, 8).to(dtype) * torch.logspace(-6, 1, 6).to(dtype)[:, None]
+    ours, theirs = (
+        module.to_affine_quantized_intx(x, *chosen, zero_point_dtype=torch.int32, **options)
+        for module in (aqt, original)
+    )
+    assert (ours.block_size, ours.dtype) == (tuple(theirs.block_size), theirs.dtype)
+    for a, b in zip(ours.tensor_impl.get_plain(), theirs.tensor_impl.get_plain(), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            check_bits(a, b.reshape(a.shape))
+    check_bits(ours.dequantize(), theirs.dequantize())
+
+
+def test_the_scale_of_a_compiled_layers_input_is_chosen_in_its_graph() -> None:
+    """As the weight of torchao's GPTQ-like tutorial, and an input of any number of rows, each with a scale."""
+
+    def rows(x: Tensor) -> AffineQuantizedTensor:
+        return aqt.to_affine_quantized_intx(x, MappingType.SYMMETRIC, (1, x.shape[-1]), torch.int8, eps=1e-5)
+
+    linear = torch.nn.Linear(16, 8)
+    linear.weight = torch.nn.Parameter(to_linear_activation_quantized(rows(linear.weight), rows))
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (3, 5):
+        x = torch.randn(n, 16)
+        check_bits(compiled(x), linear(x))
+        check_bits(linear(x), F.linear(rows(x), linear.weight.original_weight_tensor, linear.bias))
+
+
 # Operations that choose and move elements.
 
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
@@ -622,6 +665,28 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: intx(X, S, Z, (4, 8), torch.uint8, None, None, ZeroPointDomain.NONE),
         ValueError,
         "a zero point is given with zero_point_domain=ZeroPointDomain.NONE; give None, or use INT",
+    ),
+    "chosen, no zero": (
+        lambda: aqt.to_affine_quantized_intx(X, MappingType.SYMMETRIC, (4, 8), torch.int8, preserve_zero=False),
+        ValueError,
+        "preserve_zero=False: 0.0 always has a code; leave it out",
+    ),
+    "chosen, domain NONE": (
+        lambda: aqt.to_affine_quantized_intx(
+            X, MappingType.ASYMMETRIC, (4, 8), torch.uint8, zero_point_domain=ZeroPointDomain.NONE
+        ),
+        ValueError,
+        "its zero point is not 0; use ZeroPointDomain.INT",
+    ),
+    "chosen, float8": (
+        lambda: aqt.to_affine_quantized_intx(X, MappingType.SYMMETRIC, (4, 8), FLOAT8),
+        TypeError,
+        "target_dtype=torch.float8_e4m3fn is no integer dtype",
+    ),
+    "chosen, a list": (
+        lambda: aqt.to_affine_quantized_intx([1.0], MappingType.SYMMETRIC, (1,), torch.int8),  # type: ignore[arg-type]
+        TypeError,
+        "got a list; give a tensor",
     ),
     "a layout of integers": (
         lambda: intx(X, S, Z, (4, 8), torch.uint8, None, None, ZeroPointDomain.INT, Float8Layout()),
