@@ -222,7 +222,7 @@ class _Content(NamedTuple):
 
     layers: list[_Layer]
     aliases: dict[str, str]
-    versions: dict[str, int]
+    versions: dict[str, int | str]
 
 
 def _where(name: str) -> str:
@@ -264,7 +264,7 @@ def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], classes
         names = [name for record in records for name in record["names"]]
         sound = len(set(names)) == len(names) and all(isinstance(name, str) for name in names)
         sound &= all(alias not in tensors and name in tensors for alias, name in aliases.items())
-        sound &= all(type(version) is int for version in versions.values())
+        sound &= all(isinstance(version, (int, str)) for version in versions.values())
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"its metadata cannot be read ({error!r}); {safetensors.DAMAGED}") from error
     if not sound:
