@@ -390,7 +390,9 @@ class _Layer:
             keep = fit_mask(self.keep, x.shape[:-1])
             self.masked |= keep is not None
             if x.numel():
-                self.output.add(positions(y), positions(self.twin(*args, **kwargs)), keep)
+                exact, other = positions(y), positions(self.twin(*args, **kwargs))
+                # A stride leaves fewer positions than the input has.
+                self.output.add(exact, other, fit_mask(self.keep, exact.shape[:-1]))
                 self._measure(x, keep)
         return y
 

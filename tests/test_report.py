@@ -412,6 +412,17 @@ def test_what_the_mask_leaves_out_does_not_count(kind: str) -> None:
     assert bridge.report(model, [padded]).layers[0].saturated > 0.1
 
 
+def test_a_mask_of_the_input_of_a_strided_convolution_is_none_of_its_output() -> None:
+    """As audio and character models have; positions of the output mix those that count and those that do not."""
+    x, keep = torch.randn(2, 4, 12), torch.arange(12) < torch.tensor([[12], [7]])
+    model = calibrated(nn.Sequential(nn.Conv1d(4, 3, 3, stride=2)), [x])
+    (layer,) = bridge.report(model, [x], mask=lambda batch: keep).layers
+    with torch.no_grad():
+        exact, other = model(x), bridge.convert_(copy.deepcopy(model))(x)
+    assert layer.values == 19 * 4
+    assert layer.output_sqnr == same(db(exact, other))
+
+
 def test_layers_that_the_rules_leave_in_float_stay_so() -> None:
     data, float8 = batches(), bridge.PRESETS["float8"]
     model = calibrated(mlp(), data)
