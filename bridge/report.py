@@ -47,6 +47,7 @@ from bridge.workflow import (
     check_memory,
     check_rules,
     mask_of,
+    quantized_by,
     unfit,
     unfit_error,
 )
@@ -447,13 +448,13 @@ def _layers(model: nn.Module, config: StaticQuantConfig | None) -> list[_Layer]:
     check_memory(model)
     if config is not None:
         check_rules(config, model)
-    if faults := unfit(model):
-        raise unfit_error(faults, len(observed))
-    chosen = {name: config if config is None else config.of(module, name) for name, module in observed.items()}
-    layers = [_Layer(name, module, chosen[name]) for name, module in observed.items() if config is None or chosen[name]]
-    if not layers:
+    quantizes = quantized_by(config)
+    chosen = {name: module for name, module in observed.items() if quantizes(module, name)}
+    if not chosen:
         raise ValueError("the rules of the config leave every layer in float: there is nothing to report on")
-    return layers
+    if faults := unfit(model, quantizes):
+        raise unfit_error(faults, len(chosen))
+    return [_Layer(name, module, config and config.of(module, name)) for name, module in chosen.items()]
 
 
 # What is measured of the whole model.

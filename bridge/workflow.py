@@ -366,7 +366,7 @@ def convert_(
     Args:
         model: a calibrated model.
         config: what form the layers take; None: as they were prepared. The quantization itself was
-            given to `prepare_`, or to `reread_`.
+            given to `prepare_`, or to `reread_`. What its rules leave in float need have seen nothing.
         min_rows: rows (vectors along the input's features: tokens, pixels) that each layer must
             have seen.
         on_unfit: what becomes of layers that never ran, ran on too little, or saw NaN, Inf or
@@ -471,10 +471,15 @@ def is_observed(module: nn.Module, name: str) -> bool:
     return isinstance(module, Observed)
 
 
+def quantized_by(config: StaticQuantConfig | None, wanted: Filter = is_observed) -> Filter:
+    """Return which of the wanted layers a config quantizes: all that its rules do not leave in float."""
+    return lambda module, name: wanted(module, name) and (config is None or config.of(module, name) is not None)
+
+
 _PREPARE = "prepare_ makes them, and convert_ takes them all"
 
 
-def unfit(model: nn.Module, wanted: Filter = is_observed, min_rows: int = 1) -> dict[str, str]:
+def unfit(model: nn.Module, wanted: Filter, min_rows: int = 1) -> dict[str, str]:
     """Return, by name, why observed layers cannot be converted."""
     found = {}
     for name, module in model.named_modules():
@@ -492,7 +497,7 @@ def unfit_error(faults: Mapping[str, str], layers: int) -> fsq.CalibrationError:
     """Return the error that names every unfit layer, of so many that were asked for."""
     remedy = ""
     if len(faults) < layers:
-        remedy = " (convert_(..., on_unfit='float') leaves them in float)"
+        remedy = " (a rule, or convert_(..., on_unfit='float'), leaves them in float)"
     elif all(fault.startswith("nothing was seen") for fault in faults.values()):
         remedy = ": call calibrate(model, batches) first"
     return fsq.CalibrationError(
@@ -518,10 +523,11 @@ def _convert(
     check_memory(model)
     if config is not None:
         check_rules(config, model)
-    faults = unfit(model, wanted, min_rows)
-    observed = [m for name, m in model.named_modules() if wanted(m, public_name(name))]
-    if faults and (on_unfit == "refuse" or len(faults) == len(observed)):
-        raise unfit_error(faults, len(observed))
+    quantizes = quantized_by(config, wanted)
+    chosen = [m for name, m in model.named_modules() if quantizes(m, public_name(name))]
+    faults = unfit(model, quantizes, min_rows)
+    if faults and (on_unfit == "refuse" or len(faults) == len(chosen)):
+        raise unfit_error(faults, len(chosen))
 
     def converted(layer: Observed, name: str) -> nn.Module:
         own = None if config is None else config.of(layer, public_name(name))

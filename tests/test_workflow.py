@@ -351,6 +351,20 @@ def test_unfit_layers_are_left_in_float_where_the_user_says_so_and_are_listed() 
     assert all(a is b for a, b in zip(model.experts, plain, strict=True))
 
 
+def test_what_the_rules_of_a_config_leave_in_float_need_have_seen_nothing() -> None:
+    model = calibrated(Branches())
+    data, rest = batches(), {"experts.1": None}
+    with pytest.raises(
+        CalibrationError, match=r"1 layer cannot be .*\(a rule, .*leaves them in float\):\n  experts\.0: "
+    ):
+        bridge.convert_(model, config=StaticQuantConfig(torch.int8, rules=rest))
+    config = StaticQuantConfig(torch.int8, rules={"experts.0": None, **rest})
+    assert [layer.name for layer in bridge.report(model, data, config=config).layers] == ["used"]
+    bridge.convert_(model, config=config)
+    assert isinstance(model.used, QuantizedLinear)
+    assert [type(expert) for expert in model.experts] == [nn.Linear, nn.Linear]
+
+
 def test_a_model_without_one_fit_layer_is_refused_also_where_floats_are_allowed() -> None:
     model = prepared(two_layers())
     with pytest.raises(CalibrationError, match="2 layers cannot be converted"):
