@@ -521,12 +521,10 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     # A lazy layer has no weight yet.
     if isinstance(module, (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.modules.lazy.LazyModuleMixin)):
         return None
-    if _holds_tensors(module._parameters.get("weight")):
-        return None
     for kind, observed in OBSERVED.items():
         own = [name for name in ("forward", "__call__", "_conv_forward", "_output_padding") if hasattr(kind, name)]
         if isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in own):
-            return None if _own_parts(module) else observed
+            return None if _own_parts(module) or _holds_tensors(module._parameters.get("weight")) else observed
     return None
 
 

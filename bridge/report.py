@@ -580,8 +580,9 @@ def _stand_in(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
             module.training = mode
         # A forward pass may count its calls, or fill a cache.
         for module, held, values in buffers:
-            module._buffers.clear()
-            module._buffers.update(held)
+            if isinstance(module._buffers, dict):  # a scripted module keeps its own
+                module._buffers.clear()
+                module._buffers.update(held)
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)

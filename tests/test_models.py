@@ -374,6 +374,22 @@ def test_what_was_put_on_an_observed_layer_is_not_lost(case: str) -> None:
         assert type(model[0]) is bridge.ObservedLinear
 
 
+def test_a_scripted_part_stays_what_it_is() -> None:
+    norm = nn.BatchNorm1d(6).eval()
+    nn.init.uniform_(norm.running_mean)
+    model, x = nn.Sequential(nn.Linear(16, 16), torch.jit.script(norm), nn.Linear(16, 16)).eval(), inputs()
+    scripted, expected = model[1], run(model, x)
+    prepared(model)
+    bridge.calibrate(model, [x])
+    found = bridge.report(model, [x])
+    bridge.convert_(model)
+    assert names(model, bridge.QuantizedLinear) == {"0", "2"}
+    assert model[1] is scripted
+    assert torch.equal(scripted.running_mean, norm.running_mean)
+    # Sums of 384 values in float64, in another order.
+    assert found.model_sqnr == pytest.approx(float(compute_error(expected.double(), run(model, x).double())), rel=1e-11)
+
+
 def test_a_layer_that_is_called_otherwise_is_left_alone() -> None:
     class Twice(nn.Linear):
         def __call__(self, x: Tensor) -> Tensor:
