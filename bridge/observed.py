@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from types import MethodType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -637,7 +638,9 @@ def check_plain(module: nn.Module) -> None:
             "the weight is computed by a parametrization, which would be lost; "
             "call torch.nn.utils.parametrize.remove_parametrizations first, or leave the layer out by a rule"
         )
-    if "forward" in vars(module):
+    own = MethodType(type(module).forward, module)
+    # Where accelerate took its hooks away, it has left the class's own.
+    if vars(module).get("forward", own) != own:
         raise ValueError(
             "the layer has a forward of its own, which would be lost; take it away first, or leave the layer out by a "
             "rule"

@@ -374,6 +374,23 @@ def test_what_was_put_on_an_observed_layer_is_not_lost(case: str) -> None:
         assert type(model[0]) is bridge.ObservedLinear
 
 
+def test_the_forward_of_the_class_on_a_layer_itself_loses_nothing() -> None:
+    """As accelerate leaves it when it takes its hooks away."""
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), inputs()
+    plain = model[0]
+    plain.forward = plain.forward
+    prepared(model)
+    model[0].forward = model[0].forward
+    bridge.calibrate(model, [x])
+    assert bridge.unprepare_(copy.deepcopy(model))(x).shape == x.shape
+    bridge.convert_(model)
+    assert type(model[0]) is bridge.QuantizedLinear
+    other = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval()
+    other[1].forward = other[0].forward
+    with pytest.raises(ValueError, match="1: the layer has a forward of its own"):
+        bridge.prepare_(other, INT8)
+
+
 def test_a_scripted_part_stays_what_it_is() -> None:
     norm = nn.BatchNorm1d(6).eval()
     nn.init.uniform_(norm.running_mean)
