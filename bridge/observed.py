@@ -590,11 +590,14 @@ _LOOKS_UP_OR_SCALES = (
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is probably multiplied as a matrix, or is one of several matrices."""
+    """Whether a parameter is probably multiplied as a matrix, or is one of several matrices.
+
+    One whose first size is 1 is probably added: positions of a grid, for each image of a batch.
+    """
     if isinstance(parameter, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
         return False
     long = sum(size > 1 for size in parameter.shape)
-    return long > 2 or (long == 2 and name.startswith("weight"))
+    return (long > 2 and parameter.shape[0] > 1) or (long > 1 and name.startswith("weight"))
 
 
 def weight_of(layer: Any) -> Tensor:

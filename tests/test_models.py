@@ -299,6 +299,14 @@ class Experts(nn.Module):
         self.up, self.scale = nn.Parameter(torch.ones(3, 4, 4)), nn.Parameter(torch.ones(1, 5, 4))
 
 
+class Positions(nn.Module):
+    """As SAM's encoder has them: for a grid of positions, the same in each image of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.ones(1, 5, 5, 4))
+
+
 def test_what_multiplies_a_parameter_of_its_own_is_listed() -> None:
     layers = {
         "a": nn.Linear(4, 4),
@@ -308,6 +316,7 @@ def test_what_multiplies_a_parameter_of_its_own_is_listed() -> None:
         "experts": Experts(),
         "embedding": nn.Embedding(5, 4),
         "norm": nn.LayerNorm((4, 4)),
+        "positions": Positions(),
         "prelu": nn.PReLU(4),
     }
     with pytest.warns(UserWarning, match="4 modules left in float") as caught:
