@@ -387,8 +387,14 @@ def test_invalid_arguments(call: Callable[[], object], error: type[Exception], m
         call()
 
 
-def test_a_state_of_other_bins_is_refused() -> None:
-    state = recorded(Histogram((-8, 8)), torch.ones(3))
-    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Percentile())
-    with pytest.raises(ValueError, match=r"histogram has shape \(1, 513\), .* has 1537 bins .*; use the exponents"):
-        fsq.calc_qparams(spec, state)
+@pytest.mark.parametrize("wrap", [lambda observer: observer, fsq.SkipNonfinite], ids=["plain", "wrapped"])
+def test_a_state_of_other_bins_is_refused(wrap: Callable[[fsq.Observer], fsq.Observer]) -> None:
+    x = torch.ones(3)
+    spec, other = (
+        fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=wrap(observer))
+        for observer in (Percentile(), Histogram((-8, 8)))
+    )
+    state = fsq.observe(other, fsq.init(other, x.shape), x)
+    for use in (fsq.check, fsq.calc_qparams, partial(fsq.observe, x=x), partial(fsq.merge, other=state)):
+        with pytest.raises(ValueError, match=r"histogram has shape \(1, 513\), .* has 1537 bins .*; use the exponents"):
+            use(spec, state)
