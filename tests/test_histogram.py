@@ -176,6 +176,19 @@ def test_each_block_counts_its_own(granularity: fsq.Granularity) -> None:
         assert np.array_equal(state["histogram"][where].numpy(), counts_of(block, DEFAULT)), where
 
 
+@pytest.mark.parametrize("granularity", [fsq.PerTensor(), fsq.PerAxis(0)], ids=repr)
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_the_imaginary_part_of_a_conjugate_is_counted(granularity: fsq.Granularity, dtype: type) -> None:
+    """torch keeps such a tensor as the memory of the other sign: of the spectra of sounds, for one."""
+    z = (np.random.randn(3, 40) + 1j * np.random.randn(3, 40)).astype(dtype)
+    x = torch.from_numpy(z).conj().imag
+    assert x.is_neg()
+    spec = fsq.QuantSpec(torch.int8, granularity, observer=Histogram())
+    counts = fsq.observe(spec, fsq.init(spec, x.shape), x)["histogram"]
+    for row, block in zip(counts.flatten(0, 1), np.conj(z).imag.reshape(len(counts), -1), strict=True):
+        assert np.array_equal(row.numpy(), counts_of(block, DEFAULT))
+
+
 def test_what_is_too_large_is_counted_at_the_ends() -> None:
     state = recorded(Histogram(), torch.tensor([2.0**24, 3e38, torch.inf, -(2.0**24)]))
     assert state["histogram"][0, [0, -1]].tolist() == [1, 3]

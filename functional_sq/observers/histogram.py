@@ -215,6 +215,7 @@ def search_blocks(
 
 def _encoding(x: Tensor) -> tuple[Tensor, int, int]:
     """Return the bits of each value as an integer, the digits of the mantissa and the exponent's bias."""
+    x = x.resolve_neg()  # The imaginary part of a conjugate has a sign that its memory does not have.
     if x.dtype is torch.float64:
         return x.view(torch.int64), 52, 1023
     return x.to(torch.float32).view(torch.int32), 23, 127
