@@ -35,7 +35,7 @@ def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
             per-tensor pair fits any shape.
 
     Returns:
-        codes in the format's storage dtype (`uint8` for `torch.uint4`), shape of `x`.
+        codes in the format's storage dtype (`uint8` for `torch.uint4`), shape of `x`; without a gradient.
 
     Raises:
         TypeError: `x` holds no real values.
@@ -54,7 +54,8 @@ def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
     check_real(x, "quantize")
     qp = _fitted(spec, x, qp)
     format, bounds = spec.format, spec.bounds
-    return _elementwise(lambda x, s, z: format.encode(x, QParams(s, z), bounds), x.detach(), qp)
+    # Codes have no gradient of `qp` either, which a cast to float8 would hand on, and one to an integer does not.
+    return _elementwise(lambda x, s, z: format.encode(x, QParams(s, z), bounds), x.detach(), qp).detach()
 
 
 def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = torch.float32) -> Tensor:

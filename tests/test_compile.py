@@ -308,6 +308,19 @@ def test_the_gradient_of_qparams_of_a_large_tensor(dtype: torch.dtype, monkeypat
             torch.testing.assert_close(one, other, msg=lambda text, how=how: f"{how}: {text}")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.float8_e4m3fn], ids=str)
+def test_codes_have_no_gradient(dtype: torch.dtype) -> None:
+    """A cast to an integer has none, one to float8 has: by way of the codes, a scale's would depend on the format."""
+    spec = fsq.QuantSpec(dtype, fsq.PerTensor())
+    scale, x = torch.tensor([0.25], requires_grad=True), torch.randn(64, requires_grad=True)
+    qp = fsq.QParams(scale, torch.tensor([0]))
+    codes = fsq.quantize(spec, x, qp)
+    assert not codes.requires_grad
+    fsq.dequantize(spec, codes, qp).sum().backward()
+    assert x.grad is None
+    torch.testing.assert_close(scale.grad, codes.float().sum()[None])
+
+
 def gradient(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x = x.clone().requires_grad_()
     (f(x) * weight).sum().backward()
