@@ -211,6 +211,8 @@ class Accumulator(Observer):
         measured = {}
         for name, values in self.elements(x).items():
             reduction = self.reductions[name]
+            if reduction is not SUM and not values.is_floating_point():
+                values = values.double()  # A state holds an extreme as a real value: no integer is its identity.
             if keep is not None:
                 values = values.masked_fill(~keep, reduction.identity(values.dtype))
             measured[name] = reduction.reduce(values, dims) if dims else values

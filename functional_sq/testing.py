@@ -519,12 +519,14 @@ def masked_values_do_not_count(
         >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
         >>> masked_values_do_not_count(spec, (torch.ones(2),) * 3, mask=torch.tensor([True, False]))
     """
-    s = _seen(spec, fsq.init(spec, batches[0].shape, dtype=dtype), *batches[:2])
+    empty = fsq.init(spec, batches[0].shape, dtype=dtype)
+    s = _seen(spec, empty, *batches[:2])
     x = batches[2]
     observe = functools.partial(fsq.observe, spec, s)
     every, none = torch.ones_like(mask), torch.zeros_like(mask)
     assert_same_bits("observe(s, x, mask=every)", "observe(s, x)", observe(x, mask=every), observe(x))
     assert_same_bits("observe(s, x, mask=none)", "s", observe(x, mask=none), s)
+    assert_same_bits("observe(init, x, mask=none)", "init", fsq.observe(spec, empty, x, mask=none), empty)
     left_out = ~mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
     seen = observe(x, mask=mask)
     for garbage in (0.0, torch.finfo(x.dtype).max, math.nan):

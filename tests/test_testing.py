@@ -450,6 +450,23 @@ def test_wrong_observer_fails_its_law(observer: fsq.Observer, name: str) -> None
     assert "batches=(tensor(" in message or "rows=2000" in message or "columns=200" in message
 
 
+@dataclass(frozen=True)
+class PowerOfTwo(fsq.Accumulator):
+    """Gives scales that are powers of two; what it reduces are integers."""
+
+    reductions = {"exponent": fsq.MAX}
+
+    def elements(self, x: Tensor) -> Mapping[str, Tensor]:
+        return {"exponent": torch.frexp(x).exponent}
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        return -torch.exp2(state["exponent"]), torch.exp2(state["exponent"])
+
+
+def test_the_largest_integer_of_nothing_is_nothing() -> None:
+    check_law(LAWS["masked_values_do_not_count"], PowerOfTwo(), max_examples=25)
+
+
 def test_a_range_that_clips_nearly_everything_is_still_one() -> None:
     check_law(LAWS["each_block_is_represented"], fsq.Percentile(51.0))
 
