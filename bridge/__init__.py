@@ -4,15 +4,14 @@ from bridge.aqt import (
     AffineQuantizedTensor,
     Float8Layout,
     Float8MMConfig,
-    LinearActivationQuantizedTensor,
     PlainLayout,
     to_affine_quantized_floatx_static,
     to_affine_quantized_intx,
     to_affine_quantized_intx_static,
-    to_linear_activation_quantized,
 )
 from bridge.config import PRESETS, StaticQuantConfig
 from bridge.inductor import Chain, chains
+from bridge.linear_activation_quantized import LinearActivationQuantizedTensor, to_linear_activation_quantized
 from bridge.min_max_observer import AffineQuantizedMinMaxObserver
 from bridge.observed import (
     ObservedConv1d,

@@ -16,157 +16,33 @@ and the block size is read off the two shapes.
 
 from __future__ import annotations
 
-import dis
 import functools
-import hashlib
 import math
-import pickle
-import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._guards import TracingContext
-from torch._inductor.codecache import BypassFxGraphCache
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import functional_sq as fsq
 from bridge.torchao import ZeroPointDomain, adopt, check_preserve_zero, check_zero_point_domain
-from functional_sq import backends
-from functional_sq.formats import REAL_DTYPES, Float8, Integer, check_real, format_of
+from bridge.wrapper import Wrapper, each
+from functional_sq.formats import Float8, Integer, check_real, format_of
 
 __all__ = [
     "AffineQuantizedTensor",
     "Float8Layout",
     "Float8MMConfig",
-    "LinearActivationQuantizedTensor",
     "PlainLayout",
     "TensorImpl",
-    "static_activation",
     "to_affine_quantized_floatx_static",
     "to_affine_quantized_intx",
     "to_affine_quantized_intx_static",
-    "to_linear_activation_quantized",
 ]
 
 aten = torch.ops.aten
-
-
-class _Wrapper(Tensor):
-    """What both subclasses share: a table of operations, and a clear refusal of all others."""
-
-    operations: ClassVar[dict[object, Callable[..., Any]]]
-    remedy: ClassVar[str]
-
-    @staticmethod
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        # F.linear is taken here, before torch cuts it into view, t and mm: one step for any rank.
-        if func is F.linear:
-            return cls.linear(*args, **(kwargs or {}))
-        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
-            _exchange(*args)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch says neither that it is a class method nor `func`
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        operation = cls.operations.get(func)
-        if operation is None:
-            # In inference mode composite operators come here whole: reshape, matmul, to.
-            result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-            raise NotImplementedError(
-                f"{func} has no meaning on the codes of an {cls.__name__}, and nothing is dequantized silently; "
-                f"{cls.remedy}"
-            )
-        return return_and_correct_aliasing(func, args, kwargs, operation(func, *args, **kwargs))
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, torch.dtype]]:
-        """Name the tensors inside; return also what is static, and apart from it the outer dtype."""
-        raise NotImplementedError
-
-    def _stable_hash_for_caching(self) -> str:
-        """Name what a graph compiled for this tensor depends on; torch's caches on disk ask for it.
-
-        What is traced below `F.linear` is not in the graph that they know otherwise: that is code of this file and of
-        functional_sq.
-
-        Raises:
-            BypassFxGraphCache: a user's function is traced there. A pickle has its name alone, not its code.
-        """
-        names, context = self.__tensor_flatten__()
-        inner = [_cache_key(getattr(self, name)) for name in names]
-        code = _source(), backends.fingerprint()
-        return hashlib.sha256(pickle.dumps((type(self).__qualname__, inner, context, code))).hexdigest()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # torch before 2.13 asks for no name: its cache pickles the tensors that it traces with, and hashes the bytes.
-        if TracingContext.try_get() is not None and _is_fake(self):
-            return str, (self._stable_hash_for_caching(),)
-        return super().__reduce_ex__(protocol)
-
-    def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> _Wrapper:
-        """Return the tensor with `fn` applied to each tensor inside, and with another outer dtype."""
-        raise NotImplementedError
-
-    def _mode(self) -> AbstractContextManager[object]:
-        """Return the mode in which a view of this tensor is made: autograd refuses one that is an inference tensor."""
-        if torch.is_inference_mode_enabled() and not self.is_inference():
-            return torch.inference_mode(False)
-        return nullcontext()
-
-    def requires_grad_(self, requires_grad: bool = True) -> _Wrapper:
-        """Return the tensor as it is: codes have no gradient, whatever is asked for.
-
-        torch asks for one with `torch.nn.Parameter(weight)`, with `load_state_dict(..., assign=True)` into a float
-        model and with `model.requires_grad_()`.
-        """
-        return self
-
-
-def _exchange(q: _Wrapper, data: Tensor) -> None:
-    """Give `q` the tensors inside `data`: what torch exchanges for `q.data = data` is the outside alone."""
-    if type(data) is not type(q):
-        raise TypeError(
-            f"data = a {type(data).__name__} of a {type(q).__name__} would leave the codes as they are; "
-            f"quantize it, or assign a torch.nn.Parameter in place of the tensor"
-        )
-    vars(q).update(vars(data.detach()))
-
-
-@functools.cache
-def _source() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
-def _is_fake(t: Tensor) -> bool:
-    """Whether `t` is what a compiler traces with in place of a tensor."""
-    if isinstance(t, _Wrapper):
-        return any(_is_fake(getattr(t, name)) for name in t.__tensor_flatten__()[0])
-    return isinstance(t, FakeTensor)
-
-
-def _cache_key(t: Tensor) -> str:
-    if isinstance(t, _Wrapper):
-        return t._stable_hash_for_caching()
-    # As text: a size may be symbolic.
-    return f"{tuple(t.shape)} {t.stride()} {t.dtype} {t.device} {t.is_inference()}"
 
 
 class TensorImpl(NamedTuple):
@@ -218,7 +94,7 @@ class TensorImpl(NamedTuple):
         return self.int_data, self.scale, self.zero_point
 
 
-class AffineQuantizedTensor(_Wrapper):
+class AffineQuantizedTensor(Wrapper):
     """A tensor of codes that has the shape, dtype and device of the real values it stands for.
 
     Made by `to_affine_quantized_intx_static` and `to_affine_quantized_floatx_static`. A real value
@@ -803,33 +679,6 @@ def _codes_multiply(x: AffineQuantizedTensor, weight: AffineQuantizedTensor) -> 
 # Operations of AffineQuantizedTensor: the operator, then its arguments.
 
 
-def _each(func: Any, q: _Wrapper, *args: Any, **kwargs: Any) -> _Wrapper:
-    # A scale has the rank of its tensor, so what moves axes moves those of the scale alike.
-    return q._map(lambda t: func(t, *args, **kwargs))
-
-
-def _to_copy(func: Any, q: AffineQuantizedTensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> _Wrapper:
-    # The dtype is that of the values a code stands for; a scale keeps the bits it was chosen with.
-    if dtype is not None and dtype not in REAL_DTYPES:
-        raise TypeError(f"an AffineQuantizedTensor stands for real values, not for {dtype}; x.int_data has the codes")
-    return q._map(lambda t: func(t, **kwargs), dtype)
-
-
-def _multiply(func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # Not F.linear: where torch functions are disabled it would come back here.
-    return (weight if isinstance(weight, _Wrapper) else AffineQuantizedTensor).linear(x, weight, bias)
-
-
-def _mm(func: Any, x: Tensor, weight: Tensor) -> Tensor:
-    return _multiply(func, x, weight.t())
-
-
-def _addmm(func: Any, bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    if beta != 1 or alpha != 1:
-        raise NotImplementedError(f"addmm with beta={beta}, alpha={alpha} on codes; use 1, or dequantize")
-    return _multiply(func, x, weight.t(), bias)
-
-
 def _taken(q: AffineQuantizedTensor, codes: Tensor, scales: Callable[[Tensor], Tensor]) -> AffineQuantizedTensor:
     """Return `codes` with what `scales` takes of the scale and the zero point."""
     return q._map(lambda t: codes if t is q.int_data else scales(t))
@@ -909,308 +758,22 @@ def _view(func: Any, q: AffineQuantizedTensor, size: Sequence[int]) -> AffineQua
     return _taken(q, codes, lambda t: t.view(stat_shape))
 
 
-def _copy_(func: Any, q: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    if not (isinstance(q, _Wrapper) and isinstance(source, _Wrapper)):
-        names = f"a {type(source).__name__} into a {type(q).__name__}"
-        raise TypeError(f"copy_ of {names}; quantize the one, or use .dequantize() of the other")
-    if (ours := _kind(q)) != (theirs := _kind(source)):
-        raise ValueError(
-            f"copy_ between tensors that are not alike: {theirs} into {ours}; build the module with the "
-            f"shapes and dtypes of the checkpoint, or use load_state_dict(..., assign=True)"
-        )
-    for name in q.__tensor_flatten__()[0]:
-        getattr(q, name).copy_(getattr(source, name), non_blocking=non_blocking)
-    return q
-
-
-def _kind(q: _Wrapper) -> tuple[Any, ...]:
-    """What two wrappers must share for a copy of one into the other: all but values, device and outer dtype."""
-    names, (static, _) = q.__tensor_flatten__()
-    inner = ((name, getattr(q, name)) for name in names)
-    return (
-        type(q).__name__,
-        *((name, _kind(t) if isinstance(t, _Wrapper) else (tuple(t.shape), t.dtype)) for name, t in inner),
-        static,
-    )
-
-
-AffineQuantizedTensor.operations = {
-    aten.detach.default: _each,
-    aten.alias.default: _each,
-    aten.clone.default: _each,
-    aten.t.default: _each,
-    aten.transpose.int: _each,
-    aten.permute.default: _each,
-    aten._to_copy.default: _to_copy,
-    aten.copy_.default: _copy_,
+AffineQuantizedTensor.operations = Wrapper.operations | {
+    aten.t.default: each,
+    aten.transpose.int: each,
+    aten.permute.default: each,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index.Tensor: _index,
     aten.embedding.default: _embedding,
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
-    aten.linear.default: _multiply,
-    aten.mm.default: _mm,
-    aten.addmm.default: _addmm,
-}
-
-
-# The weight that quantizes the input of its layer.
-
-
-class LinearActivationQuantizedTensor(_Wrapper):
-    """The weight of a `torch.nn.Linear` that also quantizes what the layer is given.
-
-    `F.linear(x, weight, bias)` is `F.linear(input_quant_func(x, **quant_kwargs), original, bias)`. So a
-    module stays a `torch.nn.Linear`, and only its weight is exchanged.
-
-    Args:
-        original_weight_tensor: the weight `(N, K)`, an AffineQuantizedTensor as a rule.
-        input_quant_func: a function of the input, as `static_activation`. One that is defined in a
-            module can be saved; a lambda cannot. A graph with another than `static_activation` is compiled anew in
-            each process: a cache on disk would know it by its name, not by its code.
-        quant_kwargs: its keyword arguments. The tensors among them are tensors of the weight: they
-            move with it, and are saved with it; a change of dtype leaves them as they are.
-
-    Slices, single elements, transposes and views are those of `original_weight_tensor`, each with the same function: a
-    shard of such a weight is one.
-
-    Source: the class of the same name in `torchao.quantization` 0.16, which held no tensors.
-
-    Example: see `to_linear_activation_quantized`.
-    """
-
-    original_weight_tensor: Tensor
-    input_quant_func: Callable[..., Tensor]
-
-    operations = {}
-    remedy = "use weight.original_weight_tensor"
-
-    @staticmethod
-    def __new__(
-        cls, original_weight_tensor: Tensor, input_quant_func: Callable[..., Tensor], quant_kwargs: Mapping[str, Any]
-    ) -> LinearActivationQuantizedTensor:
-        w = original_weight_tensor
-        made: LinearActivationQuantizedTensor = Tensor._make_wrapper_subclass(
-            cls, w.shape, strides=w.stride(), dtype=w.dtype, device=w.device
-        )
-        return made
-
-    def __init__(
-        self, original_weight_tensor: Tensor, input_quant_func: Callable[..., Tensor], quant_kwargs: Mapping[str, Any]
-    ) -> None:
-        self.original_weight_tensor = original_weight_tensor
-        self.input_quant_func = input_quant_func
-        # Tensors are attributes, for __tensor_flatten__ names attributes.
-        self._static = tuple((name, value) for name, value in quant_kwargs.items() if not isinstance(value, Tensor))
-        self._dynamic = tuple(name for name, value in quant_kwargs.items() if isinstance(value, Tensor))
-        for name in self._dynamic:
-            setattr(self, f"quant_{name}", quant_kwargs[name])
-
-    @property
-    def quant_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of `input_quant_func`."""
-        return dict(self._static) | {name: getattr(self, f"quant_{name}") for name in self._dynamic}
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, torch.dtype]]:
-        names = ["original_weight_tensor", *(f"quant_{name}" for name in self._dynamic)]
-        return names, ((self.input_quant_func, self._static, self._dynamic), self.dtype)
-
-    @classmethod
-    def __tensor_unflatten__(
-        cls, tensors: Mapping[str, Tensor], context: tuple[Any, torch.dtype], size: Any, stride: Any
-    ) -> LinearActivationQuantizedTensor:
-        (function, static, dynamic), _ = context
-        kwargs = dict(static) | {name: tensors[f"quant_{name}"] for name in dynamic}
-        return cls(tensors["original_weight_tensor"], function, kwargs)
-
-    def _stable_hash_for_caching(self) -> str:
-        if self.input_quant_func is not static_activation:
-            raise BypassFxGraphCache(f"{self.input_quant_func!r} is code that a cache on disk does not know")
-        return super()._stable_hash_for_caching()
-
-    def _map(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LinearActivationQuantizedTensor:
-        kwargs = {name: fn(value) if isinstance(value, Tensor) else value for name, value in self.quant_kwargs.items()}
-        original = fn(self.original_weight_tensor)
-        return self._like(original if dtype is None else original.to(dtype), kwargs)
-
-    def _like(self, original: Tensor, quant_kwargs: Mapping[str, Any]) -> LinearActivationQuantizedTensor:
-        """Return a weight that quantizes its input by the same function, with other tensors inside."""
-        with self._mode():
-            return LinearActivationQuantizedTensor(original, self.input_quant_func, quant_kwargs)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        function = getattr(self.input_quant_func, "__qualname__", repr(self.input_quant_func))
-        kwargs = ", ".join(f"{name}={value!r}" for name, value in self.quant_kwargs.items())
-        return f"{type(self).__name__}({self.original_weight_tensor!r}, {function}, {{{kwargs}}})"
-
-    @staticmethod
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        assert isinstance(weight, LinearActivationQuantizedTensor)
-        return F.linear(weight.input_quant_func(input, **weight.quant_kwargs), weight.original_weight_tensor, bias)
-
-
-def to_linear_activation_quantized(
-    weight: Tensor, input_quant_func: Callable[..., Tensor], quant_kwargs: Mapping[str, Any] | None = None
-) -> LinearActivationQuantizedTensor:
-    """Make a weight that also quantizes what its layer is given.
-
-    Args:
-        weight: `(N, K)`, an AffineQuantizedTensor as a rule.
-        input_quant_func: a function of the input, as `static_activation`. Tensors that a lambda
-            takes from where it is defined become `quant_kwargs`, and so do the keyword arguments of a
-            `functools.partial`.
-        quant_kwargs: its keyword arguments; tensors among them move and are saved with the weight.
-
-    Raises:
-        TypeError: an argument is not of its kind.
-
-    Source: the function of the same name in `torchao.quantization` 0.16.
-
-    Example:
-        >>> import torch
-        >>> from bridge.aqt import (
-        ...     static_activation, to_affine_quantized_intx_static, to_linear_activation_quantized
-        ... )
-        >>> layer = torch.nn.Linear(2, 1, bias=False)
-        >>> weight = to_affine_quantized_intx_static(
-        ...     torch.tensor([[1.0, 2.0]]), torch.tensor(0.1), torch.tensor(0), (1, 2), torch.int8
-        ... )
-        >>> activation = {"scale": torch.tensor(0.5), "zero_point": torch.tensor(0), "target_dtype": torch.int8}
-        >>> weight = to_linear_activation_quantized(weight, static_activation, activation)
-        >>> layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        >>> layer(torch.tensor([[3.1, 1.0]]))
-        tensor([[5.]])
-    """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight is a {type(weight).__name__}; give a tensor")
-    if not callable(input_quant_func):
-        raise TypeError(f"input_quant_func is a {type(input_quant_func).__name__}; give a function of the input")
-    function: Any = input_quant_func
-    kwargs = dict(quant_kwargs or {})
-    while isinstance(function, functools.partial) and not function.args:
-        function, kwargs = function.func, function.keywords | kwargs
-    held = {name: value for name, value in _held_tensors(function).items() if name not in kwargs}
-    if held:
-        assert isinstance(function, types.FunctionType)
-        function = _Rebound(function, tuple(held))
-    # Copies: weights that are made with one scale are loaded apart.
-    own = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in (held | kwargs).items()}
-    return LinearActivationQuantizedTensor(weight, function, own)
-
-
-def static_activation(
-    x: Tensor,
-    *,
-    scale: Tensor,
-    target_dtype: torch.dtype,
-    zero_point: Tensor | None = None,
-    quant_min: int | None = None,
-    quant_max: int | None = None,
-) -> AffineQuantizedTensor:
-    """Quantize an input of any shape with one scale: an `input_quant_func` that can be saved.
-
-    Args:
-        x: real values.
-        scale: one value, input units per step.
-        target_dtype: an integer dtype or an 8-bit float.
-        zero_point: one whole number, the code of 0.0; None: 0. Integers only.
-        quant_min: smallest code to use; None: the dtype's. Integers only.
-        quant_max: largest code to use; None: the dtype's. Integers only.
-
-    Raises:
-        ValueError: more than one scale, or a zero point or bounds for an 8-bit float.
-        TypeError: `x` holds no real values.
-
-    Example:
-        >>> import torch
-        >>> from bridge.aqt import static_activation
-        >>> static_activation(torch.tensor([1.0, 2.0]), scale=torch.tensor(0.5), target_dtype=torch.int8).int_data
-        tensor([2, 4], dtype=torch.int8)
-    """
-    if target_dtype.is_floating_point:
-        given = {"zero_point": zero_point, "quant_min": quant_min, "quant_max": quant_max}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name} is given for {target_dtype}: an 8-bit float has none; leave it out")
-        return to_affine_quantized_floatx_static(x, scale, x.shape, target_dtype)
-    return to_affine_quantized_intx_static(x, scale, zero_point, x.shape, target_dtype, quant_min, quant_max)
-
-
-def _held_tensors(function: Callable[..., Any]) -> dict[str, Tensor]:
-    """Return the tensors that a Python function takes from where it was defined, by name."""
-    if not isinstance(function, types.FunctionType):
-        return {}
-    held = {name: function.__globals__.get(name) for name in _global_names(function.__code__)}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # a cell is empty before what it is for is assigned
-            held[name] = cell.cell_contents
-    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    """Return the globals that code reads, and what is defined in it; `co_names` has those of attributes too."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
-
-
-@dataclass(frozen=True)
-class _Rebound:
-    """A function that is given the tensors it was defined with.
-
-    The tutorial writes `lambda x: to_affine_quantized_intx_static(x, act_scale, ...)`. There a
-    compiler does not see `act_scale`, and `to(device)` does not reach it.
-    """
-
-    function: types.FunctionType
-    names: tuple[str, ...]
-
-    def __call__(self, x: Tensor, **kwargs: Any) -> Tensor:
-        given = {name: kwargs.pop(name) for name in self.names}
-        f = self.function
-        cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
-        bound = tuple(types.CellType(given[name]) if name in given else cell for name, cell in cells)
-        made = types.FunctionType(f.__code__, f.__globals__ | given, f.__name__, f.__defaults__, bound)
-        made.__kwdefaults__ = f.__kwdefaults__
-        result: Tensor = made(x, **kwargs)
-        return result
-
-
-def _of_original(
-    func: Any, weight: LinearActivationQuantizedTensor, *args: Any, **kwargs: Any
-) -> LinearActivationQuantizedTensor:
-    return weight._like(func(weight.original_weight_tensor, *args, **kwargs), weight.quant_kwargs)
-
-
-LinearActivationQuantizedTensor.operations = {
-    aten.detach.default: _each,
-    aten.alias.default: _each,
-    aten.clone.default: _each,
-    aten.t.default: _of_original,
-    aten.transpose.int: _of_original,
-    aten.permute.default: _of_original,
-    aten._to_copy.default: _to_copy,
-    aten.copy_.default: _copy_,
-    aten.slice.Tensor: _of_original,
-    aten.select.int: _of_original,
-    aten.index.Tensor: _of_original,
-    aten.view.default: _of_original,
-    aten._unsafe_view.default: _of_original,
-    aten.linear.default: _multiply,
-    aten.mm.default: _mm,
-    aten.addmm.default: _addmm,
 }
 
 # Compiled, these stay calls in the graph: a QuantSpec cannot be built where Dynamo traces Python, and
 # what they call is traced one level below, on the tensors inside.
-for _function in (
-    _chosen,
-    _quantized,
-    _dequantize,
-    AffineQuantizedTensor.linear,
-    LinearActivationQuantizedTensor.linear,
-):
+for _function in (_chosen, _quantized, _dequantize, AffineQuantizedTensor.linear):
     torch.compiler.allow_in_graph(_function)
 
-# What torch.load(weights_only=True) may make; all of it lies in this file.
-torch.serialization.add_safe_globals([AffineQuantizedTensor, LinearActivationQuantizedTensor, static_activation])
+# What torch.load(weights_only=True) may make.
+torch.serialization.add_safe_globals([AffineQuantizedTensor])

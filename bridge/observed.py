@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import functional_sq as fsq
-from bridge.aqt import AffineQuantizedTensor, LinearActivationQuantizedTensor
+from bridge.aqt import AffineQuantizedTensor
 from bridge.buffers import Buffers, write
+from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
 
 __all__ = [
     "Observed",

@@ -17,13 +17,13 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 import functional_sq as fsq
 from bridge import inductor
-from bridge.aqt import (
-    AffineQuantizedTensor,
+from bridge.aqt import AffineQuantizedTensor
+from bridge.buffers import Buffers
+from bridge.linear_activation_quantized import (
     LinearActivationQuantizedTensor,
     static_activation,
     to_linear_activation_quantized,
 )
-from bridge.buffers import Buffers
 from bridge.observed import (
     Observed,
     ObservedConv1d,

@@ -24,7 +24,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bridge.aqt import AffineQuantizedTensor, LinearActivationQuantizedTensor
+from bridge.aqt import AffineQuantizedTensor
+from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
 from bridge.observed import ObserverModule, check_plain, choose_paths, float_reason, public_name
 from bridge.quantized import QUANTIZED
 from functional_sq import safetensors

@@ -30,16 +30,18 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import functional_sq as fsq
-from bridge import aqt
+from bridge import aqt, wrapper
 from bridge.aqt import (
     AffineQuantizedTensor,
     Float8Layout,
     Float8MMConfig,
-    LinearActivationQuantizedTensor,
     PlainLayout,
-    static_activation,
     to_affine_quantized_floatx_static,
     to_affine_quantized_intx_static,
+)
+from bridge.linear_activation_quantized import (
+    LinearActivationQuantizedTensor,
+    static_activation,
     to_linear_activation_quantized,
 )
 
@@ -729,7 +731,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "add": (lambda: intx() + 1, NotImplementedError, r"aten.add.Tensor.*use x.dequantize\(\)"),
     "sum": (lambda: intx().sum(), NotImplementedError, r"aten.sum.default.*nothing is dequantized silently"),
     "relu": (lambda: F.relu(intx()), NotImplementedError, "aten.relu.default"),
-    "to int8": (lambda: intx().to(torch.int8), TypeError, "int_data has the codes"),
+    "to int8": (lambda: intx().to(torch.int8), TypeError, "use .* x.int_data for codes"),
     "embedding of blocks": (
         lambda: F.embedding(torch.tensor([1]), quantized(X, (2, 8))),
         ValueError,
@@ -1200,7 +1202,7 @@ def test_a_users_function_that_was_edited_is_not_taken_from_the_cache(monkeypatc
 def test_the_cache_knows_a_graph_by_the_code_of_both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = activation_linear(), torch.randn(5, 16)
     found = []
-    for changed in ((aqt, "_source"), None, (aqt, "_source"), (aqt.backends, "fingerprint")):
+    for changed in ((wrapper, "_source"), None, (wrapper, "_source"), (wrapper.backends, "fingerprint")):
         if changed is not None:
             unique = uuid4().hex
             monkeypatch.setattr(*changed, lambda unique=unique: unique)

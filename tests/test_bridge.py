@@ -37,8 +37,8 @@ with warnings.catch_warnings():
         StaticQuantConfig,
         insert_observers_,
     )
-    from bridge.aqt import LinearActivationQuantizedTensor
     from bridge.buffers import Buffers
+    from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
 
 SCHEMES = {
     "uint8": StaticQuantConfig(torch.uint8),

@@ -69,7 +69,7 @@ def test_each_layer_becomes_what_its_own_config_says() -> None:
     assert [type(m).__name__ for m in net] == ["QuantizedLinear", "QuantizedLinear", "Linear", "Linear"]
     assert [net[0].reference, net[1].reference] == [False, True]
     assert net[1].act_spec.dtype is torch.uint8
-    assert isinstance(net[2].weight.data, bridge.aqt.LinearActivationQuantizedTensor)
+    assert isinstance(net[2].weight.data, bridge.LinearActivationQuantizedTensor)
     assert type(net[3].weight.data) is torch.Tensor
 
 
