@@ -36,6 +36,7 @@ __all__ = [
     "Observer",
     "Reduction",
     "State",
+    "check_number",
 ]
 
 State = dict[str, Tensor]
@@ -110,6 +111,18 @@ def _is_known(rows: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
 
     return has_static_value(rows)
+
+
+def check_number(owner: object, name: str, remedy: str) -> None:
+    """Raise TypeError unless a field of a frozen dataclass is a number; numpy's float64, which is a float, becomes one.
+
+    A spec prints as the call that makes it, and a compiler takes no number of numpy in it.
+    """
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is not a number; {remedy}")
+    if type(value) not in (int, float):
+        object.__setattr__(owner, name, float(value))
 
 
 class Observer(abc.ABC):

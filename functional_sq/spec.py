@@ -8,7 +8,7 @@ import torch
 
 from functional_sq.formats import REAL_DTYPES, Float8, Format, check_real_dtype, format_of
 from functional_sq.granularity import Granularity
-from functional_sq.observer import Observer
+from functional_sq.observer import Observer, check_number
 from functional_sq.observers.min_max import MinMax
 from functional_sq.qparams import MappingType
 
@@ -155,8 +155,7 @@ def _check_mapping(spec: QuantSpec, format: Format) -> None:
 
 def _check_dtypes(spec: QuantSpec, format: Format) -> None:
     check_real_dtype(spec.scale_dtype, "scale_dtype=")
-    if isinstance(spec.eps, bool) or not isinstance(spec.eps, (int, float)):
-        raise TypeError(f"eps={spec.eps!r} is not a float")
+    check_number(spec, "eps", "give the smallest scale, such as 1e-6")
     tiny, huge = torch.finfo(spec.scale_dtype).tiny, torch.finfo(spec.scale_dtype).max
     if not tiny <= spec.eps <= huge:
         raise ValueError(

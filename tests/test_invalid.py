@@ -199,8 +199,8 @@ INVALID: dict[str, tuple[object, ...]] = {
     "QuantSpec(torch.int8, PerTensor(), eps=1e-40)": (ValueError, "eps=1e-40", "use an eps of at least 1.17549"),
     "QuantSpec(torch.int8, PerTensor(), eps=float('nan'))": (ValueError, "eps=nan", "use an eps of at least"),
     "QuantSpec(torch.int8, PerTensor(), eps=float('inf'))": (ValueError, "eps=inf", "use an eps of at least"),
-    "QuantSpec(torch.int8, PerTensor(), eps='1e-5')": (TypeError, "eps='1e-5'", "is not a float"),
-    "QuantSpec(torch.int8, PerTensor(), eps=None)": (TypeError, "eps=None", "is not a float"),
+    "QuantSpec(torch.int8, PerTensor(), eps='1e-5')": (TypeError, "eps='1e-5'", "is not a number"),
+    "QuantSpec(torch.int8, PerTensor(), eps=None)": (TypeError, "eps=None", "is not a number"),
     "QuantSpec(torch.int8, PerTensor(), scale_dtype=torch.float16)": (
         ValueError,
         "eps=1.1920928955078125e-07 with scale_dtype=torch.float16",
@@ -233,8 +233,8 @@ INVALID: dict[str, tuple[object, ...]] = {
     "Fixed(float('-inf'), 0.0)": (ValueError, "lo=-inf is not a finite float32", "two such ends"),
     "Fixed(0.0, float('nan'))": (ValueError, "hi=nan is not a finite float32", "two such ends"),
     "Fixed(0.0, 1e300)": (ValueError, "hi=1e+300 is not a finite float32", "two such ends"),
-    "Fixed('0', 1.0)": (TypeError, "lo='0' is not a float", "two numbers"),
-    "Fixed(0.0, True)": (TypeError, "hi=True is not a float", "two numbers"),
+    "Fixed('0', 1.0)": (TypeError, "lo='0' is not a number", "two numbers"),
+    "Fixed(0.0, True)": (TypeError, "hi=True is not a number", "two numbers"),
     # init.
     "init(tensor, x)": (TypeError, "shape is a Tensor", "give a tuple of ints, such as x.shape"),
     "init(QuantSpec, x.shape)": (TypeError, "spec is <class", "give a QuantSpec"),

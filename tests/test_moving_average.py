@@ -188,7 +188,7 @@ def test_a_momentum_out_of_range(momentum: float) -> None:
 
 @pytest.mark.parametrize("momentum", [True, "0.1", None, torch.tensor(0.1)])
 def test_a_momentum_that_is_no_number(momentum: object) -> None:
-    with pytest.raises(TypeError, match=r"momentum=.* is not a float; use"):
+    with pytest.raises(TypeError, match=r"momentum=.* is not a number; use"):
         MovingAverage(momentum)  # type: ignore[arg-type]
 
 

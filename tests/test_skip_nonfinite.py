@@ -155,7 +155,7 @@ def test_a_limit_out_of_range(limit: float) -> None:
 
 @pytest.mark.parametrize("limit", [True, "0.1", None])
 def test_a_limit_that_is_no_number(limit: object) -> None:
-    with pytest.raises(TypeError, match=r"limit=.* is not a float; use"):
+    with pytest.raises(TypeError, match=r"limit=.* is not a number; use"):
         SkipNonfinite(fsq.MinMax(), limit)  # type: ignore[arg-type]
 
 

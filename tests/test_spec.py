@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,6 +102,23 @@ def test_every_field_takes_part_in_equality() -> None:
         assert other != spec
         assert f"{name}=" in repr(other) or name in ("dtype", "granularity")
         assert eval(repr(other), {"torch": torch, **vars(fsq)}) == other
+
+
+def test_a_number_of_numpy_is_held_as_one_of_python() -> None:
+    """It is a float, but prints as `np.float64(...)`, and a compiler takes it for no constant."""
+    x, number = torch.randn(64), np.linspace(99, 100, 5)[1]
+    spec = fsq.QuantSpec(torch.int8, T, observer=fsq.Percentile(number), eps=number * 1e-8)
+    assert repr(spec) == "QuantSpec(torch.int8, PerTensor(), observer=Percentile(p=99.25), eps=9.925e-07)"
+    state = fsq.observe(spec, fsq.init(spec, x.shape), x)
+    compiled = torch.compile(functools.partial(fsq.calc_qparams, spec), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(state).scale, fsq.calc_qparams(spec, state).scale)
+    observers = (
+        fsq.Fixed(-number, number),
+        fsq.MovingAverage(number / 100),
+        fsq.SkipNonfinite(fsq.MinMax(), number / 100),
+    )
+    for observer in observers:
+        assert eval(repr(observer), vars(fsq)) == observer
 
 
 def test_two_arguments_are_positional() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from functional_sq.observer import Accumulator, State
+from functional_sq.observer import Accumulator, State, check_number
 
 if TYPE_CHECKING:
     from functional_sq.spec import QuantSpec
@@ -47,8 +47,7 @@ class Fixed(Accumulator):
 
     def __post_init__(self) -> None:
         for name, value in (("lo", self.lo), ("hi", self.hi)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r} is not a float; a Fixed range is two numbers")
+            check_number(self, name, "a Fixed range is two numbers")
             if not abs(value) <= torch.finfo(torch.float32).max:
                 raise ValueError(f"{name}={value!r} is not a finite float32; a Fixed range has two such ends")
         if self.lo > self.hi:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from functional_sq.observer import Observer, State
+from functional_sq.observer import Observer, State, check_number
 from functional_sq.observers.min_max import MinMax
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class MovingAverage(Observer):
     momentum: float = 0.01
 
     def __post_init__(self) -> None:
-        if isinstance(self.momentum, bool) or not isinstance(self.momentum, (int, float)):
-            raise TypeError(f"momentum={self.momentum!r} is not a float; use a number such as 0.01")
+        check_number(self, "momentum", "use one such as 0.01")
         if not 0 < self.momentum <= 1:
             raise ValueError(f"momentum={self.momentum!r} is not in (0, 1]; use a number such as 0.01")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from functional_sq.observer import State
+from functional_sq.observer import State, check_number
 from functional_sq.observers.histogram import Histogram
 from functional_sq.qparams import MappingType
 
@@ -61,8 +61,7 @@ class Percentile(Histogram):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.p, bool) or not isinstance(self.p, (int, float)):
-            raise TypeError(f"p={self.p!r} is not a number; a percentile is one such as 99.99")
+        check_number(self, "p", "a percentile is one such as 99.99")
         if not 50 < self.p <= 100:
             raise ValueError(f"p={self.p!r} is not more than 50 and at most 100; use one such as 99.99")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from functional_sq.observer import SUM, Observer, Reduction, State
+from functional_sq.observer import SUM, Observer, Reduction, State, check_number
 from functional_sq.observers.fixed import Fixed
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ remove them from the calibration data, mend the layer that makes them, or raise 
             raise TypeError(f"observer={self.observer!r} is not an Observer; wrap one, as SkipNonfinite(MinMax())")
         if "nonfinite" in self.observer.names:
             raise ValueError(f"observer={self.observer!r} records 'nonfinite' itself; use it without SkipNonfinite")
-        if isinstance(self.limit, bool) or not isinstance(self.limit, (int, float)):
-            raise TypeError(f"limit={self.limit!r} is not a float; use a share such as 0.01")
+        check_number(self, "limit", "use a share such as 0.01")
         if not 0 <= self.limit <= 1:
             raise ValueError(f"limit={self.limit!r} is not in [0, 1]; it is a share, 0.01 for one value in 100")
 
