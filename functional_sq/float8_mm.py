@@ -113,12 +113,13 @@ torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_float_p
 
 
 def _scaled_mm_takes(a: Tensor, b: Tensor) -> bool:
-    """Whether cuBLASLt multiplies these: two kinds of float8, not both e5m2, in multiples of 16."""
+    """Whether cuBLASLt multiplies these: two kinds of float8, not both e5m2, in multiples of 16, none of them 0."""
     kinds = {a.dtype, b.dtype}
     return (
         kinds <= {torch.float8_e4m3fn, torch.float8_e5m2}
         and kinds != {torch.float8_e5m2}
         and always(a.shape[0] > 0)
+        and b.numel() > 0
         and a.shape[1] % 16 == 0
         and b.shape[0] % 16 == 0
         and torch.cuda.get_device_capability(a.device) >= (8, 9)

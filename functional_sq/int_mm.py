@@ -91,9 +91,9 @@ def _at_least(size: int, least: int) -> int:
 
 
 def _in_eights(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product by what cuBLASLt takes: more than 16 rows, and K and N that are multiples of 8."""
+    """Return the product by what cuBLASLt takes: more than 16 rows, and K and N that are multiples of 8, not 0."""
     (m, k), n = a.shape, b.shape[0]
-    rows, inner, columns = _at_least(m, 17), k + -k % 8, n + -n % 8
+    rows, (inner, columns) = _at_least(m, 17), (size + -size % 8 or 8 for size in (k, n))
     if n != columns and k == inner and is_large(b):
         return torch.cat([_in_eights(a, piece) for piece in whole_and_rest(b, 8)], 1)
     return _filled_up(a, b, rows, inner, columns)

@@ -1339,26 +1339,27 @@ def test_the_product_in_eights_is_exact(rows: int, k: int, n: int, monkeypatch: 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "k", "n"), [(0, 8, 8), (1, 1, 1), (1, 64, 48), (16, 30, 7), (17, 32, 32), (40, 33026, 5), LARGE]
+    ("rows", "k", "n"),
+    [(0, 8, 8), (3, 0, 16), (3, 16, 0), (1, 1, 1), (1, 64, 48), (16, 30, 7), (17, 32, 32), (40, 33026, 5), LARGE],
 )
 def test_what_is_asked_of_cuda_is_what_cublaslt_takes(
     dtype: torch.dtype, rows: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fake tensors have a CUDA device, shapes and strides; the two products are replaced by their documented demands:
-    more than 16 rows, K and N in eights, for float8 in sixteens, the second matrix column-major."""
+    more than 16 rows, K and N in eights, for float8 in sixteens, none of them 0, the second matrix column-major."""
     asked = []
 
     def int_mm(a: Tensor, b: Tensor) -> Tensor:
         assert (a.dtype, b.dtype, a.stride(1), b.stride(0)) == (torch.int8, torch.int8, 1, 1)
         assert a.shape[0] > 16
-        assert a.shape[1] % 8 == b.shape[1] % 8 == 0 < b.shape[1]
+        assert a.shape[1] % 8 == b.shape[1] % 8 == 0 < min(b.shape)
         asked.append("int")
         return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
 
     def scaled_mm(a: Tensor, b: Tensor, one: Tensor, other: Tensor, **settings: object) -> Tensor:
         assert (a.dtype, b.dtype, a.stride(1), b.stride(0), one.device.type) == (dtype, dtype, 1, 1, "cuda")
         assert dtype is torch.float8_e4m3fn
-        assert a.shape[1] % 16 == b.shape[1] % 16 == 0 < a.shape[0]
+        assert a.shape[1] % 16 == b.shape[1] % 16 == 0 < min(*a.shape, *b.shape)
         asked.append("float8")
         return a.new_empty((a.shape[0], b.shape[1]), dtype=settings["out_dtype"])
 
@@ -1380,7 +1381,7 @@ def test_what_is_asked_of_cuda_is_what_cublaslt_takes(
         q = fsq.quantize(act, empty(2, rows, k), qp)
         y = fsq.linear(act, q, qp, weight, empty(n), dtype=torch.bfloat16, epilogue=known)
     assert (y.device.type, y.dtype, y.shape) == ("cuda", torch.bfloat16, (2, rows, n))
-    fits = dtype is torch.float8_e4m3fn and rows > 0 and k % 16 == n % 16 == 0
+    fits = dtype is torch.float8_e4m3fn and k % 16 == n % 16 == 0 < min(rows, k, n)
     if (rows, k, n) == LARGE and dtype is torch.float8_e4m3fn:
         assert asked == ["float8"]  # and a bfloat16 product for the rest
     elif dtype.is_floating_point:
