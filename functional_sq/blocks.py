@@ -136,7 +136,7 @@ def asked_once(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def reaches(rows: int, least: int) -> bool:
-    """Whether `rows` is at least `least`, or not known yet.
+    """Whether `rows` is at least `least`, or not known yet; no number reaches `sys.maxsize`.
 
     Example:
         >>> from functional_sq.blocks import reaches
@@ -148,7 +148,7 @@ def reaches(rows: int, least: int) -> bool:
     """
     if not (torch.compiler.is_compiling() or isinstance(rows, torch.SymInt)):
         return rows >= least
-    return not always(rows < least)
+    return least < sys.maxsize and not always(rows < least)
 
 
 def always(condition: bool | torch.SymBool) -> bool:

@@ -592,6 +592,19 @@ def test_it_is_asked_for_layers_that_it_supports_and_rows_that_it_wants(ours: In
     assert backends.convolution_for(2, codes[..., None], None, (1,), (1,), 1) is ours
 
 
+def test_one_that_is_never_the_faster_one_is_not_asked_for_a_number_that_is_not_known(
+    ours: Int64, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "least_windows", lambda *_: sys.maxsize)
+    monkeypatch.setattr(ours, "convolve", None)
+    x = torch.randn(2, 4, 7, 6)
+    model = calibrated(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2)), x)
+    with torch.inference_mode():
+        y = model(x)
+        compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+        assert torch.equal(compiled(x), y)
+
+
 def test_compiled_code_is_its_own(ours: Int64, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 16)
     model = calibrated(nn.Sequential(nn.Linear(16, 8)), x)
