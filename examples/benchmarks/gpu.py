@@ -5,10 +5,11 @@
 Each row is one shape of a bfloat16 model: rows x K x N of a square one and of transformers with 7 and 70 billion
 weights; images, channels, size, outputs and kernel of a ResNet's convolutions. `product` is `torch._int_mm`, `float8
 product` `torch._scaled_mm` to bfloat16, of codes that are there already; `int8`, `uint8`, `float8` and `float8 fast`
-are a compiled layer, the quantization of its input included. Calls are recorded in CUDA graphs, over as many weights as
-do not fit into the cache, and replayed in turn: no column waits for Python. A model of several layers is run as
-`torch.compile` alone runs it too. A cell is the median, and how many times as fast as bfloat16 it is. Below are the
-kernels that ran. `--quick` takes small shapes. Without a GPU there is nothing to time.
+are a compiled layer, the quantization of its input included; torchao's columns are those of `linear.py`. Calls are
+recorded in CUDA graphs, over as many weights as do not fit into the cache, and replayed in turn: no column waits for
+Python. A model of several layers is run as `torch.compile` alone runs it too. A cell is the median, and how many times
+as fast as bfloat16 it is. Below are the kernels that ran. `--quick` takes small shapes. Without a GPU there is nothing
+to time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from linear import HAS_AFFINE, calibrated, normal, torchao, torchao_linear
+from linear import HAS_AFFINE, HAS_STATIC, STATIC_SETTINGS, calibrated, normal, torchao, torchao_linear, torchao_static
 from torch import Tensor, nn
 
 import functional_sq as fsq
@@ -74,6 +75,11 @@ def columns(rows: int, k: int, n: int) -> Calls:
     if HAS_AFFINE:
         torchao_layers = [torchao_linear(*pair) for pair in zip(ours["int8"], linears, strict=True)]
         calls["torchao affine"] = [partial(torch.compile(each, dynamic=False), x) for each in torchao_layers[:1]]
+    if HAS_STATIC:
+        static = [torchao_static(*pair, x.ndim) for pair in zip(ours["int8"], linears, strict=True)]
+        # Not frozen: each weight would be a constant of code of its own.
+        settings = torch._inductor.config.patch(STATIC_SETTINGS | {"freezing": False})
+        calls["torchao static"] = [settings(call) for call in compiled(static, x)]
     return calls
 
 
