@@ -206,7 +206,8 @@ def calibrate(
     is installed.
 
     Where `torch.distributed` is initialised, each rank runs its own batches, perhaps none, and at
-    the end every rank has the record of all of them, in the same bits as one process.
+    the end every rank has the record of all of them, in the same bits as one process. Of what was
+    recorded before, that of rank 0 counts.
 
     Args:
         model: a prepared model in eval mode.
@@ -236,7 +237,7 @@ def calibrate(
     Raises:
         ValueError: there are no batches; the model is not prepared, or not in eval mode; the
             checkpoint is of other layers or weights; `mask` gives positions that no layer's input has; an argument is
-            outside its range.
+            outside its range; this rank is not in `group`.
         TypeError: an observer whose states do not merge (a moving average), with several ranks;
             `mask` gives no bool tensor.
 
@@ -251,23 +252,23 @@ def calibrate(
     check_memory(model)
     choose_paths(model)
     observers = _observers(model)
-    ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    rank, ranks = _rank(group)
     _check_calibration(model, observers, max_batches, until_stable, window, save_every, ranks)
     check_batches(batches)
     check_function("mask", mask, "a batch to a bool tensor")
-    path = None if checkpoint is None else _rank_path(Path(checkpoint), ranks, group)
+    path = None if checkpoint is None else _rank_path(Path(checkpoint), rank, ranks)
     if path is not None and not path.absolute().parent.is_dir():
         # Not when the first batches have run.
         raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no folder {path.absolute().parent}; make it first")
     file = None if path is None else _Checkpoint(path, model, observers)
-    before = _states(observers)
     saved = None if file is None else file.load()
+    before = None
     if saved is not None:
         _restore(observers, saved.states)
-    elif ranks > 1:
-        # Each rank records from nothing, so that what was there already is not counted once a rank.
-        for observer in observers.values():
-            write(observer, observer.nothing())
+    elif rank > 0:
+        # The first rank alone goes on from what was there already, so that it is not counted once a rank.
+        before = _states(observers)
+        _restore(observers, {name: observer.nothing() for name, observer in observers.items()})
     record = _Record(0, _states(observers), ()) if saved is None else saved
     done = record.batches
     stability = None if until_stable is None else _Stability(observers, until_stable, window, record.recent)
@@ -289,7 +290,7 @@ def calibrate(
                 if stability is not None and stability.reached():
                     break
     except BaseException:
-        _restore(observers, record.states if ranks == 1 else _merged(observers, before, record.states))
+        _restore(observers, record.states if before is None else _merged(observers, before, record.states))
         if file is not None:
             file.save(record)
         raise
@@ -297,7 +298,7 @@ def calibrate(
         file.save(record)
     if ranks > 1:
         all_ranks = {name: all_merge(o.spec, record.states[name], group=group) for name, o in observers.items()}
-        _restore(observers, _merged(observers, before, all_ranks))
+        _restore(observers, all_ranks)
     elif record.batches == 0:
         raise ValueError("there were no batches to calibrate with; give at least one (an iterator is used up once)")
     if stability is not None:
@@ -709,8 +710,18 @@ def _fingerprint(model: nn.Module) -> int:
     return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
 
-def _rank_path(path: Path, ranks: int, group: dist.ProcessGroup | None) -> Path:
-    return path if ranks == 1 else path.with_name(f"{path.name}.rank{dist.get_rank(group)}")
+def _rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return which rank of `group` this is, and of how many."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("this rank is not in the group; call calibrate on the ranks of the group only")
+    return rank, dist.get_world_size(group)
+
+
+def _rank_path(path: Path, rank: int, ranks: int) -> Path:
+    return path if ranks == 1 else path.with_name(f"{path.name}.rank{rank}")
 
 
 class _Stability:

@@ -429,10 +429,14 @@ def worker(rank: int, world: int, folder: str, what: str) -> None:
                 bridge.calibrate(model, shard, checkpoint=f"{folder}/c.safetensors")
             bridge.calibrate(model, shard[half:])
         elif what == "stable":
+            with pytest.raises(ValueError, match="this rank is not in the group; call calibrate on the ranks of"):
+                bridge.calibrate(model, shard, group=dist.GroupMember.NON_GROUP_MEMBER)
             bridge.calibrate(model, shard, until_stable=0.1)
         elif what == "resumed":
             path = f"{folder}/c.safetensors"
             bridge.calibrate(net(StaticQuantConfig(torch.int8, activation=HISTOGRAM)), shard[:half], checkpoint=path)
+            with pytest.raises(TypeError):
+                bridge.calibrate(model, [*shard[: half + 1], None], checkpoint=path)
             bridge.calibrate(model, shard, checkpoint=path)
         else:
             bridge.calibrate(model, shard)
