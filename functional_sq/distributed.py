@@ -136,10 +136,10 @@ def _agree(spec: QuantSpec, state: State, group: dist.ProcessGroup | None) -> No
 
     A rank whose own arguments are wrong says so here before it raises: the others would wait for it.
     """
-    error = None
+    error: Exception | None = None
     try:
         about = _described(spec, state, group)
-    except (TypeError, ValueError) as e:
+    except Exception as e:
         error, about = e, {"fault": str(e)}
     raw = json.dumps(about, sort_keys=True).encode()
     # 63 bits, so that the negative is an int64 too: one MAX gives the largest and the smallest.

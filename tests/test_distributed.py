@@ -117,6 +117,19 @@ def _broken(rank: int) -> Any:
     return INT8, {"min": torch.zeros(1)} if rank == 1 else fsq.init(INT8, (1,))
 
 
+@dataclass(frozen=True)
+class Fails(fsq.MinMax):
+    """Raises what no function of ours does."""
+
+    def stat_shape(self, state: fsq.State, *, exact: bool = True) -> tuple[int, ...]:
+        raise AttributeError("a user's mistake")
+
+
+def _failing(rank: int) -> Any:
+    own = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Fails()) if rank == 1 else INT8
+    return own, fsq.init(INT8, (1,))
+
+
 # What each rank gives, and what every rank has to say: (type, text of rank 0).
 REFUSED: dict[str, tuple[Callable[[int], Any], type[Exception], str]] = {
     "dtype": (
@@ -148,6 +161,7 @@ REFUSED: dict[str, tuple[Callable[[int], Any], type[Exception], str]] = {
         ValueError,
         "all_merge is wrong on 1 of 4 ranks; rank 1: spec is None",
     ),
+    "a failure on one": (_failing, ValueError, "all_merge is wrong on 1 of 4 ranks; rank 1: a user's mistake"),
     "order": (lambda rank: (MOVING, fsq.init(MOVING, (1,))), TypeError, "depends on the order of its batches"),
     "order, wrapped": (
         lambda rank: (own := fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=SkipNonfinite(MeanRange())),
@@ -156,6 +170,10 @@ REFUSED: dict[str, tuple[Callable[[int], Any], type[Exception], str]] = {
         "MeanRange() depends on the order",
     ),
 }  # fmt: skip
+
+
+OWN = {"one state is wrong": "ValueError", "no spec on one": "TypeError", "a failure on one": "AttributeError"}
+"""Where one rank is wrong it raises its own error, of this type."""
 
 
 def work(rank: int, folder: Path) -> None:
@@ -248,8 +266,8 @@ def test_every_rank_refuses(ranks: list[dict[str, Any]], name: str) -> None:
     _, kind, text = REFUSED[name]
     assert text in ranks[0]["said"][name][1]
     for found in ranks:
-        assert found["said"][name][0] in (kind.__name__, "TypeError" if name == "no spec on one" else ""), found
-    if name not in ("one state is wrong", "no spec on one"):  # there the rank that is wrong says so itself
+        assert found["said"][name][0] in (kind.__name__, OWN.get(name)), found
+    if name not in OWN:
         assert len({found["said"][name] for found in ranks}) == 1
     else:
         assert "all_merge is wrong" not in ranks[1]["said"][name][1]
