@@ -673,8 +673,7 @@ class _Checkpoint:
         if not self.path.exists():
             return None
         specs = {name: observer.spec for name, observer in self.observers.items()}
-        kinds = {type(value) for spec in specs.values() for value in (spec.observer, spec.granularity)}
-        own = [kind for kind in kinds if not kind.__module__.startswith("functional_sq.")]
+        own = {kind for spec in specs.values() for kind in serialize.own_classes(spec)}
         saved = serialize.load(self.path, classes=own)
         names = self.BATCHES, self.WEIGHTS, *(self.RECENT + name for name in specs)
         numbers = {name: saved.pop(name)[1]["count"] for name in names if name in saved}

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -24,7 +24,7 @@ from functional_sq.observer import Observer, State
 from functional_sq.qparams import MappingType
 from functional_sq.spec import QuantSpec, check_spec
 
-__all__ = ["load", "save", "spec_from_json", "spec_to_json"]
+__all__ = ["load", "own_classes", "save", "spec_from_json", "spec_to_json"]
 
 _FORMAT: Final = "functional_sq"
 _VERSION: Final = 1
@@ -100,6 +100,26 @@ def spec_from_json(text: str, *, classes: Iterable[type] = ()) -> QuantSpec:
     if not isinstance(plain, dict):
         raise ValueError(f"not the JSON of a spec: a {type(plain).__name__}; give what spec_to_json returned")
     return _spec(plain, known)
+
+
+def own_classes(spec: QuantSpec) -> tuple[type, ...]:
+    """Return the observer and granularity classes in a spec that this package does not have, at any depth.
+
+    What `load` and `spec_from_json` take as `classes`, where the spec is known beforehand.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from dataclasses import dataclass
+        >>> from functional_sq.serialize import own_classes
+        >>> @dataclass(frozen=True)
+        ... class Mine(fsq.MinMax):
+        ...     pass
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.SkipNonfinite(Mine()))
+        >>> [cls.__name__ for cls in own_classes(spec)]
+        ['Mine']
+    """
+    public = _known(()).values()
+    return tuple(cls for cls in dict.fromkeys(_classes(spec)) if cls not in public)
 
 
 def save(path: str | os.PathLike[str], calibration: Mapping[str, tuple[QuantSpec, State]]) -> None:
@@ -226,6 +246,18 @@ def _plain(value: object, where: str) -> object:
         f"{where}={value!r} has no JSON; use None, a bool, an int, a float, a str, or a tuple, granularity or "
         f"observer of these"
     )
+
+
+def _classes(value: object) -> Iterator[type]:
+    """Yield the classes of what `_plain` writes with a class."""
+    if isinstance(value, tuple):
+        for each in value:
+            yield from _classes(each)
+    elif isinstance(value, (QuantSpec, Granularity, Observer)):
+        if not isinstance(value, QuantSpec):
+            yield type(value)
+        for f in dataclasses.fields(value):  # type: ignore[arg-type]
+            yield from _classes(getattr(value, f.name))
 
 
 def _value(plain: object, where: str, known: Mapping[str, type]) -> Any:

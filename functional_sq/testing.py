@@ -653,10 +653,10 @@ def round_trips(spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: torch.
     Example:
         >>> round_trips(fsq.QuantSpec(torch.int8, fsq.PerTensor()), (torch.ones(2), torch.zeros(2)))
     """
-    from functional_sq.serialize import load, save, spec_from_json, spec_to_json
+    from functional_sq.serialize import load, own_classes, save, spec_from_json, spec_to_json
 
     state = _seen(spec, fsq.init(spec, batches[0].shape, dtype=dtype), *batches)
-    own = _classes(spec.observer)
+    own = own_classes(spec)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "calibration.safetensors")
         save(path, {"layer.0": (spec, state)})
@@ -1189,12 +1189,6 @@ def _assert_rounded(
         _require(y.shape == right.shape, "the result has its shape", shape=y.shape, right=right.shape)
         off = (y.int() - right.int()).abs()
         _require(not bool((off > 1).any()), "codes differ by one at most", codes=y, requantized=right)
-
-
-def _classes(observer: Observer) -> tuple[type, ...]:
-    """Return the classes of an observer and of those that its fields hold."""
-    inner = [value for value in vars(observer).values() if isinstance(value, Observer)]
-    return (type(observer), *(cls for value in inner for cls in _classes(value)))
 
 
 def _seen(spec: fsq.QuantSpec, state: State, *batches: Tensor) -> State:

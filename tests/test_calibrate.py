@@ -304,6 +304,13 @@ class Holds(fsq.MinMax):
     value: object = None
 
 
+def test_a_class_of_the_users_own_within_another_is_taken_up(tmp_path: Path) -> None:
+    spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=fsq.SkipNonfinite(Holds((Holds(1),))))
+    for _ in range(2):
+        model = net(StaticQuantConfig(torch.int8, activation=spec))
+        assert bridge.calibrate(model, data(), checkpoint=tmp_path / "c.safetensors") == 7
+
+
 def test_an_observer_that_cannot_be_saved_is_refused_before_a_batch_runs(tmp_path: Path) -> None:
     spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Holds(1j))
     model = net(StaticQuantConfig(torch.int8, activation=spec))

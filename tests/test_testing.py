@@ -547,6 +547,17 @@ def test_an_observer_that_depends_on_order_and_says_so_passes(law: Law) -> None:
     check_law(law, Last(), max_examples=10)
 
 
+@dataclass(frozen=True)
+class First(fsq.MinMax):
+    """Holds observers in a tuple."""
+
+    of: tuple[fsq.Observer, ...] = ()
+
+
+def test_an_observer_that_holds_others_of_the_users_own_passes() -> None:
+    check_law(LAWS["round_trips"], fsq.SkipNonfinite(First((First(), Last()))), max_examples=3)
+
+
 def test_compiling_per_batch_is_counted() -> None:
     # Another shape each time is another graph: the count that the law relies on does rise.
     spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
