@@ -24,7 +24,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         path: the file; one that exists is replaced, and of a link what it points to. Its permissions stay.
 
     Raises:
-        OSError: the file cannot be written; nothing is left behind.
+        OSError: the file cannot be written, or `path` is a folder, a pipe or a device; nothing is left behind.
 
     Example:
         >>> import pathlib, tempfile
@@ -38,6 +38,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))  # a rename would replace a link, not the file it points to
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no file but a folder, a pipe or a device, which stays; give another path")
     # Not tempfile: it makes files that only their owner can read, and the rename would keep that.
     # Not named after `path`, whose name may be as long as a name can be.
     beside = path.with_name(f".{secrets.token_hex(8)}.tmp")

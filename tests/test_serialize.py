@@ -266,6 +266,16 @@ def test_permissions_of_a_file_that_exists_stay(tmp_path: Path, mode: int) -> No
     assert path.read_bytes() == b"new"
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("pipe", Path.is_fifo), ("folder", Path.is_dir)):
+        with pytest.raises(FileExistsError, match=f"{name} is no file but a folder, a pipe or a device, which stays;"):
+            save(tmp_path / name, {})
+        assert kind(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
 def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
     path = tmp_path / ("c" * os.pathconf(tmp_path, "PC_NAME_MAX"))
     save(path, {})
