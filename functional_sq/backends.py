@@ -6,7 +6,7 @@ right. `linear`, `conv` and the layers of the bridge take the first backend in t
 faster for so many rows. Without one the arithmetic is that of `functional_sq.int_mm` and `float8_mm`: the same bits.
 
 All functions but the products themselves are called while a graph is traced: they see shapes, dtypes, devices and the
-machine, never values. Codes may be written to between two products; scale and bias may have strides.
+machine, never values. Operands may be written to between two products, and by none; scale and bias may have strides.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Product(_Backend, Protocol):
         """Return the product in `dtype`; with `to_scale` codes of it, after the activation."""
 
     def plus(self, residual: Tensor, operands: Operands, /) -> Tensor:
-        """Return the product plus `residual`, rounded once to its dtype."""
+        """Return the product plus `residual`, which is `(..., N)`, in its shape and rounded once to its dtype."""
 
 
 class Convolution(_Backend, Protocol):

@@ -19,8 +19,8 @@ class Operands(NamedTuple):
         codes: int8, the weight's: `(N, K)`; of a convolution `(N, C / groups, *kernel)`, whose one dimension is W.
         weight_zero_point: `(N,)` int32; None where it is 0.
         scale: `(N,)` float32.
-        offset: `(N,)` int32, for backends of int8 codes: `zero_point` times the sum of `codes - weight_zero_point`.
-            Not to be read by those of uint8.
+        offset: `(N,)` int32, above K = 33025 int64, for backends of int8 codes: `zero_point` times the sum of
+            `codes - weight_zero_point`. Not to be read by those of uint8.
         bias: `(N,)` of any real dtype, or None.
 
     Example:
