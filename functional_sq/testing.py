@@ -410,7 +410,8 @@ def merge_is_a_commutative_monoid(
 ) -> None:
     """Assert that merging states is associative and commutative, with `init` as its identity.
 
-    An observer that depends on order says so: `merge` raises a TypeError that has the word "order".
+    Neither part changes, and the observer's `table`, by which ranks merge, gives the same bits. An observer that
+    depends on order says so: `merge` raises a TypeError that has the word "order".
 
     Args:
         spec: the quantization, with the observer under test.
@@ -425,12 +426,19 @@ def merge_is_a_commutative_monoid(
     a, b, c = (fsq.observe(spec, empty, x) for x in batches)
     if _depends_on_order(spec, empty):
         return
-    merge = functools.partial(fsq.merge, spec)
+    merge, before = functools.partial(fsq.merge, spec), copy.deepcopy((empty, a, b, c))
     assert_same_bits("merge(init, a)", "a", merge(empty, a), a)
     assert_same_bits("merge(a, init)", "a", merge(a, empty), a)
     assert_same_bits("merge(init, init)", "init", merge(empty, empty), empty)
     assert_same_bits("merge(a, b)", "merge(b, a)", merge(a, b), merge(b, a))
     assert_same_bits("merge(merge(a, b), c)", "merge(a, merge(b, c))", merge(merge(a, b), c), merge(a, merge(b, c)))
+    assert_same_bits("(init, a, b, c) after merges", "(init, a, b, c) before", (empty, a, b, c), before)
+    merged = merge(a, b)
+    known: dict[str, Callable[..., Tensor]] = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
+    for key, reduction in spec.observer.table.items():
+        if reduction.name in known:
+            by_name = known[reduction.name](a[key], b[key])
+            assert_same_bits(f"merge(a, b)[{key!r}]", f"{reduction.name} of both, by its table", merged[key], by_name)
 
 
 def observe_is_a_homomorphism(
@@ -509,7 +517,7 @@ def qparams_ignore_splits(
 def masked_values_do_not_count(
     spec: fsq.QuantSpec, batches: Sequence[Tensor], *, mask: Tensor, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Assert that what `mask` leaves out is not seen, whatever it is, and that the rest is.
+    """Assert that what `mask` leaves out is not seen, whatever it is, and that the rest is, once.
 
     Args:
         spec: the quantization, with the observer under test.
@@ -531,6 +539,9 @@ def masked_values_do_not_count(
     assert_same_bits("observe(init, x, mask=none)", "init", fsq.observe(spec, empty, x, mask=none), empty)
     left_out = ~mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
     seen = observe(x, mask=mask)
+    if not _depends_on_order(spec, s):
+        rest = fsq.observe(spec, seen, x, mask=~mask)
+        assert_same_bits("observe(observe(s, x, mask=mask), x, mask=~mask)", "observe(s, x)", rest, observe(x))
     for garbage in (0.0, torch.finfo(x.dtype).max, math.nan):
         y = x.masked_fill(left_out, garbage)
         text = f"observe(s, x with {garbage} where not mask, mask=mask)"
@@ -542,7 +553,9 @@ def observe_is_pure(spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: to
 
     Keys, shapes, dtypes and device stay; neither state nor data change, also not in `merge` and
     `calc_qparams`; a batch without elements adds nothing; new tensors are contiguous and share
-    memory neither with the data nor with each other.
+    memory neither with the data nor with each other. `init` makes tensors of its own in each call, on
+    the device and in the dtype that it is given, or a wider one; `count` is int64. `calc_qparams`
+    reads by name: other keys, and their order, do not matter.
 
     Args:
         spec: the quantization, with the observer under test.
@@ -553,6 +566,7 @@ def observe_is_pure(spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: to
         >>> observe_is_pure(fsq.QuantSpec(torch.int8, fsq.PerTensor()), (torch.ones(2), torch.zeros(2)))
     """
     empty = fsq.init(spec, batches[0].shape, dtype=dtype)
+    _assert_made(spec, batches[0].shape, dtype, empty)
     state = empty
     for x in batches:
         old_state, old_x, old_tensors = copy.deepcopy(state), x.clone(), dict(state)
@@ -570,13 +584,15 @@ def observe_is_pure(spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: to
     before = copy.deepcopy((empty, state))
     qp = fsq.calc_qparams(spec, state)
     assert_same_bits("calc_qparams(s)", "calc_qparams(s) again", qp, fsq.calc_qparams(spec, state))
+    more = {"of another observer": state["count"]} | dict(reversed(state.items()))
+    assert_same_bits("calc_qparams(s)", "that of s in another order, with more in it", qp, fsq.calc_qparams(spec, more))
     if not _depends_on_order(spec, empty):
         _assert_form(fsq.merge(spec, state, state), empty, batches[0])
     assert_same_bits("(init, s) after calc_qparams and merge", "(init, s) before", (empty, state), before)
 
 
 def vmap_equals_loop(spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: torch.dtype = torch.float32) -> None:
-    """Assert that `torch.vmap(partial(observe, spec))` gives what a loop gives.
+    """Assert that `torch.vmap(partial(observe, spec))` gives what a loop gives, with masks and without.
 
     Args:
         spec: the quantization, with the observer under test.
@@ -591,6 +607,14 @@ def vmap_equals_loop(spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: t
     looped = [fsq.observe(spec, s, x) for s, x in zip(states, batches, strict=True)]
     mapped = torch.vmap(functools.partial(fsq.observe, spec))(_stack(states), torch.stack(list(batches)))
     assert_same_bits("vmap(observe)(states, xs)", "stack of observe(s, x)", mapped, _stack(looped))
+    masks = torch.stack([x > 0 for x in batches])
+
+    def masked(s: State, x: Tensor, mask: Tensor) -> State:
+        return fsq.observe(spec, s, x, mask=mask)
+
+    looped = [masked(*each) for each in zip(states, batches, masks, strict=True)]
+    mapped = torch.vmap(masked)(_stack(states), torch.stack(list(batches)), masks)
+    assert_same_bits("vmap(observe)(states, xs, masks)", "stack of observe(s, x, mask)", mapped, _stack(looped))
 
 
 def compiled_equals_eager(
@@ -859,7 +883,7 @@ def large_is_its_pieces(spec: fsq.QuantSpec, *, rows: int, dtype: torch.dtype = 
 def unfit_states_are_faulty(
     spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Assert that `fault` tells of a state that saw nothing, and of one that saw a NaN or an Inf.
+    """Assert that `fault` tells of a state that saw too little, and of one that saw a NaN or an Inf in any block.
 
     An observer whose range does not depend on data need not. One that leaves such values out or replaces them need
     not either, but then its state says so: it is another than that of the data without them, and than that of the
@@ -881,17 +905,20 @@ def unfit_states_are_faulty(
             qp = fsq.calc_qparams(spec, _seen(spec, empty, x))
             assert_same_bits("calc_qparams(observe(init, x))", "calc_qparams(init), which is not faulty", qp, fixed)
         return
-    first = torch.zeros(batches[0].shape, dtype=torch.bool)
-    first.view(-1)[0] = True
+    seen = fsq.observe(spec, empty, batches[0])
+    few = int(seen["count"].max()) + 1
+    _require(spec.observer.fault(seen, few) is not None, f"less than {few} values in a block are a fault", s=seen)
     top = torch.finfo(batches[0].dtype).max
-    for value in (math.nan, math.inf, -math.inf):
-        x = batches[0].masked_fill(first, value)
+    for place, value in ((0, math.nan), (-1, math.nan), (0, math.inf), (-1, -math.inf)):
+        there = torch.zeros(batches[0].shape, dtype=torch.bool)
+        there.view(-1)[place] = True
+        x = batches[0].masked_fill(there, value)
         seen = fsq.observe(spec, empty, x)
         if spec.observer.fault(seen, 1) is not None:
             continue
-        hidden = {"it masked": fsq.observe(spec, empty, x, mask=~first)}
+        hidden = {"it masked": fsq.observe(spec, empty, x, mask=~there)}
         for finite in (0.0, 1.0, top, -top):
-            hidden[f"{finite} in its place"] = fsq.observe(spec, empty, x.masked_fill(first, finite))
+            hidden[f"{finite} in its place"] = fsq.observe(spec, empty, x.masked_fill(there, finite))
         for text, other in hidden.items():
             told = any(not torch.equal(_bits(seen[name]), _bits(other[name])) for name in seen)
             _require(told, f"{value} is a fault, or the state is another than with {text}", x=x, s=seen)
@@ -1287,6 +1314,18 @@ def _whole_axes(spec: fsq.QuantSpec, shape: Sequence[int]) -> list[int]:
         if same:
             whole.append(axis)
     return whole
+
+
+def _assert_made(spec: fsq.QuantSpec, shape: torch.Size, dtype: torch.dtype, state: State) -> None:
+    """Assert that `init` makes tensors of its own, as it is asked to."""
+    again, elsewhere = (fsq.init(spec, shape, dtype=dtype, device=device) for device in (None, "meta"))
+    for name, value in state.items():
+        right = torch.int64 if name == "count" else torch.promote_types(value.dtype, dtype)
+        if name == "count" or value.is_floating_point():
+            _require(value.dtype is right, f"{name!r} of init(..., dtype={dtype}) is {right}", found=str(value.dtype))
+        apart = value.untyped_storage().data_ptr() != again[name].untyped_storage().data_ptr()
+        _require(apart or value.numel() == 0, f"{name!r} of two calls of init shares no memory")
+        _require(elsewhere[name].is_meta, f"{name!r} of init(..., device) is there", found=str(elsewhere[name].device))
 
 
 def _assert_form(new: State, old: State, x: Tensor) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -406,19 +407,132 @@ class AlwaysFaulty(fsq.MinMax):
         return "something is wrong; calibrate again"
 
 
+@dataclass(frozen=True)
+class CountsInFloats(fsq.MinMax):
+    """Is right up to 2**24 values."""
+
+    def init(self, stat_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> State:
+        state = super().init(stat_shape, dtype, device)
+        return state | {"count": state["count"].float()}
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        new = super().observe(state | {"count": state["count"].long()}, x, keep)
+        return new | {"count": new["count"].float()}
+
+
+@dataclass(frozen=True)
+class CountsWhatIsMasked(fsq.MinMax):
+    """Counts the whole batch where a value of it counts."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        new = super().observe(state, x, keep)
+        if keep is None:
+            return new
+        return new | {"count": torch.where(keep.any(), super().observe(state, x, None)["count"], state["count"])}
+
+
+@dataclass(frozen=True)
+class LooksAtTheMask(fsq.MinMax):
+    """Takes a way round where all counts."""
+
+    def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
+        return super().observe(state, x, None if keep is None or bool(keep.all()) else keep)
+
+
+@dataclass(frozen=True)
+class ReadsByPlace(fsq.MinMax):
+    """Takes the first two tensors for the range."""
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        lo, hi, *_ = state.values()
+        return lo, hi
+
+
+@dataclass(frozen=True)
+class OnTheCPU(fsq.MinMax):
+    """Makes its state there, whatever device is asked for."""
+
+    def init(self, stat_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> State:
+        return super().init(stat_shape, dtype, None)
+
+
+@dataclass(frozen=True)
+class InFloat32(fsq.MinMax):
+    """Makes its state so, whatever dtype is asked for."""
+
+    def init(self, stat_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> State:
+        return super().init(stat_shape, torch.float32, device)
+
+
+@dataclass(frozen=True)
+class OneInit(fsq.MinMax):
+    """Gives the same tensors to all that ask."""
+
+    @staticmethod
+    @functools.cache
+    def made(*given: Any) -> State:
+        return fsq.MinMax().init(*given)
+
+    def init(self, stat_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> State:
+        return dict(self.made(stat_shape, dtype, device))
+
+
+@dataclass(frozen=True)
+class AnotherTable(fsq.MinMax):
+    """Merges over ranks as it does not merge by itself."""
+
+    @property
+    def table(self) -> Mapping[str, fsq.Reduction]:
+        return {"min": fsq.MAX, "max": fsq.MAX, "count": fsq.SUM}
+
+
+@dataclass(frozen=True)
+class MergesIntoTheSecond(fsq.MinMax):
+    """Writes to one of the parts."""
+
+    def merge(self, a: State, b: State) -> State:
+        b["min"].copy_(torch.minimum(a["min"], b["min"]))
+        return super().merge(a, b)
+
+
+@dataclass(frozen=True)
+class IgnoresTheLeast(fsq.MinMax):
+    """Is content with one value."""
+
+    def fault(self, state: State, min_count: int) -> str | None:
+        return super().fault(state, 1)
+
+
+@dataclass(frozen=True)
+class LooksAtOneBlock(fsq.MinMax):
+    """Is content where the first block is."""
+
+    def fault(self, state: State, min_count: int) -> str | None:
+        return super().fault({name: value.reshape(-1)[:1] for name, value in state.items()}, min_count)
+
+
 WRONG = [
     (MeanRange(), "merge_is_a_commutative_monoid"),
     (CountsFromOne(), "merge_is_a_commutative_monoid"),
     (KeepsFirst(), "merge_is_a_commutative_monoid"),
     (RefusesToMerge(), "merge_is_a_commutative_monoid"),
+    (AnotherTable(), "merge_is_a_commutative_monoid"),
+    (MergesIntoTheSecond(), "merge_is_a_commutative_monoid"),
     (FloatSum(), "observe_is_a_homomorphism"),
     (SignedZero(), "observe_is_a_homomorphism"),
     (IgnoresMask(), "masked_values_do_not_count"),
+    (CountsWhatIsMasked(), "masked_values_do_not_count"),
     (AddsInPlace(), "observe_is_pure"),
+    (CountsInFloats(), "observe_is_pure"),
+    (ReadsByPlace(), "observe_is_pure"),
+    (OnTheCPU(), "observe_is_pure"),
+    (InFloat32(), "observe_is_pure"),
+    (OneInit(), "observe_is_pure"),
     (ChangesX(), "observe_is_pure"),
     (KeepsX(), "observe_is_pure"),
     (Widens(), "observe_is_pure"),
     (LooksAtData(), "vmap_equals_loop"),
+    (LooksAtTheMask(), "vmap_equals_loop"),
     (LooksAtData(), "compiled_equals_eager"),
     (Forgets(), "round_trips"),
     (Infinite(), "zero_is_exact"),
@@ -429,6 +543,8 @@ WRONG = [
     (FewElements(), "large_is_its_pieces"),
     (CountsUpTo(), "large_is_its_pieces"),
     (NeverFaulty(), "unfit_states_are_faulty"),
+    (IgnoresTheLeast(), "unfit_states_are_faulty"),
+    (LooksAtOneBlock(), "unfit_states_are_faulty"),
     (DropsNaN(), "unfit_states_are_faulty"),
     (NaNIsZero(), "unfit_states_are_faulty"),
     (InfIsZero(), "unfit_states_are_faulty"),
