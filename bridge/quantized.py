@@ -176,7 +176,7 @@ class Quantized(Buffers):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         self._share()
         return self
 

@@ -214,6 +214,15 @@ def test_a_loaded_model_can_be_moved_cast_copied_and_compiled_as_any_other(tmp_p
     assert bits(loaded.bfloat16()(x.bfloat16())) == bits(model.bfloat16()(x.bfloat16()))
 
 
+def test_a_model_is_loaded_and_moved_where_meta_is_the_default_device(tmp_path: Path) -> None:
+    model = quantized(build())
+    bridge.save(model, tmp_path / "m")
+    with torch.device("meta"):
+        loaded = bridge.load(tmp_path / "m", build, device="cpu")
+    x = x_of(model)
+    assert bits(loaded(x)) == bits(model(x))
+
+
 def test_by_reference_may_have_been_changed_after_conversion(tmp_path: Path) -> None:
     model = quantized(build())
     model[2].reference = True
