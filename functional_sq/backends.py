@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from functional_sq import onednn, onednn_conv, triton_conv, triton_mm
-from functional_sq.blocks import is_among, reaches
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
+from functional_sq.tracing import is_among, reaches
 
 __all__ = [
     "CONVOLUTIONS",

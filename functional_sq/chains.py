@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from functional_sq.backends import codes_dtype
-from functional_sq.blocks import always, hide_from_dynamo
 from functional_sq.conv import conv, fold_batch_norm
 from functional_sq.conv_transpose import conv_transpose
 from functional_sq.linear import Epilogue, FoldedWeight, linear
@@ -35,6 +34,7 @@ from functional_sq.quantize import quantize
 from functional_sq.requantize import Requantization
 from functional_sq.serialize import spec_from_json, spec_to_json
 from functional_sq.spec import QuantSpec
+from functional_sq.tracing import always, hide_from_dynamo
 
 __all__ = ["Link", "describe", "hand_on", "layer"]
 

@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.backends import Convolution, convolution_for
-from functional_sq.blocks import always, looped
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_product
 from functional_sq.formats import Float8, check_real_dtype
@@ -56,6 +55,7 @@ from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec
+from functional_sq.tracing import always, looped
 
 __all__ = [
     "asked_for",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from functional_sq import triton_mm
-from functional_sq.blocks import always, hide_from_dynamo, is_traced, looped, reaches
 from functional_sq.compat import is_exporting
 from functional_sq.formats import as_float32
 from functional_sq.int_mm import as_written, is_large, whole_and_rest
+from functional_sq.tracing import always, define_operator, is_traced, reaches
 
 __all__ = ["float8_linear", "float8_product"]
 
@@ -94,12 +94,6 @@ def _in_pieces(a: Tensor, b: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-# torch multiplies floats by MKL, whose kernels for a CPU of AMD take 2.2 times as long as oneDNN's. An operator of
-# its own, as Inductor takes torch's own for a weight that is constant.
-_NAME = "functional_sq::onednn_float_product"
-torch.library.define(_NAME, "(Tensor a, Tensor b) -> Tensor")
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.numel() == 0 or b.numel() == 0:
         return a @ b.t()
@@ -107,9 +101,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-torch.library.impl(_NAME, "cpu", hide_from_dynamo(_product))
-torch.library.register_fake(_NAME, lambda a, b: a.new_empty((a.shape[0], b.shape[0])))
-torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_float_product.default))
+# torch multiplies floats by MKL, whose kernels for a CPU of AMD take 2.2 times as long as oneDNN's. An operator of
+# its own, as Inductor takes torch's own for a weight that is constant.
+define_operator(
+    "onednn_float_product",
+    "(Tensor a, Tensor b) -> Tensor",
+    _product,
+    lambda a, b: a.new_empty((a.shape[0], b.shape[0])),
+)
 
 
 def _scaled_mm_takes(a: Tensor, b: Tensor) -> bool:

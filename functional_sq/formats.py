@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from functional_sq.blocks import is_batched, is_traced
 from functional_sq.compat import is_exporting
+from functional_sq.tracing import is_batched, is_traced
 
 if TYPE_CHECKING:
     from functional_sq.qparams import QParams

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.blocks import always, hide_from_dynamo, looped
 from functional_sq.compat import is_exporting
+from functional_sq.tracing import always, define_operator
 
 __all__ = ["INT32_TERMS", "as_written", "integer_product", "is_large", "plain", "whole_and_rest"]
 
@@ -69,17 +69,12 @@ def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 # An operator, as Inductor has strides of its own for a row. A second row of zeros takes 3 to 8 times as long.
-_ROW = "functional_sq::row_product"
-torch.library.define(_ROW, "(Tensor a, Tensor b) -> Tensor")
-
-
-def _row_product(a: Tensor, b: Tensor) -> Tensor:
-    return torch._int_mm(plain(a), plain(b).t())
-
-
-torch.library.impl(_ROW, "cpu", hide_from_dynamo(_row_product))
-torch.library.register_fake(_ROW, lambda a, b: a.new_empty((1, b.shape[0]), dtype=torch.int32))
-torch.library.register_vmap(_ROW, looped(torch.ops.functional_sq.row_product.default))
+define_operator(
+    "row_product",
+    "(Tensor a, Tensor b) -> Tensor",
+    lambda a, b: torch._int_mm(plain(a), plain(b).t()),
+    lambda a, b: a.new_empty((1, b.shape[0]), dtype=torch.int32),
+)
 
 
 def _at_least(size: int, least: int) -> int:

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.backends import product_for
-from functional_sq.blocks import is_batched, is_traced
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_linear, float8_product
 from functional_sq.formats import Float8, check_real, check_real_dtype
@@ -41,6 +40,7 @@ from functional_sq.qparams import MappingType, QParams, check_qparams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
+from functional_sq.tracing import is_batched, is_traced
 
 __all__ = [
     "Epilogue",

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from functional_sq.blocks import always, hide_from_dynamo, is_batched, is_traced, looped
 from functional_sq.granularity import PerTensor
 from functional_sq.int_mm import INT32_TERMS, plain
 from functional_sq.operands import Operands
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.requantize import ACTIVATIONS, Requantization, apply_epilogue, fills_a_byte, requantize
 from functional_sq.spec import QuantSpec
+from functional_sq.tracing import always, define_operator, is_batched, is_traced
 
 __all__ = [
     "CODES",
@@ -262,22 +262,6 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
-# An operator of its own: a compiled graph takes no packed weight, so its code must not see one. Not
-# torch.library.custom_op, whose call takes 8 us where this takes 2: the whole product of one token takes 26.
-_NAME = "functional_sq::onednn_product"
-torch.library.define(
-    _NAME,
-    "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias, str activation, Tensor? to_scale, "
-    "Tensor? to_zero_point, ScalarType dtype) -> Tensor",
-)
-_SUMS = "functional_sq::onednn_sums"
-torch.library.define(_SUMS, "(Tensor q, Tensor zero_point, Tensor codes) -> Tensor")
-_ADD = "functional_sq::onednn_add_product"
-torch.library.define(
-    _ADD, "(Tensor(a!) y, Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias) -> ()"
-)
-
-
 def _product(
     q: Tensor,
     zero_point: Tensor,
@@ -329,14 +313,27 @@ def _fake(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
 
 
-torch.library.impl(_NAME, "cpu", hide_from_dynamo(_product))
-torch.library.register_fake(_NAME, _fake)
-torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_product.default))
-torch.library.impl(_SUMS, "cpu", hide_from_dynamo(_sums))
-torch.library.register_fake(_SUMS, lambda q, _, codes: q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.int32))
-torch.library.register_vmap(_SUMS, looped(torch.ops.functional_sq.onednn_sums.default))
-torch.library.impl(_ADD, "cpu", hide_from_dynamo(_add_product))
-torch.library.register_fake(_ADD, lambda *_: None)
+# Operators of their own: a compiled graph takes no packed weight, so its code must not see one.
+define_operator(
+    "onednn_product",
+    "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias, str activation, Tensor? to_scale, "
+    "Tensor? to_zero_point, ScalarType dtype) -> Tensor",
+    _product,
+    _fake,
+)
+define_operator(
+    "onednn_sums",
+    "(Tensor q, Tensor zero_point, Tensor codes) -> Tensor",
+    _sums,
+    lambda q, _, codes: q.new_empty((q.shape[0], codes.shape[0]), dtype=torch.int32),
+)
+define_operator(
+    "onednn_add_product",
+    "(Tensor(a!) y, Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias) -> ()",
+    _add_product,
+    lambda *_: None,
+    has_vmap=False,
+)
 
 
 Tail = tuple[float, int, torch.dtype, str, list[float], str]

@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
-from functional_sq.blocks import hide_from_dynamo, looped
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
+from functional_sq.tracing import define_operator
 
 __all__ = ["CODES", "NAME", "convolve", "key", "least_windows", "overlap", "requantizes", "supports"]
 
@@ -173,15 +173,6 @@ def convolve(
     return y if to_scale is not None else y.to(dtype)
 
 
-# An operator of its own, defined as that of functional_sq.onednn and for its reasons.
-_NAME = "functional_sq::onednn_conv"
-torch.library.define(
-    _NAME,
-    "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, int groups, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
-)
-
-
 class _Packed(NamedTuple):
     state: int | Tensor
     """As `functional_sq.onednn.state` gives it."""
@@ -261,9 +252,14 @@ def _empty(
     return torch.empty(size, dtype=dtype, device=q.device, memory_format=torch.channels_last)
 
 
-torch.library.impl(_NAME, "cpu", hide_from_dynamo(_conv))
-torch.library.register_fake(_NAME, _fake)
-torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.onednn_conv.default))
+# An operator of its own for the reason that is given in functional_sq.onednn.
+define_operator(
+    "onednn_conv",
+    "(Tensor q, Tensor zero_point, Tensor codes, Tensor scale, Tensor? bias, int[] stride, int[] padding, "
+    "int[] dilation, int groups, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
+    _conv,
+    _fake,
+)
 
 
 def _is_widened(codes: Tensor, groups: int) -> bool:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sq.blocks import blockwise, is_batched, is_traced
+from functional_sq.blocks import blockwise
 from functional_sq.formats import check_real, check_real_dtype
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.spec import QuantSpec, check_spec
+from functional_sq.tracing import is_batched, is_traced
 
 __all__ = ["dequantize", "fake_quantize", "quantize", "saturates"]
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.blocks import is_batched, is_traced
 from functional_sq.qparams import QParams
 from functional_sq.quantize import quantize
 from functional_sq.spec import QuantSpec
+from functional_sq.tracing import is_batched, is_traced
 
 __all__ = [
     "ACTIVATIONS",

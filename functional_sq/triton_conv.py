@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq import triton_mm
-from functional_sq.blocks import asked_once, looped
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
+from functional_sq.tracing import asked_once, looped
 from functional_sq.triton_mm import CODES, key, requantizes
 
 __all__ = ["CODES", "NAME", "convolve", "key", "least_windows", "requantizes", "supports"]

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sq.blocks import asked_once, is_traced, looped, reaches
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.requantize import ACTIVATIONS, fills_a_byte
 from functional_sq.spec import QuantSpec
+from functional_sq.tracing import asked_once, is_traced, looped, reaches
 
 __all__ = [
     "CODES",
