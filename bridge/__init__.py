@@ -9,6 +9,7 @@ from bridge.aqt import (
     to_affine_quantized_intx,
     to_affine_quantized_intx_static,
 )
+from bridge.calibration import calibrate
 from bridge.config import PRESETS, StaticQuantConfig
 from bridge.inductor import Chain, chains
 from bridge.linear_activation_quantized import LinearActivationQuantizedTensor, to_linear_activation_quantized
@@ -36,7 +37,7 @@ from bridge.quantized import (
 from bridge.report import LayerReport, Report, report
 from bridge.saving import load, save
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
-from bridge.workflow import calibrate, convert_, prepare_, quantize_, reread_, unprepare_
+from bridge.workflow import convert_, prepare_, quantize_, reread_, unprepare_
 from functional_sq import CalibrationError, MappingType, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
 
 __all__ = [

@@ -24,6 +24,9 @@ from torch.utils._pytree import tree_map_only
 
 import functional_sq as fsq
 from bridge import picture
+from bridge.batches import call, check_batches, check_fitted, mask_of
+from bridge.buffers import check_module
+from bridge.checks import check_config, check_function, check_memory, check_rules, quantized_by, unfit, unfit_error
 from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.inductor import capture, uncompiled
 from bridge.observed import (
@@ -38,19 +41,6 @@ from bridge.observed import (
     weight_qparams,
 )
 from bridge.quantized import Quantized
-from bridge.workflow import (
-    call,
-    check_batches,
-    check_fitted,
-    check_function,
-    check_kinds,
-    check_memory,
-    check_rules,
-    mask_of,
-    quantized_by,
-    unfit,
-    unfit_error,
-)
 from functional_sq.files import replacing
 from functional_sq.formats import REAL_DTYPES
 from functional_sq.observers.histogram import histogram_of
@@ -282,7 +272,9 @@ def report(
     """
     if rank not in ("quantize", "float", None):
         raise ValueError(f"rank={rank!r}; use one of 'quantize', 'float', None")
-    check_kinds(model, *(() if config is None else (config,)))
+    check_module(model)
+    if config is not None:
+        check_config(config)
     check_batches(batches)
     check_function("mask", mask, "a batch to a bool tensor")
     check_function("output", output, "what the model returns to the tensor to compare")

@@ -1,0 +1,138 @@
+"""What the steps and the report refuse: arguments, rules and layers that cannot be, each named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+
+import torch
+from torch import nn
+
+import functional_sq as fsq
+from bridge.config import PRESETS, StaticQuantConfig, fits, rules_of, written
+from bridge.observed import Observed, float_reason, observed_type, public_name
+from bridge.quantized import Quantized
+
+__all__ = [
+    "Filter",
+    "check_config",
+    "check_counts",
+    "check_function",
+    "check_memory",
+    "check_rules",
+    "counted",
+    "is_observed",
+    "listed",
+    "named",
+    "quantized_by",
+    "unfit",
+    "unfit_error",
+]
+
+Filter = Callable[[nn.Module, str], bool]
+"""From a module and its name to whether it is wanted."""
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError unless `config` is a StaticQuantConfig."""
+    if not isinstance(config, StaticQuantConfig):
+        name = config if isinstance(config, str) and config in PRESETS else "int8"
+        raise TypeError(f"config is {config!r}; give a StaticQuantConfig, such as bridge.PRESETS[{name!r}]")
+
+
+def check_function(name: str, given: object, what: str) -> None:
+    """Raise TypeError unless an argument is a function, from one thing to another, or None."""
+    if given is not None and not callable(given):
+        raise TypeError(f"{name} is a {type(given).__name__}; give a function from {what}")
+
+
+def check_counts(**given: object) -> None:
+    """Raise ValueError unless these arguments are ints, at least 1."""
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}; give an int, at least 1")
+
+
+def check_memory(model: nn.Module) -> None:
+    """Raise ValueError if observed layers are on meta, where there are no values."""
+    empty = [name for name, m in named(model).items() if isinstance(m, Observed) and m.weight.is_meta]
+    if empty:
+        raise ValueError(
+            f"{counted(len(empty), 'layer')} of the model, such as {empty[0]!r}, are on the device meta, which holds "
+            f"no values; load weights first: load_state_dict(..., assign=True)"
+        )
+
+
+def check_rules(config: StaticQuantConfig, model: nn.Module) -> None:
+    """Raise ValueError where a rule's pattern fits no name in the model, or a rule a part of it but no layer there."""
+    names = named(model)
+    layers = {name for name, module in names.items() if _is_layer(module)}
+    for key, _ in rules_of(config):
+        found = [name for name, module in names.items() if fits(key, module, name)]
+        if isinstance(key, str) and not found:
+            near = get_close_matches(key, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "a pattern is matched against the whole name"
+            raise ValueError(f"the rule for {key!r} fits no module of {type(model).__name__}; {hint}")
+        inside = [f"{name}.*" for name in found if any(layer.startswith(f"{name}.") for layer in layers)]
+        if inside and layers.isdisjoint(found):
+            pattern = f"{key}.*" if isinstance(key, str) else inside[0]
+            raise ValueError(
+                f"the rule for {written(key)} fits {inside[0][:-2]!r}, which is no layer, and says nothing of those in "
+                f"it; use {pattern!r}"
+            )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a rule can say how a module is quantized."""
+    return isinstance(module, (Observed, Quantized)) or observed_type(module) is not None or bool(float_reason(module))
+
+
+def is_observed(module: nn.Module, name: str) -> bool:
+    """Say whether `module` is a layer with observers in."""
+    return isinstance(module, Observed)
+
+
+def quantized_by(config: StaticQuantConfig | None, wanted: Filter = is_observed) -> Filter:
+    """Return which of the wanted layers a config quantizes: all that its rules do not leave in float."""
+    return lambda module, name: wanted(module, name) and (config is None or config.of(module, name) is not None)
+
+
+def unfit(model: nn.Module, wanted: Filter, min_rows: int = 1) -> dict[str, str]:
+    """Return, by name, why observed layers cannot be converted."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Observed) and wanted(module, public_name(name)):
+            if fault := module.act_obs.fault():
+                found[public_name(name)] = fault
+            elif (rows := module.rows) < min_rows:
+                found[public_name(name)] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
+            elif not all(bool(torch.isfinite(p).all()) for p in module.parameters(recurse=False)):
+                found[public_name(name)] = "weight or bias has NaN or Inf; mend it, or leave the layer in float"
+    return found
+
+
+def unfit_error(faults: Mapping[str, str], layers: int) -> fsq.CalibrationError:
+    """Return the error that names every unfit layer, of so many that were asked for."""
+    remedy = ""
+    if len(faults) < layers:
+        remedy = " (a rule, or convert_(..., on_unfit='float'), leaves them in float)"
+    elif all(fault.startswith("nothing was seen") for fault in faults.values()):
+        remedy = ": call calibrate(model, batches) first"
+    return fsq.CalibrationError(
+        f"{counted(len(faults), 'layer')} cannot be converted, and the model is as it was{remedy}:\n{listed(faults)}"
+    )
+
+
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by every name that they have in the model that the user made."""
+    return {public_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def counted(n: int, what: str) -> str:
+    """Return `"1 layer"` or `"2 layers"`."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def listed(reasons: Mapping[str, str]) -> str:
+    """Return a line for each name, with its reason."""
+    return "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
