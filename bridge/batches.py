@@ -44,11 +44,11 @@ def check_batches(batches: object) -> None:
 def mask_of(model: nn.Module, batch: Any, mask: Callable[[Any], Tensor | None] | None = None) -> Tensor | None:
     """Return what `mask` gives for a batch, or the batch's own mask; None where every position counts."""
     if mask is not None:
-        given = mask(batch)
-        if given is not None and (not isinstance(given, Tensor) or given.dtype is not torch.bool):
-            found = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        keep = mask(batch)
+        if keep is not None and (not isinstance(keep, Tensor) or keep.dtype is not torch.bool):
+            found = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
             raise TypeError(f"mask(batch) is a {found}; return a bool tensor, True where a position counts, or None")
-        return given
+        return keep
     keep = _of_tokens(batch, "attention_mask")
     if keep is None:
         return None

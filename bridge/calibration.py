@@ -96,20 +96,8 @@ def calibrate(
     _check_calibration(model, observers, max_batches, until_stable, window, save_every, ranks)
     check_batches(batches)
     check_function("mask", mask, "a batch to a bool tensor")
-    path = None if checkpoint is None else _rank_path(Path(checkpoint), rank, ranks)
-    if path is not None and not path.absolute().parent.is_dir():
-        # Not when the first batches have run.
-        raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no folder {path.absolute().parent}; make it first")
-    file = None if path is None else _Checkpoint(path, model, observers)
-    saved = None if file is None else file.load()
-    before = None
-    if saved is not None:
-        _restore(observers, saved.states)
-    elif rank > 0:
-        # The first rank alone goes on from what was there already, so that it is not counted once a rank.
-        before = _states(observers)
-        _restore(observers, {name: observer.nothing() for name, observer in observers.items()})
-    record = _Record(0, _states(observers), ()) if saved is None else saved
+    file = None if checkpoint is None else _Checkpoint(_rank_path(Path(checkpoint), rank, ranks), model, observers)
+    record, aside = _start(observers, None if file is None else file.load(), rank)
     done = record.batches
     stability = None if until_stable is None else _Stability(observers, until_stable, window, record.recent)
     if stability is not None and stability.reached():
@@ -118,11 +106,7 @@ def calibrate(
         # Not in inference mode: what the model makes and keeps, a cache or a table of angles, would stay unusable.
         with torch.no_grad():
             for batch in _progress(itertools.islice(batches, done, max_batches), done, max_batches):
-                given = mask_of(model, batch, mask)
-                with _masked(observers.values(), given):
-                    call(model, batch)
-                if mask is not None:
-                    check_fitted(given, any(observer.masked for observer in observers.values()))
+                _observe(model, observers, batch, mask)
                 recent = () if stability is None else stability.look()
                 record = _Record(record.batches + 1, _states(observers), recent)
                 if file is not None and record.batches % save_every == 0:
@@ -130,7 +114,7 @@ def calibrate(
                 if stability is not None and stability.reached():
                     break
     except BaseException:
-        _restore(observers, record.states if before is None else _merged(observers, before, record.states))
+        _restore(observers, record.states if aside is None else _merged(observers, aside, record.states))
         if file is not None:
             file.save(record)
         raise
@@ -199,6 +183,36 @@ def _rank_path(path: Path, rank: int, ranks: int) -> Path:
     return path if ranks == 1 else path.with_name(f"{path.name}.rank{rank}")
 
 
+def _start(observers: Mapping[str, ObserverModule], saved: _Record | None, rank: int) -> tuple[_Record, _States | None]:
+    """Put the record to go on from into the observers; return it, and the states that were set aside for it, if any.
+
+    The first rank alone goes on from what was there already; the others set it aside, so that it is not counted once a
+    rank.
+    """
+    if saved is not None:
+        _restore(observers, saved.states)
+        return saved, None
+    aside = None
+    if rank > 0:
+        aside = _states(observers)
+        _restore(observers, {name: observer.nothing() for name, observer in observers.items()})
+    return _Record(0, _states(observers), ()), aside
+
+
+def _observe(
+    model: nn.Module,
+    observers: Mapping[str, ObserverModule],
+    batch: Any,
+    mask: Callable[[Any], Tensor | None] | None,
+) -> None:
+    """Run a batch through the model, so that observers record the positions that count."""
+    keep = mask_of(model, batch, mask)
+    with _masked(observers.values(), keep):
+        call(model, batch)
+    if mask is not None:
+        check_fitted(keep, any(observer.masked for observer in observers.values()))
+
+
 def _progress(batches: Iterator[Any], done: int, total: int | None) -> Iterable[Any]:
     """Show a bar on a terminal, where tqdm is installed."""
     try:
@@ -255,6 +269,7 @@ class _Checkpoint:
         observers: whose states it holds.
 
     Raises:
+        FileNotFoundError: there is no folder for it; now, not when the first batches have run.
         TypeError: a spec has no JSON.
     """
 
@@ -266,6 +281,9 @@ class _Checkpoint:
     """And an observer's name: scales and zero points after each of the last batches, as bits of float64."""
 
     def __init__(self, path: Path, model: nn.Module, observers: Mapping[str, ObserverModule]) -> None:
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no folder {folder}; make it first")
         for observer in observers.values():
             serialize.spec_to_json(observer.spec)
         self.path, self.observers, self.weights = path, observers, _fingerprint(model)
