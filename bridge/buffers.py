@@ -1,4 +1,4 @@
-"""A state dict held as module buffers. `write` is the one mutation of the project."""
+"""A state dict held as module buffers, which `write` copies a new state into."""
 
 from __future__ import annotations
 

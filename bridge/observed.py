@@ -374,17 +374,7 @@ class _ObservedConv(Observed):
 
 
 class ObservedConv1d(_ObservedConv, nn.Conv1d):
-    """A float convolution over one dimension that records its input.
-
-    Args:
-        settings: what `torch.nn.Conv1d` takes.
-        act_obs: records the input; one scale for the tensor.
-        weight_obs: names how the weight will be quantized.
-        kwargs: what `torch.nn.Conv1d` takes by name.
-
-    Raises:
-        TypeError: an observer is not an ObserverModule.
-        ValueError: a granularity does not apply.
+    """As ObservedConv2d, over one dimension.
 
     Example:
         >>> import torch, functional_sq as fsq

@@ -85,7 +85,8 @@ class Quantized(Buffers):
         act_scale, act_zero_point: `(1,)`, the input's quantization.
         weight_codes, weight_scale, weight_zero_point, weight_sum: a `functional_sq.FoldedWeight`.
         product_scale, product_offset: a `functional_sq.Epilogue`, computed from these and not saved.
-            After writing to a buffer by hand, load the `state_dict` anew.
+            After writing to a buffer by hand, load the `state_dict` anew; to `torch.func.functional_call`
+            give all buffers of another layer, not its `state_dict`.
         shared_scale, shared_zero_point: copies of `act_scale` and `act_zero_point`, the very same tensors in all
             layers with these values: by them a compiler sees which layers quantize alike. Not saved either.
         reference: dequantize and multiply floats instead. May be changed at any time where the codes
@@ -416,12 +417,7 @@ class QuantizedLinear(Quantized):
         ValueError: the two specs cannot be multiplied as codes, or the input has a scale for each
             token.
 
-    Attributes:
-        act_scale, act_zero_point: `(1,)`, the input's quantization.
-        weight_codes, weight_scale, weight_zero_point, weight_sum: a `functional_sq.FoldedWeight`.
-        product_scale, product_offset: a `functional_sq.Epilogue`, computed from these and not saved.
-            After writing to a buffer by hand, load the `state_dict` anew.
-        qweight: the weight as AffineQuantizedTensor, with the codes of its spec.
+    Its attributes are those of `Quantized`.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -578,22 +574,7 @@ class _QuantizedConv(Quantized):
 
 
 class QuantizedConv1d(_QuantizedConv):
-    """A convolution over one dimension with static ranges that multiplies codes.
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, bias: as
-            `torch.nn.Conv1d`.
-        act: quantization of the input; one scale for the tensor.
-        weight: quantization of the weight; one scale for the tensor or for each output channel.
-        reference: dequantize and convolve floats instead; takes any format, and any granularity of the
-            weight.
-        hand_on: compiled, whether the layer may take part in a chain of layers that hand codes on.
-        fast_accum: on CUDA, add float8 products with fewer bits than float32 has: faster on Hopper, less exact.
-        device: device of the buffers.
-        dtype: dtype of the bias; the output has the input's.
-
-    Raises:
-        ValueError: the two specs cannot be multiplied as codes, or the input has several scales.
+    """As QuantizedConv2d, over one dimension.
 
     Example:
         >>> import torch, functional_sq as fsq
