@@ -67,7 +67,8 @@ def calibrate(
             end, and on an interruption; if the file is there, its record is taken and as many batches
             are skipped as it has seen. The same batches, in the same order, so give the same bits as
             one run. A record of layers with other weights is refused. With several ranks each has a file
-            of its own, `checkpoint` with `.rank0` added.
+            of its own, `checkpoint` with `.rank0of2` added: another number of them starts anew, as each skips what it
+            has seen of its own batches.
         save_every: batches between two savings.
         group: ranks to merge; default: all.
 
@@ -180,7 +181,7 @@ def _rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def _rank_path(path: Path, rank: int, ranks: int) -> Path:
-    return path if ranks == 1 else path.with_name(f"{path.name}.rank{rank}")
+    return path if ranks == 1 else path.with_name(f"{path.name}.rank{rank}of{ranks}")
 
 
 def _start(observers: Mapping[str, ObserverModule], saved: _Record | None, rank: int) -> tuple[_Record, _States | None]:

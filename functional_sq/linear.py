@@ -281,7 +281,7 @@ def linear(
     Args:
         spec: the activations' quantization; at most 8 bits, one scale for the tensor or the token.
         q: codes `(..., K)` from `quantize(spec, x, qp)`; any number of leading axes, empty ones too.
-        qp: scale and zero point of `q`.
+        qp: scale and zero point of `q`; the zero point is a code.
         weight: `fold` of an `(N, K)` weight.
         bias: `(N,)` or None, output units.
         dtype: dtype of the result.

@@ -431,7 +431,7 @@ def worker(rank: int, world: int, folder: str, what: str) -> None:
         half = len(shard) // 2
         if what == "twice":
             bridge.calibrate(model, shard[:half])
-            Path(f"{folder}/c.safetensors.rank{rank}").write_bytes(b"of another program")
+            Path(f"{folder}/c.safetensors.rank{rank}of{world}").write_bytes(b"of another program")
             with pytest.raises(ValueError, match="not a safetensors file"):  # and nothing is lost
                 bridge.calibrate(model, shard, checkpoint=f"{folder}/c.safetensors")
             bridge.calibrate(model, shard[half:])
@@ -475,7 +475,7 @@ def test_two_processes_give_the_model_of_one(tmp_path: Path, what: str) -> None:
         assert_same(torch.load(tmp_path / str(rank)), expected)
     if what == "resumed":
         names = sorted(p.name for p in tmp_path.glob("c.*"))
-        assert names == ["c.safetensors.rank0", "c.safetensors.rank1"]
+        assert names == ["c.safetensors.rank0of2", "c.safetensors.rank1of2"]
 
 
 @pytest.mark.parametrize(
