@@ -202,7 +202,11 @@ def _calibration(
     tensors: dict[str, Tensor], metadata: Mapping[str, str], known: Mapping[str, type]
 ) -> dict[str, tuple[QuantSpec, State]]:
     if metadata.get("format") != _FORMAT or not metadata.get("version", "").isdecimal():
-        raise ValueError("a safetensors file, but not one that functional_sq wrote; give a file written by save()")
+        other = metadata.get("format", _FORMAT)
+        whose = "" if other == _FORMAT else f" (its format is {other!r})"
+        raise ValueError(
+            f"a safetensors file, but not one that functional_sq wrote{whose}; give a file written by save()"
+        )
     if (version := int(metadata["version"])) > _VERSION:
         raise ValueError(f"written in version {version} of the format, and this is {_VERSION}; update functional_sq")
     try:

@@ -355,7 +355,10 @@ FILES = {
     "not UTF-8": (lambda raw, m: raw[:9] + b"\xff" + raw[10:], "the header is not JSON"),
     "deep JSON": (lambda raw, m: (10**6).to_bytes(8, "little") + b'{"a":' + b"[" * 10**6, "the header is not JSON"),
     "foreign": (lambda raw, m: safetensors.torch.save({"a": torch.ones(2)}), "not one that functional_sq wrote"),
-    "foreign metadata": (lambda raw, m: edit(raw, __metadata__={"format": "pt"}), "not one that functional_sq wrote"),
+    "foreign metadata": (
+        lambda raw, m: edit(raw, __metadata__={"format": "pt"}),
+        "not one that functional_sq wrote (its format is 'pt'); give",
+    ),
     "metadata of numbers": (lambda raw, m: edit(raw, __metadata__={"version": 1}), "__metadata__ is not a map of str"),
     "no version": (lambda raw, m: edit(raw, __metadata__={"format": m["format"]}), "not one that functional_sq wrote"),
     "newer": (
