@@ -400,6 +400,7 @@ def test_the_forward_of_the_class_on_a_layer_itself_loses_nothing() -> None:
         bridge.prepare_(other, INT8)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")  # of torch 2.15
 def test_a_scripted_part_stays_what_it_is() -> None:
     norm = nn.BatchNorm1d(6).eval()
     nn.init.uniform_(norm.running_mean)
