@@ -146,7 +146,6 @@ class AffineQuantizedTensor(Wrapper):
     quant_max: int | None
     use_fast_accum: bool
 
-    operations = {}
     remedy = "use x.dequantize() for real values or x.int_data for codes"
 
     @staticmethod

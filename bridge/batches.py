@@ -53,7 +53,9 @@ def mask_of(model: nn.Module, batch: Any, mask: Callable[[Any], Tensor | None] |
     if keep is None:
         return None
     # Of labels an encoder-decoder makes the decoder's input; for others they are no input.
-    of_labels = any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in model.modules())
+    of_labels = "labels" in batch and any(
+        getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in model.modules()
+    )
     for decoder in ("decoder_input_ids", "decoder_inputs_embeds", *(("labels",) if of_labels else ())):
         tokens = batch.get(decoder)
         if isinstance(tokens, Tensor) and tokens.shape[:2] == keep.shape:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import functional_sq as fsq
 from bridge.batches import call, check_batches, check_fitted, mask_of
 from bridge.buffers import check_module, write
-from bridge.checks import check_counts, check_function, check_memory, listed
+from bridge.checks import check_counts, check_function, check_memory, listed, observed_layers
 from bridge.observed import Observed, ObserverModule, choose_paths, public_name, weight_of
 from functional_sq import serialize
 from functional_sq.distributed import all_merge
@@ -329,12 +329,11 @@ class _Checkpoint:
 def _fingerprint(model: nn.Module) -> int:
     """Return a number by which the weights of observed layers are known again: their bits are added up, exactly."""
     digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        if isinstance(module, Observed):
-            w = weight_of(module).detach()
-            bits = w.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[w.itemsize])
-            total = None if w.is_meta else int(bits.sum(dtype=torch.int64))
-            digest.update(f"{public_name(name)} {w.dtype} {tuple(w.shape)} {total}\n".encode())
+    for name, module in observed_layers(model).items():
+        w = weight_of(module).detach()
+        bits = w.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[w.itemsize])
+        total = None if w.is_meta else int(bits.sum(dtype=torch.int64))
+        digest.update(f"{name} {w.dtype} {tuple(w.shape)} {total}\n".encode())
     return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
 

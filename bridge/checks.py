@@ -24,6 +24,7 @@ __all__ = [
     "is_observed",
     "listed",
     "named",
+    "observed_layers",
     "quantized_by",
     "unfit",
     "unfit_error",
@@ -100,14 +101,14 @@ def quantized_by(config: StaticQuantConfig | None, wanted: Filter = is_observed)
 def unfit(model: nn.Module, wanted: Filter, min_rows: int = 1) -> dict[str, str]:
     """Return, by name, why observed layers cannot be converted."""
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Observed) and wanted(module, public_name(name)):
+    for name, module in observed_layers(model).items():
+        if wanted(module, name):
             if fault := module.act_obs.fault():
-                found[public_name(name)] = fault
+                found[name] = fault
             elif (rows := module.rows) < min_rows:
-                found[public_name(name)] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
+                found[name] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
             elif not all(bool(torch.isfinite(p).all()) for p in module.parameters(recurse=False)):
-                found[public_name(name)] = "weight or bias has NaN or Inf; mend it, or leave the layer in float"
+                found[name] = "weight or bias has NaN or Inf; mend it, or leave the layer in float"
     return found
 
 
@@ -121,6 +122,11 @@ def unfit_error(faults: Mapping[str, str], layers: int) -> fsq.CalibrationError:
     return fsq.CalibrationError(
         f"{counted(len(faults), 'layer')} cannot be converted, and the model is as it was{remedy}:\n{listed(faults)}"
     )
+
+
+def observed_layers(model: nn.Module) -> dict[str, Observed]:
+    """Return the layers with observers in, by the names that they have in the model that the user made."""
+    return {public_name(name): module for name, module in model.named_modules() if isinstance(module, Observed)}
 
 
 def named(model: nn.Module) -> dict[str, nn.Module]:

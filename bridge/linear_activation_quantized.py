@@ -48,7 +48,6 @@ class LinearActivationQuantizedTensor(Wrapper):
     original_weight_tensor: Tensor
     input_quant_func: Callable[..., Tensor]
 
-    operations = {}
     remedy = "use weight.original_weight_tensor"
 
     @staticmethod

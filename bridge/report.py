@@ -26,16 +26,23 @@ import functional_sq as fsq
 from bridge import picture
 from bridge.batches import call, check_batches, check_fitted, mask_of
 from bridge.buffers import check_module
-from bridge.checks import check_config, check_function, check_memory, check_rules, quantized_by, unfit, unfit_error
+from bridge.checks import (
+    check_config,
+    check_function,
+    check_memory,
+    check_rules,
+    observed_layers,
+    quantized_by,
+    unfit,
+    unfit_error,
+)
 from bridge.config import StaticQuantConfig, quantized_layer
 from bridge.inductor import capture, uncompiled
 from bridge.observed import (
-    Observed,
     ObserverModule,
     choose_paths,
     fit_mask,
     module_names,
-    public_name,
     qparams_of,
     weight_of,
     weight_qparams,
@@ -431,7 +438,7 @@ class _Layer:
 
 def _layers(model: nn.Module, config: StaticQuantConfig | None) -> list[_Layer]:
     """Return every observed layer of `model` with its twin; refuse what `convert_` refuses."""
-    observed = {public_name(name): module for name, module in model.named_modules() if isinstance(module, Observed)}
+    observed = observed_layers(model)
     if not observed:
         raise ValueError(
             f"{type(model).__name__} has no observed layers; call prepare_(model, config) and "

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from bridge.aqt import AffineQuantizedTensor
+from bridge.buffers import check_module
+from bridge.checks import named
 from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
 from bridge.observed import ObserverModule, check_plain, choose_paths, float_reason, public_name
 from bridge.quantized import QUANTIZED
@@ -58,9 +60,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Example: see `load`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
-    modules = {public_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    check_module(model)
+    modules = named(model)
     observed = {_where(name.rpartition(".")[0]) for name, m in modules.items() if isinstance(m, ObserverModule)}
     if observed:
         raise ValueError(

@@ -21,6 +21,7 @@ from bridge.checks import (
     is_observed,
     listed,
     named,
+    observed_layers,
     quantized_by,
     unfit,
     unfit_error,
@@ -171,7 +172,7 @@ def reread_(model: nn.Module, config: StaticQuantConfig) -> nn.Module:
     """
     check_module(model)
     check_config(config)
-    observed = {public_name(name): module for name, module in model.named_modules() if isinstance(module, Observed)}
+    observed = observed_layers(model)
     if not observed:
         raise ValueError(f"{type(model).__name__} has no observed layer; call prepare_ and calibrate first")
     check_rules(config, model)

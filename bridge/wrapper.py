@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import pickle
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from functional_sq import backends
 from functional_sq.formats import REAL_DTYPES
 
-__all__ = ["Wrapper"]
+__all__ = ["Wrapper", "each"]
 
 aten = torch.ops.aten
 
@@ -119,10 +118,8 @@ def _exchange(q: Wrapper, data: Tensor) -> None:
     vars(q).update(vars(data.detach()))
 
 
-@functools.cache
 def _source() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return backends.sources(Path(__file__).parent)
 
 
 def _is_fake(t: Tensor) -> bool:

@@ -34,6 +34,7 @@ __all__ = [
     "convolution_for",
     "fingerprint",
     "product_for",
+    "sources",
 ]
 
 
@@ -164,10 +165,11 @@ def fingerprint() -> str:
         True
     """
     keys = [(each.NAME, each.key()) for each in (*PRODUCTS, *CONVOLUTIONS)]
-    return hashlib.sha256(f"{_sources()} {keys}".encode()).hexdigest()
+    return hashlib.sha256(f"{sources(Path(__file__).parent)} {keys}".encode()).hexdigest()
 
 
 @cache
-def _sources() -> str:
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+def sources(folder: Path) -> str:
+    """Return what tells versions of the Python files in a folder apart."""
+    files = sorted(folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
