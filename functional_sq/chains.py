@@ -34,7 +34,7 @@ from functional_sq.quantize import quantize
 from functional_sq.requantize import Requantization
 from functional_sq.serialize import spec_from_json, spec_to_json
 from functional_sq.spec import QuantSpec
-from functional_sq.tracing import always, hide_from_dynamo
+from functional_sq.tracing import always, computed_once, hide_from_dynamo
 
 __all__ = ["Link", "describe", "hand_on", "layer"]
 
@@ -129,7 +129,7 @@ def _product(*given: Any) -> Tensor:
 
 def _batch_norm(scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     scale, bias = fold_batch_norm(scale.reshape(-1, 1), *rest)
-    return scale.reshape(-1), bias
+    return computed_once(scale.reshape(-1)), computed_once(bias)
 
 
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {

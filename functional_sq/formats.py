@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from functional_sq.compat import is_exporting
-from functional_sq.tracing import is_batched, is_traced
+from functional_sq.tracing import computed_once, is_batched, is_traced
 
 if TYPE_CHECKING:
     from functional_sq.qparams import QParams
@@ -101,7 +101,7 @@ class Integer(Format):
     def steps(self, x: Tensor, qp: QParams) -> Tensor:
         # Multiplied by the reciprocal, as torchao.quantize_affine does: not the bits of x / scale.
         # torch.round rounds halves to even.
-        steps = torch.mul(x, qp.scale.reciprocal()).round_()
+        steps = torch.mul(x, computed_once(qp.scale.reciprocal())).round_()
         return steps.add_(qp.zero_point) if _fits_into(steps, qp.zero_point) else steps + qp.zero_point
 
     def decode(self, q: Tensor, qp: QParams, dtype: torch.dtype) -> Tensor:

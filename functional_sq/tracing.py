@@ -9,9 +9,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from functional_sq.compat import is_exporting
+
 __all__ = [
     "always",
     "asked_once",
+    "computed_once",
     "define_operator",
     "hide_from_dynamo",
     "is_among",
@@ -93,6 +96,18 @@ def asked_once(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def computed_once(x: Tensor) -> Tensor:
+    """Return `x`, a statistic, which Inductor then writes to memory before a loop over elements reads it.
+
+    On a CPU it else computes it for each vector of elements: the division of a scale's reciprocal makes a pass that
+    quantizes 1.3 times as long, the root of a batch norm's variance one that scales 5 times. On a GPU it costs less
+    than another kernel.
+    """
+    if x.device.type != "cpu" or not is_traced(x) or is_exporting():
+        return x
+    return x.as_strided(x.shape, x.stride())
 
 
 def reaches(rows: int, least: int) -> bool:
