@@ -6,6 +6,7 @@ where compilations are counted, a backend that only counts runs the graph as it 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 import bridge
 import functional_sq as fsq
@@ -505,3 +507,22 @@ def test_a_cuda_device_gives_the_bits_of_the_cpu(spec: fsq.QuantSpec) -> None:
     on_device = everything(spec, {k: v.cuda() for k, v in state.items()}, x.cuda())
     on_cpu = torch.utils._pytree.tree_map(torch.Tensor.cpu, on_device)
     assert bits(on_cpu) == bits(everything(spec, state, x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_statistic_is_computed_once_and_not_in_the_loop_that_reads_it(dynamic: bool) -> None:
+    """The reciprocals of the scales are stored as one number each, the roots of the variances in a loop over them."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    bridge.prepare_(model, bridge.StaticQuantConfig(torch.uint8))
+    bridge.calibrate(model, torch.randn(2, 4, 3, 40, 40))
+    bridge.convert_(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        _, (source,) = run_and_get_code(compiled, torch.randn(4, 3, 40, 40))
+    lines = [line.strip() for line in source.splitlines()]
+    divided = [i for i, line in enumerate(lines) if re.fullmatch(r"auto tmp\d+ = tmp\d+ / tmp\d+;", line)]
+    assert len(divided) == 2
+    assert all(re.match(r"out_ptr\d+\[static_cast<int64_t>\(0L\)\] = ", lines[i + 1]) for i in divided)
+    (root,) = (i for i, line in enumerate(lines) if "rsqrt(" in line)
+    loop = next(line for line in reversed(lines[:root]) if line.startswith("for("))
+    assert "<static_cast<int64_t>(16L);" in loop
