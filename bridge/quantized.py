@@ -41,7 +41,7 @@ from bridge.observed import (
 )
 from functional_sq import backends, chains
 from functional_sq.compat import is_exporting
-from functional_sq.conv import asked_for
+from functional_sq.conv import is_tapped
 from functional_sq.formats import Float8
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import check_qparams
@@ -561,16 +561,16 @@ class _QuantizedConv(Quantized):
     def _backend(self) -> str:
         # A transposed one is a convolution of codes that were spread, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
-        codes, settings = self.weight_codes, (steps, self.dilation, self.groups)
-        zero_point, share = asked_for(codes, self.weight_zero_point, *settings)
+        weight = self.weight_codes, self.weight_zero_point
         taken = {
-            e.NAME: e.least_windows(codes, *settings) for e in backends.CONVOLUTIONS if e.supports(codes, zero_point)
+            each.NAME: each.least_windows(*weight, steps, self.dilation, self.groups)
+            for each in backends.CONVOLUTIONS
+            if each.supports(*weight)
         }
-        return "".join(
-            f", by {name} from {share * (least - 1) + 1} windows on"
-            for name, least in taken.items()
-            if least < sys.maxsize
-        )
+        by = [f", by {name} from {least} windows on" for name, least in taken.items() if least < sys.maxsize]
+        if is_tapped(self.act_spec, self.weight_codes, self.groups) and (self.weight_zero_point is not None or not by):
+            by.append(", compiled to one loop")
+        return "".join(by)
 
 
 class QuantizedConv1d(_QuantizedConv):

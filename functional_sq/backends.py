@@ -80,7 +80,15 @@ class Product(_Backend, Protocol):
 class Convolution(_Backend, Protocol):
     """What `conv` asks; `functional_sq.onednn_conv` is one, and says what the arguments are."""
 
-    def least_windows(self, codes: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int, /) -> int:
+    def least_windows(
+        self,
+        codes: Tensor,
+        zero_point: Tensor | None,
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        /,
+    ) -> int:
         """From how many windows on, of all images together, it is the faster one; `sys.maxsize`: never."""
 
     def convolve(
@@ -136,7 +144,8 @@ def convolution_for(
         True
     """
     for each in CONVOLUTIONS:
-        if each.supports(codes, zero_point) and reaches(windows, each.least_windows(codes, stride, dilation, groups)):
+        weight = codes, zero_point
+        if each.supports(*weight) and reaches(windows, each.least_windows(*weight, stride, dilation, groups)):
             return each
     return None
 

@@ -13,19 +13,18 @@ is written: Winograd's algorithm and the FFT round on the way. On a CPU neither 
 spatial axes, so one or two are given more of size 1; a CUDA device computes groups in float64 and
 rounds to the integer. So groups are exact, and no faster than floats.
 
-A symmetric int8 weight that is used again (`epilogue=`) is convolved by a backend where that is faster, by
-oneDNN with groups always: neither windows nor floats are written, and the bits are the same. An asymmetric weight
-also needs each window's sum, which is a convolution with ones: both are exact in float32 while `K <= 514`
-(`K * 255 * 128 <= 2**24`), as for depthwise and first layers, and the rest follows in int32. No backend takes three
-dimensions.
+A weight that is used again (`epilogue=`) is convolved by a backend where that is faster, by oneDNN with groups
+always: neither windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's
+sum, which is a convolution with ones; and where each channel is convolved alone, compiled code on a CPU is one loop
+over the elements of a window instead, fused with all that follows. No backend takes three dimensions.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from operator import mul
 from typing import Any, NamedTuple
 
@@ -49,31 +48,29 @@ from functional_sq.linear import (
     requantize_by,
 )
 from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
-from functional_sq.onednn_conv import overlap
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec
-from functional_sq.tracing import always, looped
+from functional_sq.tracing import always, computed_once, is_traced, looped
 
 __all__ = [
-    "asked_for",
     "check_channels",
     "check_conv",
     "conv",
     "conv_reference",
     "fold_batch_norm",
     "is_channels_last",
+    "is_tapped",
     "per_dimension",
 ]
 
 _FLOAT32_TERMS = 2**24 // 255**2
 """The largest K for which a sum of products of differences stays exact in float32: 258."""
 
-
-_FLOAT32_SUMS = 2**24 // (255 * 128)
-"""The largest K for which a sum of products of differences and codes stays exact in float32: 514."""
+_TAPS = 25
+"""The largest window whose elements `_tapped` writes out one after the other."""
 
 
 def conv(
@@ -140,14 +137,14 @@ def conv(
     windows = x.shape[0] * math.prod(size)
     backend = None
     if epilogue is not None and epilogue.offset is not None and fits_operator(epilogue.scale, bias, wide):
-        settings = geometry.stride, geometry.dilation, groups
-        zero_point, share = asked_for(weight.codes, weight.zero_point, *settings)
-        backend = convolution_for((windows + share - 1) // share, weight.codes, zero_point, *settings)
-    if backend is not None and weight.zero_point is None:
+        backend = convolution_for(windows, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
+    tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
+    if backend is not None and not (tapped and weight.zero_point is not None):
         assert epilogue is not None
         assert epilogue.offset is not None
         taken = backend_codes(backend.CODES, spec, x, qp)
-        operands = Operands(*taken, weight.codes, None, epilogue.scale, epilogue.offset, bias)
+        zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(shape[0])
+        operands = Operands(*taken, weight.codes, zero_point, epilogue.scale, epilogue.offset, bias)
         convolve = partial(_convolve_by, backend, operands, geometry, groups)
         if then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
             y, then = requantize_by(convolve, then, backend.CODES), None
@@ -159,8 +156,8 @@ def conv(
         # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
         if always(x.shape[0] == 0):
             product = x.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
-        elif backend is not None:
-            product = _corrected(backend, *backend_codes(backend.CODES, spec, x, qp), weight, geometry, groups)
+        elif tapped:
+            product = _tapped(x, qp, weight, geometry)
         elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
             product = _direct(spec, x, qp, weight, geometry, groups)
         else:
@@ -375,15 +372,21 @@ def _flat(padding: Sequence[tuple[int, int]]) -> list[int]:
     return [side for pair in reversed(padding) for side in pair]
 
 
+def _padded(q: Tensor, zero_point: Tensor, geometry: _Geometry) -> Tensor:
+    """Return codes `(B, C, *space)` as `(B, *space, C)` in memory, padded with the zero point."""
+    x = q.movedim(1, -1).contiguous()
+    if any(map(any, geometry.padding)):
+        x = computed_once(x)  # else with a mask for the padding at each step
+        # The number that pads is a tensor, which F.pad does not take: a code becomes 0 where it is the
+        # zero point, and again what it was. So do the bytes of float8, whose zero is the byte 0.
+        byte = zero_point.reshape(()).to(torch.int32).to(x.dtype)
+        x = F.pad(x ^ byte, [0, 0, *_flat(geometry.padding)]) ^ byte
+    return x.contiguous()
+
+
 def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Geometry) -> Tensor:
     """Return the windows of codes `(B, C, *space)`, padded with the zero point: `(B, *size, *kernel * C)`."""
-    x = q.movedim(1, -1).view(torch.int8)
-    if any(map(any, geometry.padding)):
-        # The number that pads is a tensor, which F.pad does not take: a code becomes 0 where it is the
-        # zero point, and again what it was. Bytes, so float8 too, whose zero is the byte 0.
-        byte = zero_point.reshape(()).to(torch.int32).to(torch.int8)
-        x = F.pad(x ^ byte, [0, 0, *_flat(geometry.padding)]) ^ byte
-    x = x.contiguous()
+    x = _padded(q.view(torch.int8) if q.is_floating_point() else q, zero_point, geometry)
     batch, *space, channels = x.shape
     along, *step = x.stride()[:-1]
     size = _sizes(space, kernel, geometry)
@@ -409,42 +412,10 @@ def _convolve_by(
     q = operands.q.movedim(1, -1).contiguous().movedim(-1, 1)
     stride, padding, dilation = geometry
     if len(stride) == 2:
-        settings = stride, [*chain(*padding)], dilation, groups
+        settings = stride, [*itertools.chain(*padding)], dilation, groups
         return backend.convolve(operands._replace(q=q), *settings, *then, dtype=dtype)
     wide = (1, *stride), [0, 0, *padding[0]], (1, *dilation), groups
     return backend.convolve(operands._replace(q=q.unsqueeze(2)), *wide, *then, dtype=dtype).squeeze(2)
-
-
-def asked_for(
-    codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
-) -> tuple[Tensor | None, int]:
-    """Return the zero point that backends are asked about for a weight, and by how many to divide its windows.
-
-    They are asked about None for an asymmetric weight too, where two of their convolutions give its sums exactly and
-    torch would copy windows, or convolve groups as floats. Two, and a pass over their results, pay off later.
-    """
-    exact = math.prod(codes.shape[1:]) <= _FLOAT32_SUMS
-    if zero_point is None or not exact or (groups == 1 and not overlap(codes.shape[2:], stride, dilation)):
-        return zero_point, 1
-    return None, 1 if groups > 1 else 8
-
-
-def _corrected(
-    backend: Convolution, q: Tensor, zero_point: Tensor, weight: FoldedWeight, geometry: _Geometry, groups: int
-) -> Tensor:
-    """Return the bracket of `functional_sq.linear` over the windows, by a backend: `(B, N, *size)` int32."""
-    assert weight.zero_point is not None
-    codes = weight.codes
-    ones = torch.ones((groups, *codes.shape[1:]), dtype=torch.int8, device=codes.device)
-    unscaled = torch.ones(len(codes), dtype=torch.float32, device=codes.device)
-
-    def sums(w: Tensor) -> Tensor:
-        offset = zero_point * w.flatten(1).sum(1, dtype=torch.int32)
-        operands = Operands(q, zero_point, w, None, unscaled[: len(w)], offset, None)
-        return _convolve_by(backend, operands, geometry, groups).to(torch.int32)
-
-    of_weight = weight.zero_point.reshape(-1, *(1 for _ in codes.shape[2:]))
-    return sums(codes) - of_weight * sums(ones).repeat_interleave(len(codes) // groups, 1)
 
 
 def _gathered(
@@ -468,6 +439,43 @@ def _gathered(
         product = integer_product(rows, torch.cat([codes, torch.ones_like(codes[:1])]))
         product = product[:, :-1] - weight.zero_point.reshape(-1) * product[:, -1:] - offset
     return product.reshape(*windows.shape[:-1], len(codes)).movedim(-1, 1)
+
+
+def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
+    """Whether a weight's codes convolve each channel alone, in few elements, so that on a CPU a loop of them is fast.
+
+    A compiled one is then such a loop where no backend takes it, or the weight has zero points: the two convolutions
+    of a backend, and a pass over both, take 2 to 4 times as long.
+    """
+    outputs, channels, *kernel = codes.shape
+    alone = outputs == groups > 1 == channels and math.prod(kernel) <= _TAPS
+    return alone and codes.device.type == "cpu" and not isinstance(spec.format, Float8)
+
+
+def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry) -> Tensor:
+    """Return `sum_k (q_x - z_x) (q_w - z_w)` over the windows of each channel alone, exact floats: `(B, N, *size)`.
+
+    A compiler makes one loop of it, with all that follows: no sum is written, whatever zero points there are.
+    """
+    codes = weight.codes.flatten(1).to(torch.float32)
+    if weight.zero_point is not None:
+        codes = codes - weight.zero_point.reshape(-1, 1).to(torch.float32)
+    rows = codes.t().contiguous()
+    offset = computed_once(qp.zero_point.reshape(()).to(torch.float32) * rows.sum(0))
+    x = _padded(q, qp.zero_point, geometry)
+    kernel = weight.codes.shape[2:]
+    batch, *space, channels = x.shape
+    along, *step = x.stride()[:-1]
+    shape = batch, *_sizes(space, kernel, geometry), channels
+    strides = along, *map(mul, step, geometry.stride), 1
+    y = None
+    for i, place in enumerate(itertools.product(*map(range, kernel))):
+        at = sum(map(mul, place, map(mul, step, geometry.dilation)))
+        # Not slices, which Inductor would compute from what the codes are made of, once for each element of a window.
+        term = x.as_strided(shape, strides, at) * rows.as_strided((channels,), (1,), i * channels)
+        y = term if y is None else y + term
+    assert y is not None
+    return (y - offset).movedim(-1, 1)
 
 
 def _direct(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry, groups: int) -> Tensor:

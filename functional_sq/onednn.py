@@ -9,6 +9,7 @@ layer of 1000 rows or more takes 1.0 to 1.1 times as long as a pass that quantiz
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -29,8 +30,11 @@ from functional_sq.tracing import always, define_operator, is_batched, is_traced
 __all__ = [
     "CODES",
     "NAME",
+    "SUMS",
     "arguments",
+    "exact_sums",
     "exactly",
+    "finish",
     "is_state",
     "key",
     "largest_sum",
@@ -193,7 +197,7 @@ def product(
     if operands.weight_zero_point is not None:
         total = _corrected(operands, operands.weight_zero_point)
         y = apply_epilogue(total, operands.scale, operands.bias, torch.float32)
-        return _then(y, activation, to_scale, to_zero_point, dtype)
+        return finish(y, activation, to_scale, to_zero_point, dtype)
     result: Tensor = torch.ops.functional_sq.onednn_product.default(
         *arguments(operands), activation, to_scale, to_zero_point, result_dtype(dtype)
     )
@@ -242,7 +246,7 @@ def _corrected(operands: Operands, weight_zero_point: Tensor) -> Tensor:
     return product - weight_zero_point * token_sum
 
 
-def _then(
+def finish(
     y: Tensor, activation: str, to_scale: Tensor | None, to_zero_point: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Apply what follows a product to one in float32 that oneDNN does not finish."""
@@ -288,7 +292,7 @@ def _add_product(y: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale:
 def _sums(q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
     """Return `(q - zero_point) @ codes.T`, int32."""
     multiply, largest = _multiply(codes)
-    return _exact_sums(multiply, q, int(zero_point), torch.ones(codes.shape[0]), _bits(largest))
+    return exact_sums(multiply, q, int(zero_point), torch.ones(codes.shape[0]), largest)
 
 
 def _multiply(codes: Tensor) -> tuple[Callable[..., Tensor], int]:
@@ -339,6 +343,9 @@ define_operator(
 Tail = tuple[float, int, torch.dtype, str, list[float], str]
 """The last arguments of oneDNN's operators: scale, zero point and dtype of the result, and what is applied before."""
 
+SUMS: Tail = (1.0, 0, torch.float32, "none", [], "")
+"""Those for the sums themselves."""
+
 
 def exactly(
     multiply: Callable[[Tensor, int, Tensor, Tensor | None, Tail, Tensor | None], Tensor],
@@ -376,11 +383,11 @@ def exactly(
         to = to_scale.item(), int(to_zero_point.item()), torch.uint8
     if bits == 8:
         return multiply(q, z, scale, bias, (*to, *_POST_OPS[activation]), onto)
-    product = _exact_sums(multiply, q, z, torch.ones_like(scale), bits)
+    product = exact_sums(multiply, q, z, torch.ones_like(scale), largest)
     along = (-1, *(1,) * (product.ndim - 2))
     bias = None if bias is None else bias.reshape(along)
     y = apply_epilogue(product, scale.reshape(along), bias, torch.float32, onto)
-    return _then(y, activation, to_scale, to_zero_point, dtype)
+    return finish(y, activation, to_scale, to_zero_point, dtype)
 
 
 def _bits(largest: int) -> int:
@@ -388,14 +395,24 @@ def _bits(largest: int) -> int:
     return next(bits for bits in (8, 4, 2) if (2**bits - 1) * largest <= 2**24)
 
 
-def _exact_sums(multiply: Callable[..., Tensor], q: Tensor, z: int, one: Tensor, bits: int) -> Tensor:
-    """Return the sums of `q - z`, int32, from products of `bits` of it at a time; `one` is their scale."""
-    sums: Tail = (1.0, 0, torch.float32, "none", [], "")
+def exact_sums(multiply: Callable[..., Tensor], q: Tensor, z: int, one: Tensor, largest: int) -> Tensor:
+    """Return the sums of `q - z`, int32, from products of as many bits of it at a time as are exact in float32.
+
+    Args:
+        multiply, q, z, largest: as `exactly`.
+        one: the scale of the products, `(N,)` of 1.0.
+    """
+    bits = _bits(largest)
     if bits == 8:
-        return multiply(q, z, one, None, sums, None).to(torch.int32)
+        return _as_int32(multiply(q, z, one, None, SUMS, None))
     mask = 2**bits - 1
-    cut = ((i, multiply(q >> i & mask, z >> i & mask, one, None, sums, None)) for i in range(0, 8, bits))
-    return torch.stack([part.to(torch.int32) << i for i, part in cut]).sum(0, dtype=torch.int32)
+    cut = ((i, multiply(q >> i & mask, z >> i & mask, one, None, SUMS, None)) for i in range(0, 8, bits))
+    return functools.reduce(torch.add, (_as_int32(part) << i for i, part in cut))
+
+
+def _as_int32(y: Tensor) -> Tensor:
+    """Return whole floats as integers, in the same memory."""
+    return y.view(torch.int32).copy_(y)
 
 
 def largest_sum(codes: Tensor) -> int:

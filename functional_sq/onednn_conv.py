@@ -1,7 +1,8 @@
 """Convolution of codes by oneDNN: packed weight, scale and bias inside, float32 written once.
 
-The windows are not copied, and groups are computed as such. The bits are those of `functional_sq.conv`, for
-which oneDNN 3.12 needs some care; each point was found by comparing with exact integers:
+The windows are not copied, and groups are computed as such. For an asymmetric weight the sums of windows are convolved
+too, and both are put together behind. The bits are those of `functional_sq.conv`, for which oneDNN 3.12 needs some
+care; each point was found by comparing with exact integers:
 
 * Padding around a zero point other than 0, windows in the padding alone, an image smaller than a window,
   elements that no window reaches, a step where there is a single window: each gives wrong results for some shapes,
@@ -20,7 +21,8 @@ which oneDNN 3.12 needs some care; each point was found by comparing with exact 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from functional_sq import onednn
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
+from functional_sq.requantize import apply_epilogue
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import define_operator
 
@@ -50,8 +53,14 @@ windows that do not overlap 0.8 to 3.1, the least with a stride of 2 and N <= 2 
 limited) 3 x 3 gains 1.1 to 13 times, 1 x 1 1.0 to 7. Groups, which run as floats otherwise, gain 1.1 to 60 times, and
 are always taken."""
 
+WHOLE = 1028
+"""The largest K of an asymmetric weight without groups: uniform codes have no sums that `onednn.exact_sums` cuts."""
+
 _PACKED: Any = WeakTensorKeyDictionary()
 """A memo of `_pack`, as `functional_sq.onednn` has one: weight codes to a `_Packed`, for as long as the codes live."""
+
+_ONES: Any = WeakTensorKeyDictionary()
+"""The weight that `_ones` gives for the codes of a layer."""
 
 
 def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
@@ -74,30 +83,33 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         and codes.ndim in (3, 4)
         and codes.numel() > 0
         and codes[0].numel() <= INT32_TERMS
-        and zero_point is None
     )
 
 
-def least_windows(codes: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> int:
+def least_windows(
+    codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> int:
     """Return from how many windows on, of all images together, oneDNN is the faster one.
 
     Args:
-        codes: `(N, C / groups, *kernel)`, the weight's, that `supports` takes.
+        codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
         stride, dilation, groups: as `functional_sq.conv`, one for each dimension.
 
     Example:
         >>> import torch
         >>> from functional_sq import onednn_conv
         >>> codes = torch.empty(512, 512, 3, 3)
-        >>> onednn_conv.least_windows(codes, (1, 1), (1, 1), 1), onednn_conv.least_windows(codes, (1, 1), (1, 1), 2)
-        (1, 1)
+        >>> [onednn_conv.least_windows(codes, None, (1, 1), (1, 1), groups) for groups in (1, 2)]
+        [1, 1]
     """
     if groups > 1:
         return 1
     n, k = codes.shape[0], codes[0].numel()
+    if zero_point is not None and k > WHOLE:
+        return sys.maxsize
     if overlap(codes.shape[2:], stride, dilation):
         return max(1, -((4 * n * k - WORTH) // (6 * n + k)))
-    return -(-WORTH // (6 * n))
+    return -(-WORTH // (6 * n)) if zero_point is None else sys.maxsize
 
 
 def overlap(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
@@ -159,7 +171,13 @@ def convolve(
         >>> onednn_conv.convolve(operands, (1, 1), (0, 0, 0, 1), (1, 1), 1)
         tensor([[[[2., 1., 0.]]]])
     """
-    y: Tensor = torch.ops.functional_sq.onednn_conv.default(
+    if operands.weight_zero_point is not None:
+        along = (-1, 1, 1)
+        total = _corrected(operands, operands.weight_zero_point, (stride, padding, dilation, groups))
+        bias = None if operands.bias is None else operands.bias.reshape(along)
+        y = apply_epilogue(total, operands.scale.reshape(along), bias, torch.float32)
+        return onednn.finish(y, activation, to_scale, to_zero_point, dtype)
+    result: Tensor = torch.ops.functional_sq.onednn_conv.default(
         *onednn.arguments(operands),
         stride,
         padding,
@@ -170,7 +188,20 @@ def convolve(
         to_zero_point,
         onednn.result_dtype(dtype),
     )
-    return y if to_scale is not None else y.to(dtype)
+    return result if to_scale is not None else result.to(dtype)
+
+
+def _corrected(operands: Operands, weight_zero_point: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    """Return the exact sums for a weight that has zero points: those of its codes, less those of the windows."""
+    q, zero_point, codes, *_ = operands
+    groups = settings[-1]
+    sums = torch.ops.functional_sq.onednn_conv_sums.default
+    of_codes, of_windows = (sums(q, zero_point, codes, of, *settings).to(torch.int32) for of in (True, False))
+    # The outputs of a group have an axis of their own, along which a compiler reads one sum of a window for all.
+    each, (batch, _, *size) = len(codes) // groups, of_windows.shape
+    of_weight = weight_zero_point.reshape(groups, each, 1, 1)
+    total: Tensor = of_codes.reshape(batch, groups, each, *size) - of_weight * of_windows.unsqueeze(2)
+    return total.flatten(1, 2)
 
 
 class _Packed(NamedTuple):
@@ -200,8 +231,70 @@ def _conv(
     to_zero_point: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    then = activation, to_scale, to_zero_point, dtype
     if q.shape[0] == 0:
         return _empty(q, codes, stride, padding, dilation, dtype if to_scale is None else torch.uint8)
+    convolved, q, z, largest, turned = _prepared(q, zero_point, codes, stride, padding, dilation, groups)
+    y = onednn.exactly(convolved, q, z, scale, bias, largest, *then)
+    return _turned(y) if turned else y
+
+
+def _sums(
+    q: Tensor,
+    zero_point: Tensor,
+    codes: Tensor,
+    of_codes: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the sums of `(q - zero_point) codes` over windows, or of `q - zero_point`, one for each group."""
+    dtype = _sums_dtype(codes, of_codes)
+    if not of_codes:
+        codes = _ones(codes, groups)
+    if q.shape[0] == 0:
+        return _empty(q, codes, stride, padding, dilation, dtype)
+    convolved, q, z, largest, turned = _prepared(q, zero_point, codes, stride, padding, dilation, groups)
+    one = torch.ones(len(codes))
+    if dtype is torch.int32:
+        y = onednn.exact_sums(convolved, q, z, one, largest)
+    else:
+        y = convolved(q, z, one, None, onednn.SUMS, None)
+    return _turned(y) if turned else y
+
+
+def _sums_dtype(codes: Tensor, of_codes: bool) -> torch.dtype:
+    """Return the dtype of `_sums`: float32 where it holds every such sum exactly, which saves a pass."""
+    largest = codes[0].numel() * 255 * (128 if of_codes else 1)
+    return torch.float32 if largest <= 2**24 else torch.int32
+
+
+def _fake_sums(q: Tensor, zero_point: Tensor, codes: Tensor, of_codes: bool, *settings: Any) -> Tensor:
+    stride, padding, dilation, groups = settings
+    dtype = _sums_dtype(codes, of_codes)
+    return _empty(q, codes if of_codes else codes[:groups], stride, padding, dilation, dtype)
+
+
+def _ones(codes: Tensor, groups: int) -> Tensor:
+    """Return the weight whose sums are those of windows: the same one for a layer's codes, so that it stays packed."""
+    known: Tensor | None = _ONES.get(codes)
+    if known is None or known.shape != (groups, *codes.shape[1:]):
+        with torch.inference_mode(False):
+            known = _ONES[codes] = torch.ones((groups, *codes.shape[1:]), dtype=torch.int8)
+    return known
+
+
+def _prepared(
+    q: Tensor,
+    zero_point: Tensor,
+    codes: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Callable[..., Tensor], Tensor, int, int, bool]:
+    """Return what `onednn.exactly` calls, its codes, zero point and largest sum, and whether its result is turned."""
     z = int(zero_point)
     q = q.contiguous(memory_format=torch.channels_last)
     if _is_widened(codes, groups):
@@ -223,9 +316,7 @@ def _conv(
         )
         return y
 
-    then = activation, to_scale, to_zero_point, dtype
-    y = onednn.exactly(convolved, q, z, scale, bias, packed.largest, *then)
-    return _turned(y) if turned else y
+    return convolved, q, z, packed.largest, turned
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -259,6 +350,13 @@ define_operator(
     "int[] dilation, int groups, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
     _conv,
     _fake,
+)
+define_operator(
+    "onednn_conv_sums",
+    "(Tensor q, Tensor zero_point, Tensor codes, bool of_codes, int[] stride, int[] padding, int[] dilation, "
+    "int groups) -> Tensor",
+    _sums,
+    _fake_sums,
 )
 
 

@@ -99,11 +99,11 @@ def asked_once(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def computed_once(x: Tensor) -> Tensor:
-    """Return `x`, a statistic, which Inductor then writes to memory before a loop over elements reads it.
+    """Return `x`, which Inductor on a CPU then writes to memory before a loop reads it.
 
-    On a CPU it else computes it for each vector of elements: the division of a scale's reciprocal makes a pass that
-    quantizes 1.3 times as long, the root of a batch norm's variance one that scales 5 times. On a GPU it costs less
-    than another kernel.
+    Else it computes a statistic for each vector of the elements that it is broadcast to: the division of a scale's
+    reciprocal makes a pass that quantizes 1.3 times as long, the root of a batch norm's variance one that scales 5
+    times. On a GPU that costs less than another kernel.
     """
     if x.device.type != "cpu" or not is_traced(x) or is_exporting():
         return x

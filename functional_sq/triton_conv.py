@@ -46,18 +46,20 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
     return fits and zero_point is None and triton_mm.is_capable(codes)
 
 
-def least_windows(codes: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> int:
+def least_windows(
+    codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> int:
     """Return from how many windows on the kernel is the faster one: from the first, and for no groups.
 
     Args:
-        codes: `(N, C / groups, *kernel)`, the weight's, that `supports` takes.
+        codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
         stride, dilation: of each dimension.
         groups: the channels are cut into so many.
 
     Example:
         >>> import torch
         >>> from functional_sq import triton_conv
-        >>> triton_conv.least_windows(torch.empty(4, 32, 3), (1,), (1,), 1)
+        >>> triton_conv.least_windows(torch.empty(4, 32, 3), None, (1,), (1,), 1)
         1
     """
     return 1 if groups == 1 else sys.maxsize

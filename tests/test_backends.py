@@ -108,7 +108,9 @@ class Int64:
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        q, zero_point, codes, _, scale, _, bias = operands
+        q, zero_point, codes, of_weight, scale, _, bias = operands
+        if of_weight is not None:
+            codes = codes.short() - of_weight.reshape(-1, *(1,) * (codes.ndim - 1))
         total = self.sums(q, zero_point, codes, stride, padding, dilation, groups)
         along = (-1, 1, 1)
         y = apply_epilogue(total, scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
@@ -121,7 +123,7 @@ class Signed(Int64):
     CODES = torch.int8
 
     def supports(self, codes: Tensor, zero_point: Tensor | None) -> bool:
-        return codes.dtype is torch.int8 and (zero_point is None or codes.ndim == 2)
+        return codes.dtype is torch.int8
 
     def bracket(self, of: Operands) -> Tensor:
         total = (of.q.double() @ of.codes.double().t()).long() - of.offset
@@ -455,6 +457,19 @@ class SymmetricAlone(Signed):
         return super().bracket(of._replace(weight_zero_point=None))
 
 
+class SymmetricWindows(Signed):
+    def convolve(self, operands: Operands, *given: Any, **to: Any) -> Tensor:
+        return super().convolve(operands._replace(weight_zero_point=None), *given, **to)
+
+
+class OneZeroPointForAll(Signed):
+    def convolve(self, operands: Operands, *given: Any, **to: Any) -> Tensor:
+        if operands.weight_zero_point is not None:
+            first = operands.weight_zero_point[:1].expand_as(operands.weight_zero_point)
+            operands = operands._replace(weight_zero_point=first)
+        return super().convolve(operands, *given, **to)
+
+
 class CodesOfAnotherDtype(Int64):
     def then(self, y: Tensor, *then: Any) -> Tensor:
         codes = super().then(y, *then)
@@ -576,6 +591,8 @@ class OneScaleAGroup(Int64):
                 ReadsChannelsFirst,
                 FewGroups,
                 Narrow,
+                SymmetricWindows,
+                OneZeroPointForAll,
             )
         ),
     ],

@@ -11,10 +11,12 @@ import io
 import itertools
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import oracle
@@ -443,7 +445,7 @@ def test_the_largest_window_that_stays_in_int32_is_the_last_that_onednn_takes() 
     for k in (33025, 33026):
         codes = torch.zeros(2, k, 1, dtype=torch.int8)
         assert onednn_conv.supports(codes, None) == (onednn.AVAILABLE and k == 33025)
-    assert not onednn_conv.supports(codes[:, :8], torch.ones(2, 1, 1, dtype=torch.int32))
+    assert onednn_conv.supports(codes[:, :8], torch.ones(2, 1, 1, dtype=torch.int32)) == onednn.AVAILABLE
     assert not onednn_conv.supports(codes[:, :8, 0], None)
     assert not onednn_conv.supports(codes[:, :8, None, None], None)
     assert not onednn_conv.supports(codes[:, :8].to("meta"), None)
@@ -451,12 +453,12 @@ def test_the_largest_window_that_stays_in_int32_is_the_last_that_onednn_takes() 
 
 @pytest.mark.parametrize(
     ("formats", "dtype", "channels"),
-    [("uint8-uint8", torch.float32, 58), ("int8-asymmetric", torch.float32, 58), ("int8-int8", torch.float64, 5)],
+    [("uint8-uint8", torch.float32, 115), ("int8-asymmetric", torch.float32, 115), ("int8-int8", torch.float64, 5)],
 )
 def test_what_onednn_does_not_take_is_convolved_as_before(
     calls: list[Tensor], formats: str, dtype: torch.dtype, channels: int
 ) -> None:
-    """An asymmetric weight with K = 522, and float64."""
+    """An asymmetric weight with K = 1035, and float64."""
     geometry = Geometry((2, channels, 4, 3), (6, channels, 3, 3), padding=1)
     case = draw(geometry, *FORMATS[formats])
     assert_exact(case.kept(dtype), case)
@@ -470,7 +472,7 @@ def test_an_asymmetric_weight_by_onednn_has_the_integers_and_roundings_of_numpy(
     calls: list[Tensor], name: str, fill: tuple[str, str]
 ) -> None:
     geometry = (GEOMETRIES | UNFIT)[name]
-    taken = geometry.shape[0] > 0 and len(geometry.weight) < 5 and math.prod(geometry.weight[1:]) <= 514
+    taken = geometry.shape[0] > 0 and len(geometry.weight) < 5
     # Windows that do not overlap are rows already.
     extents = [
         gap * (size - 1) + 1 for size, gap in zip(geometry.weight[2:], geometry.each(geometry.dilation), strict=True)
@@ -484,12 +486,12 @@ def test_an_asymmetric_weight_by_onednn_has_the_integers_and_roundings_of_numpy(
             y = case.kept(dtype)
             assert y.is_contiguous()
             assert_exact(y, case)
-            assert len(calls) == 2 * taken  # the products and the windows' sums
+            assert len(calls) == taken
 
 
 @needs_onednn
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("groups", [1, 3])
 def test_an_asymmetric_weight_is_compiled_to_two_convolutions(
     groups: int, dynamic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,16 +501,16 @@ def test_an_asymmetric_weight_is_compiled_to_two_convolutions(
     with torch.inference_mode():
         y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=dynamic), x)
         assert torch.equal(y, layer(x))
-    assert source.count("functional_sq.onednn_conv.default(") == 2
-    assert "by oneDNN from 1 windows on" in repr(layer)
+    assert source.count("functional_sq.onednn_conv_sums.default(") == 2
+    assert repr(layer).endswith("by oneDNN from 1 windows on)")
 
 
 @needs_onednn
 @pytest.mark.parametrize("fill", [*itertools.product(["low", "high"], repeat=2)], ids=str)
 @pytest.mark.parametrize("zero_point", [0, 255])
-@pytest.mark.parametrize("k", [514, 515])
+@pytest.mark.parametrize(("k", "dtype"), [(514, torch.float32), (515, torch.int32), (5000, torch.int32)])
 def test_sums_of_an_asymmetric_weight_are_exact_at_the_border(
-    calls: list[Tensor], k: int, zero_point: int, fill: tuple[str, str]
+    calls: list[Tensor], k: int, dtype: torch.dtype, zero_point: int, fill: tuple[str, str]
 ) -> None:
     """514 * 255 * 128 is the last below 2**24; one code is another, so that the sum has its lowest bits."""
     case = draw(Geometry((1, 2 * k, 2), (6, k, 1), groups=2), *FORMATS["uint8-uint8"], fill=fill, bias=False)
@@ -516,7 +518,56 @@ def test_sums_of_an_asymmetric_weight_are_exact_at_the_border(
     case.w[:, 1] ^= 1
     case = dataclasses.replace(case, qp=QParams(case.qp.scale, torch.full_like(case.qp.zero_point, zero_point)))
     assert_exact(case.kept(), case)
-    assert len(calls) == (2 if k == 514 else 0)
+    assert len(calls) == 1
+    assert onednn_conv._sums_dtype(case.folded().codes, True) is dtype
+
+
+@needs_onednn
+def test_what_sums_windows_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn_conv, "WORTH", 0)
+    packed, pack = [], onednn_conv._prepack
+
+    def recorded(*given: Any) -> Any:
+        packed.append(pack(*given))
+        return packed[-1]
+
+    monkeypatch.setattr(onednn_conv, "_prepack", recorded)
+    layer = quantized(SCHEMES["uint8"], nn.Conv2d(6, 6, 3, groups=2))
+    other = quantized(SCHEMES["uint8"], nn.Conv2d(6, 6, 3, groups=2))
+    for _ in range(3):
+        for each, size in ((layer, 9), (other, 12)):
+            each(torch.randn(1, 6, size, size))
+    assert len(packed) == 4
+
+
+TAPS = [
+    pytest.param("uint8", nn.Conv1d(6, 6, 4, 2, 3, 2, groups=6), (3, 6, 11), id="1d"),
+    pytest.param("uint8", nn.Conv2d(6, 6, (3, 5), (2, 1), (0, 2), (1, 2), groups=6), (2, 6, 9, 11), id="2d"),
+    pytest.param("uint8", nn.Conv2d(6, 6, 3, padding="same", groups=6, bias=False), (6, 9, 8), id="no-batch"),
+    pytest.param("uint8", nn.Conv2d(6, 6, 2, padding=1, padding_mode="circular", groups=6), (2, 6, 9, 8), id="round"),
+    pytest.param("uint8", nn.Conv3d(6, 6, 2, 2, 1, groups=6), (2, 6, 5, 4, 7), id="3d"),
+    pytest.param("int8", nn.Conv3d(6, 6, (3, 1, 3), groups=6), (2, 6, 5, 4, 7), id="3d-symmetric"),
+    pytest.param("uint8", nn.ConvTranspose2d(6, 6, 3, 2, 1, 1, groups=6), (2, 6, 5, 4), id="transposed"),
+]
+"""Each channel alone; what is convolved by a loop where it is compiled."""
+
+
+@pytest.mark.parametrize(("last", "dynamic"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("scheme", "float_layer", "shape"), TAPS)
+def test_each_channel_alone_is_compiled_to_one_loop(
+    scheme: str, float_layer: nn.Module, shape: tuple[int, ...], last: bool, dynamic: bool
+) -> None:
+    layer = quantized(SCHEMES[scheme], float_layer)
+    assert ", compiled to one loop" in repr(layer)
+    x = 3 * torch.randn(shape)
+    if last and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=dynamic), x)
+        assert_same([y], [layer(x)])
+    calls = source[source.index("def call(") :]
+    assert "torch.ops." not in calls
+    assert "extern_kernels." not in calls
 
 
 @needs_onednn
@@ -642,14 +693,19 @@ def test_windows_from_which_on_onednn_is_asked() -> None:
     """From shapes alone; groups always; and from the first one on where the weight is large."""
     least = onednn_conv.least_windows
     one, two, small, large = (1, 1), (2, 2), torch.empty(16, 16, 3, 3), torch.empty(512, 512, 3, 3)
-    assert least(large, one, one, 1) == least(small, one, one, 2) == 1
+    assert least(large, None, one, one, 1) == least(small, None, one, one, 2) == 1
     k, n = 16 * 9, 16
-    m = least(small, one, one, 1)
+    m = least(small, None, one, one, 1)
     assert 6 * m * n + m * k + 4 * n * k >= onednn_conv.WORTH > 6 * (m - 1) * n + (m - 1) * k + 4 * n * k
     # Windows that do not overlap are not copied.
-    m = least(small, (3, 3), one, 1)
+    m = least(small, None, (3, 3), one, 1)
     assert 6 * m * n >= onednn_conv.WORTH > 6 * (m - 1) * n
-    assert least(small, (3, 3), two, 1) == least(small, one, one, 1)
+    assert least(small, None, (3, 3), two, 1) == least(small, None, one, one, 1)
+    # An asymmetric weight: while no sum of uniform codes is cut, and only where windows would be copied.
+    zero_point = torch.empty(16, 1, 1, 1)
+    assert least(small, zero_point, one, one, 1) == least(small, None, one, one, 1)
+    assert least(large, zero_point, one, one, 2) == 1
+    assert least(large, zero_point, one, one, 1) == least(small, zero_point, (3, 3), one, 1) == sys.maxsize
 
     geometry = Geometry((1, 16, 9, 9), (16, 16, 3, 3), padding=1)
     case = draw(geometry, *FORMATS["int8-int8"])
@@ -659,7 +715,7 @@ def test_windows_from_which_on_onednn_is_asked() -> None:
     def forward(q: Tensor) -> Tensor:
         return fsq.conv(case.act, q, case.qp, folded, case.bias, padding=1, epilogue=known)
 
-    fewest = -(-least(small, one, one, 1) // 81)
+    fewest = -(-least(small, None, one, one, 1) // 81)
     for batch, dynamic, by_onednn in ((fewest - 1, False, False), (fewest, False, True), (2, True, True)):
         torch.compiler.reset()
         q = case.q.expand(batch, 16, 9, 9).contiguous()
@@ -821,12 +877,11 @@ def test_the_repr_says_which_convolution_is_made_by_onednn() -> None:
     assert f"int8 product{by}" in shown
     assert (" windows on" in shown) == onednn.AVAILABLE
     assert ("from 1 windows on" in repr(quantized(SYMMETRIC_INT8, LAYERS["2d-depthwise"]()))) == onednn.AVAILABLE
-    eight = 8 * (
-        onednn_conv.least_windows(quantized(SYMMETRIC_INT8, LAYERS["2d"]()).weight_codes, (1, 1), (1, 1), 1) - 1
-    )
-    assert (f"from {eight + 1} windows on" in repr(quantized(SCHEMES["uint8"], LAYERS["2d"]()))) == onednn.AVAILABLE
+    asymmetric = quantized(SCHEMES["uint8"], LAYERS["2d"]())
+    least = onednn_conv.least_windows(asymmetric.weight_codes, asymmetric.weight_zero_point, (1, 1), (1, 1), 1)
+    assert (f"from {least} windows on" in repr(asymmetric)) == onednn.AVAILABLE
     for layer in (
-        quantized(SCHEMES["uint8"], nn.Conv2d(6, 8, 10, padding=5)),  # an asymmetric weight with K = 600
+        quantized(SCHEMES["uint8"], nn.Conv2d(6, 8, 14, padding=5)),  # an asymmetric weight with K = 1176
         quantized(SYMMETRIC_INT8, LAYERS["2d"](), reference=True),
     ):
         assert "oneDNN" not in repr(layer)

@@ -430,12 +430,12 @@ def test_the_repr_says_which_is_made_by_onednn_and_how_it_is_laid_out() -> None:
         "stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros', output_padding=(1, 1)" in shown
     )
     # The result's positions are the windows, so they do not depend on the stride.
-    least = onednn_conv.least_windows(layer.weight_codes, (1, 1), (1, 1), 1)
+    least = onednn_conv.least_windows(layer.weight_codes, None, (1, 1), (1, 1), 1)
     assert (f", by oneDNN from {least} windows on" in shown) == onednn.AVAILABLE
     assert ("from 1 windows" in repr(quantized(SCHEMES["int8"], LAYERS["2d-groups"]()))) == onednn.AVAILABLE
     for other in (
         quantized(SCHEMES["int8"], LAYERS["3d"]()),
-        quantized(SCHEMES["uint8"], nn.ConvTranspose2d(6, 8, 10)),
+        quantized(SCHEMES["uint8"], nn.ConvTranspose2d(6, 8, 14)),
         quantized(SCHEMES["int8"], LAYERS["2d"](), reference=True),
     ):
         assert "oneDNN" not in repr(other)

@@ -122,6 +122,7 @@ def convolution_is_exact(
     dtype: torch.dtype = torch.float32,
     bias: torch.dtype | None = None,
     strided: bool = False,
+    asymmetric: bool = False,
     last: bool = True,
     activation: str | None = None,
     step: float = 0.25,
@@ -137,7 +138,7 @@ def convolution_is_exact(
         kernel: along height and width, or along the width alone.
         stride, dilation: along height and width.
         padding: above, below, left and right; what is there has the code `zero_point`.
-        zero_point, fill, seed, dtype, bias, strided, activation, step, device: as `product_is_exact`.
+        zero_point, fill, seed, dtype, bias, strided, asymmetric, activation, step, device: as `product_is_exact`.
         last: whether the channels of the images lie last in memory, as those that `conv` gives.
 
     Example:
@@ -154,12 +155,18 @@ def convolution_is_exact(
     z = torch.tensor([zero_point], dtype=torch.int32, device=device)
     if last:
         q = q.contiguous(memory_format=torch.channels_last)
+    of_weight = torch.randint(-128, 128, (n,), generator=draw).to(device, torch.int32) if asymmetric else None
     above, below, left, right = padding
+
+    def real() -> Tensor:
+        """Return the weight less its zero points."""
+        zero = 0 if of_weight is None else of_weight.cpu().reshape(-1, *(1 for _ in w.shape[1:]))
+        return w.cpu().double() - zero
 
     def sums() -> Tensor:
         # Sums of float64 are exact below 2**53, in any order.
         wide = F.pad(q.cpu().double() - z.cpu(), (left, right, above, below))
-        rows = w.cpu().double().reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
+        rows = real().reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
         return F.conv2d(wide, rows, None, tuple(stride), 0, tuple(dilation), groups).long().movedim(1, -1)
 
     total = sums()
@@ -167,17 +174,17 @@ def convolution_is_exact(
 
     def windows(codes: Tensor, zero_point: Tensor | None) -> int:
         along = len(kernel)
-        return backend.least_windows(codes, stride[-along:], dilation[-along:], groups)
+        return backend.least_windows(codes, zero_point, stride[-along:], dilation[-along:], groups)
 
     def convolved(operands: Operands, *then: Any, **to: Any) -> Tensor:
         return backend.convolve(operands, stride, padding, dilation, groups, *then, **to).movedim(1, -1)
 
-    _assert_asked(backend, w, None, windows, int)
+    _assert_asked(backend, w, of_weight, windows, int)
     results = []
     for written_to in ("nothing", "codes", "the rest"):
         _write(written_to, w, z, scale, b)
-        offset = (z.long() - 128) * w.flatten(1).sum(1, dtype=torch.int64)
-        operands = Operands(*_taken(backend, q, z), w, None, scale, offset.to(_offset_dtype(w[0].numel())), b)
+        offset = ((z.cpu().long() - 128) * real().flatten(1).sum(1).long()).to(_offset_dtype(w[0].numel())).to(device)
+        operands = Operands(*_taken(backend, q, z), w, of_weight, scale, offset, b)
         results.append(_assert_rounded(backend, convolved, operands, sums(), dtype, activation, step))
     _assert_kept(results)
 

@@ -53,6 +53,8 @@ def _convolutions(draw: st.DrawFn, backend: Convolution, device: str) -> dict[st
     codes = torch.empty((groups * outputs, channels, *kernel), dtype=torch.int8, device=device)
     if not backend.supports(codes, None):
         reject()
+    zero_points = torch.empty((len(codes), *(1 for _ in codes.shape[1:])), dtype=torch.int32, device=device)
+    asymmetric = backend.supports(codes, zero_points)
     size, stride, dilation = [], [], []
     padding: list[int] = []
     for k in (1, *kernel)[-2:]:
@@ -65,6 +67,7 @@ def _convolutions(draw: st.DrawFn, backend: Convolution, device: str) -> dict[st
         dilation.append(gap)
     return {
         "backend": backend,
+        "asymmetric": asymmetric and draw(st.booleans()),
         "images": draw(st.sampled_from([1, 2, 3, 0])),
         "size": tuple(size),
         "channels": channels,
