@@ -25,6 +25,7 @@ from bridge.observed import (
     ObserverModule,
     insert_observers_,
 )
+from bridge.quantizable import QuantizableMultiheadAttention, make_quantizable_
 from bridge.quantized import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -67,6 +68,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "PlainLayout",
+    "QuantizableMultiheadAttention",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",
@@ -82,6 +84,7 @@ __all__ = [
     "convert_",
     "insert_observers_",
     "load",
+    "make_quantizable_",
     "prepare_",
     "quantize_",
     "register_quantize_module_handler",

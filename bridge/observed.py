@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from types import MethodType
@@ -27,6 +28,7 @@ __all__ = [
     "ObservedLinear",
     "ObserverModule",
     "insert_observers_",
+    "is_quantizable",
     "observed_type",
     "weight_of",
 ]
@@ -520,16 +522,38 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     return None
 
 
-def _own_parts(module: nn.Module) -> list[str]:
-    """Return the parameters, buffers and modules that a subclass has beside its torch type's; a parent may use them."""
-    if type(module) in OBSERVED or nn.utils.parametrize.is_parametrized(module):
-        return []
-    return [
-        name for part in (module._parameters, module._buffers, module._modules) for name in part if name not in _PARTS
-    ]
+def is_quantizable(module: nn.Module) -> bool:
+    """Say whether `make_quantizable_` replaces `module`: it computes what a type that it knows computes, and no more.
+
+    Example:
+        >>> import torch
+        >>> from bridge.observed import is_quantizable
+        >>> is_quantizable(torch.nn.MultiheadAttention(8, 2)), is_quantizable(torch.nn.LSTM(8, 8))
+        (True, False)
+    """
+    # A model that has a Conv1D has loaded transformers.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    for kind, parts in ((nn.MultiheadAttention, _ATTENTION_PARTS), (conv1d, _PARTS)):
+        if kind is not None and isinstance(module, kind):
+            same = all(getattr(type(module), name) is getattr(kind, name) for name in ("forward", "__call__"))
+            return same and not _own_parts(module, parts)
+    return False
 
 
 _PARTS = ("weight", "bias")
+_ATTENTION_PARTS = (
+    *("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    *("in_proj_bias", "bias_k", "bias_v", "out_proj"),
+)
+
+
+def _own_parts(module: nn.Module, known: Sequence[str] = _PARTS) -> list[str]:
+    """Return the parameters, buffers and modules that a subclass has beside its type's; a parent may use them."""
+    if type(module) in OBSERVED or nn.utils.parametrize.is_parametrized(module):
+        return []
+    return [
+        name for part in (module._parameters, module._buffers, module._modules) for name in part if name not in known
+    ]
 
 
 def _holds_tensors(weight: Tensor | None) -> bool:
@@ -539,10 +563,12 @@ def _holds_tensors(weight: Tensor | None) -> bool:
 
 def float_reason(module: nn.Module) -> str | None:
     """Say why `module`, a kind of layer that one may expect to be quantized, is not; None: it is, or is no such."""
+    kind = type(module).__name__
+    remedy = "call bridge.make_quantizable_(model) first" if is_quantizable(module) else None
     if isinstance(module, nn.MultiheadAttention):
         return (
-            "torch.nn.MultiheadAttention multiplies its projections itself, calling no layer; "
-            "to have them quantized, use an attention that calls torch.nn.Linear"
+            f"{kind} multiplies its projections itself, calling no layer; "
+            f"to have them quantized, {remedy or 'use an attention that calls torch.nn.Linear'}"
         )
     if isinstance(module, Observed):
         return None
@@ -551,12 +577,12 @@ def float_reason(module: nn.Module) -> str | None:
         if not own or isinstance(module, _LOOKS_UP_OR_SCALES):
             return None
         return (
-            f"{type(module).__name__} has {own[0]} of its own and calls no layer with it; "
-            f"to have it quantized, let a torch.nn.Linear multiply it"
+            f"{kind} has {own[0]} of its own and calls no layer with it; "
+            f"to have it quantized, {remedy or 'let a torch.nn.Linear multiply it'}"
         )
     if observed_type(module) is not None or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
-    kind, weight = type(module).__name__, module._parameters.get("weight")
+    weight = module._parameters.get("weight")
     if isinstance(weight, (AffineQuantizedTensor, LinearActivationQuantizedTensor)):
         return None
     if _holds_tensors(weight):
@@ -642,12 +668,13 @@ def check_plain(module: nn.Module) -> None:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
         raise ValueError("the layer has hooks, which would be lost; remove them first, or leave it out by a rule")
-    if hasattr(module.weight, "placements"):  # a DTensor
-        raise ValueError("the weight is sharded; quantize the model before it is sharded, or leave the layer out")
-    if _holds_tensors(module.weight):
-        raise ValueError(
-            f"the weight is a {type(module.weight).__name__} already; give the float layer, or leave this one as it is"
-        )
+    for weight in [module.weight] if hasattr(module, "weight") else module.parameters(recurse=False):
+        if hasattr(weight, "placements"):  # a DTensor
+            raise ValueError("the weight is sharded; quantize the model before it is sharded, or leave the layer out")
+        if _holds_tensors(weight):
+            raise ValueError(
+                f"the weight is a {type(weight).__name__} already; give the float layer, or leave this one as it is"
+            )
 
 
 def check_static(spec: fsq.QuantSpec, shape: Sequence[int]) -> None:

@@ -28,7 +28,7 @@ from bridge.aqt import AffineQuantizedTensor
 from bridge.buffers import check_module
 from bridge.checks import named
 from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
-from bridge.observed import ObserverModule, check_plain, choose_paths, float_reason, public_name
+from bridge.observed import ObserverModule, check_plain, choose_paths, float_reason, is_quantizable, public_name
 from bridge.quantized import QUANTIZED
 from functional_sq import safetensors
 from functional_sq.serialize import spec_from_json, spec_to_json
@@ -120,8 +120,9 @@ def load(
 
     Args:
         path: the file.
-        float_model_factory: called once; returns the float model that was quantized, new. Its weights
-            do not matter: they may be random, or on the meta device, where they take no memory.
+        float_model_factory: called once; returns the float model that was quantized, new, and after
+            `make_quantizable_` if that was called before `prepare_`. Its weights do not matter: they may be
+            random, or on the meta device, where they take no memory.
         device: where the model goes; default: where the factory puts it, the CPU for what is on meta.
         classes: your own observer and granularity classes that the specs name.
 
@@ -176,6 +177,7 @@ def load(
             f"{path}: the model of the factory does not fit, in {len(lines)} places:\n  "
             + "\n  ".join(lines)
             + "\nmake the factory return the float model that was quantized, of the same classes, sizes and dtype"
+            + _first_step(model, faults)
         )
 
     parameters = {public_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -354,6 +356,14 @@ def _misfit(layer: _Layer, module: nn.Module | None) -> list[str]:
     if module.weight.dtype is not layer.dtype:
         why.append(f"weight of {module.weight.dtype}, in the file {layer.dtype}")
     return why
+
+
+def _first_step(model: nn.Module, faults: Faults) -> str:
+    """Name the step that a factory may have left out, where what does not fit is what that step replaces."""
+    for name, module in named(model).items():
+        if is_quantizable(module) and any(f"{fault}.".startswith(f"{name}.") for fault in faults):
+            return ", after make_quantizable_ if that was called: lambda: bridge.make_quantizable_(build())"
+    return ""
 
 
 def _compare(

@@ -42,7 +42,8 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
     loads its `state_dict`. `unprepare_` takes the observers out again.
 
     Modules that no one chose to leave in float and that yet must stay so, for they multiply parameters of
-    their own and call no layer (`torch.nn.MultiheadAttention`, recurrent ones), are listed once, in one warning.
+    their own and call no layer (recurrent ones; `torch.nn.MultiheadAttention`, unless `make_quantizable_` came
+    before), are listed once, in one warning.
 
     Args:
         model: any module with such layers inside; may be compiled already.

@@ -114,6 +114,13 @@ MODELS: Mapping[str, tuple[Callable[[], nn.Module], set[str]]] = {
         lambda: encoder(activation="gelu"),
         {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)},
     ),
+    "TransformerEncoder, quantizable": (
+        lambda: bridge.make_quantizable_(encoder()),
+        {
+            *(f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)),
+            *(f"layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in ("q", "k", "v", "out")),
+        },
+    ),
 }
 
 DTYPES = [torch.float32, torch.bfloat16]
