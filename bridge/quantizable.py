@@ -142,9 +142,8 @@ class QuantizableMultiheadAttention(nn.Module):
             ValueError: shapes do not fit, a mask is neither bool nor float, or `is_causal` comes without `attn_mask`,
                 of which it says that it is the causal one.
         """
-        given = f"query, key and value of shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         if not query.dim() == key.dim() == value.dim() in (2, 3):
-            raise ValueError(f"{given}; give three axes, or two for one sequence")
+            raise ValueError(f"{_shapes(query, key, value)}; give three axes, or two for one sequence")
         if attn_mask is None and is_causal:
             raise ValueError("is_causal=True says that attn_mask is the causal one, and attn_mask is None; give it too")
         # Not before: compiled, the layers share the codes of what is one tensor.
@@ -155,7 +154,9 @@ class QuantizableMultiheadAttention(nn.Module):
         elif not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         if k.shape != v.shape or q.shape[0] != k.shape[0]:
-            raise ValueError(f"{given}; give as many sequences in each, and as many tokens in key and value")
+            raise ValueError(
+                f"{_shapes(query, key, value)}; give as many sequences in each, and as many tokens in key and value"
+            )
 
         # Torch's encoder finds out by a look at the mask, which a compiler cannot know; the mask serves too.
         causal = key_padding_mask is None and not need_weights and guard_or_false(is_causal)
@@ -166,13 +167,13 @@ class QuantizableMultiheadAttention(nn.Module):
             v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1)], 1)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        if mask is not None:
+        if mask is not None and k.shape[1] > tokens:
             mask = F.pad(mask, (0, k.shape[1] - tokens))
 
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         weights: Tensor | None = None
         if need_weights:
-            scores = q * math.sqrt(1 / self.head_dim) @ k.transpose(-2, -1)
+            scores = (q * math.sqrt(1 / self.head_dim)) @ k.transpose(-2, -1)
             scores = scores if mask is None else scores + mask
             weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
             y = weights @ v
@@ -205,6 +206,10 @@ class QuantizableMultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query, key and value are of shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
 
 
 def _added(name: str, mask: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

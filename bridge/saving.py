@@ -173,11 +173,12 @@ def load(
     _compare_shared(faults, model, content.aliases)
     if faults:
         lines = [f"{_where(name)}: {'; '.join(why)}" for name, why in sorted(faults.items())]
+        step = ", after make_quantizable_ if that was called: lambda: bridge.make_quantizable_(build())"
         raise ValueError(
             f"{path}: the model of the factory does not fit, in {len(lines)} places:\n  "
             + "\n  ".join(lines)
             + "\nmake the factory return the float model that was quantized, of the same classes, sizes and dtype"
-            + _first_step(model, faults)
+            + (step if any(is_quantizable(m) and name in faults for name, m in named(model).items()) else "")
         )
 
     parameters = {public_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -356,14 +357,6 @@ def _misfit(layer: _Layer, module: nn.Module | None) -> list[str]:
     if module.weight.dtype is not layer.dtype:
         why.append(f"weight of {module.weight.dtype}, in the file {layer.dtype}")
     return why
-
-
-def _first_step(model: nn.Module, faults: Faults) -> str:
-    """Name the step that a factory may have left out, where what does not fit is what that step replaces."""
-    for name, module in named(model).items():
-        if is_quantizable(module) and any(f"{fault}.".startswith(f"{name}.") for fault in faults):
-            return ", after make_quantizable_ if that was called: lambda: bridge.make_quantizable_(build())"
-    return ""
 
 
 def _compare(

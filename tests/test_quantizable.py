@@ -374,6 +374,7 @@ LOST: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: nn.utils.parametrize.register_parametrization(m, "in_proj_weight", Doubled()),
         "computed by a parametrization",
     ),
+    "a sharded weight": (lambda m: setattr(m.in_proj_weight, "placements", ()), "the weight is sharded"),
     "a parametrization inside": (
         lambda m: nn.utils.parametrize.register_parametrization(m.out_proj, "weight", Doubled()),
         "computed by a parametrization",
