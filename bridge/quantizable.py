@@ -93,6 +93,7 @@ class QuantizableMultiheadAttention(nn.Module):
             `attention`.
 
     Raises:
+        TypeError: `attention` is none, or has a forward or parameters of its own.
         ValueError: `attention` or its output projection has hooks, a parametrization or sharded weights.
 
     Example:
@@ -112,6 +113,11 @@ class QuantizableMultiheadAttention(nn.Module):
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
+        if not (isinstance(attention, nn.MultiheadAttention) and is_quantizable(attention)):
+            raise TypeError(
+                f"{type(self).__name__} got a {type(attention).__name__}; give a torch.nn.MultiheadAttention, or a "
+                f"subclass that computes the same"
+            )
         check_plain(attention)
         check_plain(attention.out_proj)
         self.embed_dim, self.kdim, self.vdim = attention.embed_dim, attention.kdim, attention.vdim

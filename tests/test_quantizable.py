@@ -362,6 +362,15 @@ def test_subclasses_that_are_something_else_stay_and_are_named() -> None:
         assert line.endswith("use an attention that calls torch.nn.Linear")
 
 
+@pytest.mark.parametrize("make", [lambda: Other(E, H), More, lambda: nn.Linear(E, E), lambda: E])
+def test_what_is_no_attention_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(
+        TypeError,
+        match=r"QuantizableMultiheadAttention got a (Other|More|Linear|int); give a torch.nn.MultiheadAttention",
+    ):
+        QuantizableMultiheadAttention(make())
+
+
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight * 2
