@@ -4,8 +4,8 @@
 
 Each row is one layer of ResNet-50, MobileNetV2 or Wav2Vec2 and a batch, images `channels_last`. The floor is a
 compiled pass that makes codes of the input, and oneDNN's int8 convolution alone, of codes that are there already
-and a weight that is packed already. The column uint8 has asymmetric weights: two convolutions by oneDNN where
-a window holds at most 514 elements, else a copy of all windows.
+and a weight that is packed already. The column uint8 has asymmetric weights: two convolutions by oneDNN with
+groups or up to 1028 elements a window, else a copy of all windows; a depthwise one is a loop, and no call of oneDNN.
 Then blocks of two networks, batch norms in them, as multiples of their bare convolutions; `apart` hands no codes on.
 All columns of a row are timed in turn; a cell is the median and its ratio to the floor. Below the table oneDNN
 names the kernels of one call, for a layer without groups and a depthwise one. `OMP_NUM_THREADS=1` makes it
