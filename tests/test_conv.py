@@ -541,19 +541,24 @@ def test_what_sums_windows_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 TAPS = [
-    pytest.param("uint8", nn.Conv1d(6, 6, 4, 2, 3, 2, groups=6), (3, 6, 11), id="1d"),
-    pytest.param("uint8", nn.Conv2d(6, 6, (3, 5), (2, 1), (0, 2), (1, 2), groups=6), (2, 6, 9, 11), id="2d"),
-    pytest.param("uint8", nn.Conv2d(6, 6, 3, padding="same", groups=6, bias=False), (6, 9, 8), id="no-batch"),
-    pytest.param("uint8", nn.Conv2d(6, 6, 2, padding=1, padding_mode="circular", groups=6), (2, 6, 9, 8), id="round"),
-    pytest.param("uint8", nn.Conv3d(6, 6, 2, 2, 1, groups=6), (2, 6, 5, 4, 7), id="3d"),
-    pytest.param("int8", nn.Conv3d(6, 6, (3, 1, 3), groups=6), (2, 6, 5, 4, 7), id="3d-symmetric"),
-    pytest.param("uint8", nn.ConvTranspose2d(6, 6, 3, 2, 1, 1, groups=6), (2, 6, 5, 4), id="transposed"),
+    pytest.param("uint8", nn.Conv1d(6, 6, 4, 2, 3, 2, groups=6), (3, 6, 11), False, True, id="1d"),
+    pytest.param(
+        "uint8", nn.Conv2d(6, 6, (3, 5), (2, 1), (0, 2), (1, 2), groups=6), (2, 6, 9, 11), True, True, id="2d"
+    ),
+    pytest.param(
+        "uint8", nn.Conv2d(6, 6, 3, padding="same", groups=6, bias=False), (6, 9, 8), False, False, id="no-batch"
+    ),
+    pytest.param(
+        "uint8", nn.Conv2d(6, 6, 2, padding=1, padding_mode="circular", groups=6), (2, 6, 9, 8), True, False, id="round"
+    ),
+    pytest.param("uint8", nn.Conv3d(6, 6, 2, 2, 1, groups=6), (2, 6, 5, 4, 7), False, True, id="3d"),
+    pytest.param("int8", nn.Conv3d(6, 6, (3, 1, 3), groups=6), (2, 6, 5, 4, 7), False, False, id="3d-symmetric"),
+    pytest.param("uint8", nn.ConvTranspose2d(6, 6, 3, 2, 1, 1, groups=6), (2, 6, 5, 4), False, True, id="transposed"),
 ]
-"""Each channel alone; what is convolved by a loop where it is compiled."""
+"""Each channel alone, which compiled code convolves by a loop; whether channels lie last, and sizes are any."""
 
 
-@pytest.mark.parametrize(("last", "dynamic"), [(False, True), (True, False)])
-@pytest.mark.parametrize(("scheme", "float_layer", "shape"), TAPS)
+@pytest.mark.parametrize(("scheme", "float_layer", "shape", "last", "dynamic"), TAPS)
 def test_each_channel_alone_is_compiled_to_one_loop(
     scheme: str, float_layer: nn.Module, shape: tuple[int, ...], last: bool, dynamic: bool
 ) -> None:
