@@ -516,8 +516,7 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     if isinstance(module, (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.modules.lazy.LazyModuleMixin)):
         return None
     for kind, observed in OBSERVED.items():
-        own = [name for name in ("forward", "__call__", "_conv_forward", "_output_padding") if hasattr(kind, name)]
-        if isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in own):
+        if _runs_as(module, kind):
             return None if _own_parts(module) or _holds_tensors(module._parameters.get("weight")) else observed
     return None
 
@@ -534,10 +533,15 @@ def is_quantizable(module: nn.Module) -> bool:
     # A model that has a Conv1D has loaded transformers.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     for kind, parts in ((nn.MultiheadAttention, _ATTENTION_PARTS), (conv1d, _PARTS)):
-        if kind is not None and isinstance(module, kind):
-            same = all(getattr(type(module), name) is getattr(kind, name) for name in ("forward", "__call__"))
-            return same and not _own_parts(module, parts)
+        if kind is not None and _runs_as(module, kind):
+            return not _own_parts(module, parts)
     return False
+
+
+def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is of a type, or of a subclass of it that has its forward."""
+    own = [name for name in ("forward", "__call__", "_conv_forward", "_output_padding") if hasattr(kind, name)]
+    return isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in own)
 
 
 _PARTS = ("weight", "bias")

@@ -135,11 +135,12 @@ def conv(
     size = _check_windows(q.shape, shape, geometry)
     x = q if q.ndim == len(shape) else q[None]
     windows = x.shape[0] * math.prod(size)
-    backend = None
-    if epilogue is not None and epilogue.offset is not None and fits_operator(epilogue.scale, bias, wide):
-        backend = convolution_for(windows, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
-    if backend is not None and not (tapped and weight.zero_point is not None):
+    backend = None
+    kept = epilogue is not None and epilogue.offset is not None and fits_operator(epilogue.scale, bias, wide)
+    if kept and not (tapped and weight.zero_point is not None):
+        backend = convolution_for(windows, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
+    if backend is not None:
         assert epilogue is not None
         assert epilogue.offset is not None
         taken = backend_codes(backend.CODES, spec, x, qp)

@@ -196,8 +196,7 @@ def product(
     """
     if operands.weight_zero_point is not None:
         total = _corrected(operands, operands.weight_zero_point)
-        y = apply_epilogue(total, operands.scale, operands.bias, torch.float32)
-        return finish(y, activation, to_scale, to_zero_point, dtype)
+        return finish(total, operands.scale, operands.bias, activation, to_scale, to_zero_point, dtype)
     result: Tensor = torch.ops.functional_sq.onednn_product.default(
         *arguments(operands), activation, to_scale, to_zero_point, result_dtype(dtype)
     )
@@ -247,9 +246,19 @@ def _corrected(operands: Operands, weight_zero_point: Tensor) -> Tensor:
 
 
 def finish(
-    y: Tensor, activation: str, to_scale: Tensor | None, to_zero_point: Tensor | None, dtype: torch.dtype
+    total: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    to_scale: Tensor | None,
+    to_zero_point: Tensor | None,
+    dtype: torch.dtype,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """Apply what follows a product to one in float32 that oneDNN does not finish."""
+    """Return what oneDNN makes of exact sums `(B, N, ...)`, where it does not do so itself: as `exactly`."""
+    along = (-1, *(1,) * (total.ndim - 2))
+    bias = None if bias is None else bias.reshape(along)
+    y = apply_epilogue(total, scale.reshape(along), bias, torch.float32, onto)
     if to_scale is None or to_zero_point is None:
         return ACTIVATIONS[activation](y).to(dtype)
     return requantize(y, Requantization(_UINT8, QParams(to_scale, to_zero_point), activation))
@@ -384,10 +393,7 @@ def exactly(
     if bits == 8:
         return multiply(q, z, scale, bias, (*to, *_POST_OPS[activation]), onto)
     product = exact_sums(multiply, q, z, torch.ones_like(scale), largest)
-    along = (-1, *(1,) * (product.ndim - 2))
-    bias = None if bias is None else bias.reshape(along)
-    y = apply_epilogue(product, scale.reshape(along), bias, torch.float32, onto)
-    return finish(y, activation, to_scale, to_zero_point, dtype)
+    return finish(product, scale, bias, activation, to_scale, to_zero_point, dtype, onto)
 
 
 def _bits(largest: int) -> int:

@@ -33,11 +33,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from functional_sq import onednn
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
-from functional_sq.requantize import apply_epilogue
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import define_operator
 
-__all__ = ["CODES", "NAME", "convolve", "key", "least_windows", "overlap", "requantizes", "supports"]
+__all__ = ["CODES", "NAME", "convolve", "key", "least_windows", "requantizes", "supports"]
 
 NAME: str = onednn.NAME
 
@@ -107,19 +106,19 @@ def least_windows(
     n, k = codes.shape[0], codes[0].numel()
     if zero_point is not None and k > WHOLE:
         return sys.maxsize
-    if overlap(codes.shape[2:], stride, dilation):
+    if _overlap(codes.shape[2:], stride, dilation):
         return max(1, -((4 * n * k - WORTH) // (6 * n + k)))
     return -(-WORTH // (6 * n)) if zero_point is None else sys.maxsize
 
 
-def overlap(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
+def _overlap(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
     """Whether windows share elements, so that rows of them are a copy."""
     return any(step < gap * (size - 1) + 1 for size, step, gap in zip(kernel, stride, dilation, strict=True))
 
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, apart from their arguments."""
-    return onednn.AVAILABLE, onednn.AMX, WORTH
+    return onednn.AVAILABLE, onednn.AMX, WORTH, WHOLE
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
@@ -172,11 +171,8 @@ def convolve(
         tensor([[[[2., 1., 0.]]]])
     """
     if operands.weight_zero_point is not None:
-        along = (-1, 1, 1)
         total = _corrected(operands, operands.weight_zero_point, (stride, padding, dilation, groups))
-        bias = None if operands.bias is None else operands.bias.reshape(along)
-        y = apply_epilogue(total, operands.scale.reshape(along), bias, torch.float32)
-        return onednn.finish(y, activation, to_scale, to_zero_point, dtype)
+        return onednn.finish(total, operands.scale, operands.bias, activation, to_scale, to_zero_point, dtype)
     result: Tensor = torch.ops.functional_sq.onednn_conv.default(
         *onednn.arguments(operands),
         stride,
@@ -234,9 +230,11 @@ def _conv(
     then = activation, to_scale, to_zero_point, dtype
     if q.shape[0] == 0:
         return _empty(q, codes, stride, padding, dilation, dtype if to_scale is None else torch.uint8)
-    convolved, q, z, largest, turned = _prepared(q, zero_point, codes, stride, padding, dilation, groups)
-    y = onednn.exactly(convolved, q, z, scale, bias, largest, *then)
-    return _turned(y) if turned else y
+
+    def call(convolved: Callable[..., Tensor], q: Tensor, z: int, largest: int) -> Tensor:
+        return onednn.exactly(convolved, q, z, scale, bias, largest, *then)
+
+    return _called(call, q, zero_point, codes, stride, padding, dilation, groups)
 
 
 def _sums(
@@ -255,13 +253,14 @@ def _sums(
         codes = _ones(codes, groups)
     if q.shape[0] == 0:
         return _empty(q, codes, stride, padding, dilation, dtype)
-    convolved, q, z, largest, turned = _prepared(q, zero_point, codes, stride, padding, dilation, groups)
     one = torch.ones(len(codes))
-    if dtype is torch.int32:
-        y = onednn.exact_sums(convolved, q, z, one, largest)
-    else:
-        y = convolved(q, z, one, None, onednn.SUMS, None)
-    return _turned(y) if turned else y
+
+    def call(convolved: Callable[..., Tensor], q: Tensor, z: int, largest: int) -> Tensor:
+        if dtype is torch.int32:
+            return onednn.exact_sums(convolved, q, z, one, largest)
+        return convolved(q, z, one, None, onednn.SUMS, None)
+
+    return _called(call, q, zero_point, codes, stride, padding, dilation, groups)
 
 
 def _sums_dtype(codes: Tensor, of_codes: bool) -> torch.dtype:
@@ -285,7 +284,8 @@ def _ones(codes: Tensor, groups: int) -> Tensor:
     return known
 
 
-def _prepared(
+def _called(
+    call: Callable[[Callable[..., Tensor], Tensor, int, int], Tensor],
     q: Tensor,
     zero_point: Tensor,
     codes: Tensor,
@@ -293,8 +293,8 @@ def _prepared(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> tuple[Callable[..., Tensor], Tensor, int, int, bool]:
-    """Return what `onednn.exactly` calls, its codes, zero point and largest sum, and whether its result is turned."""
+) -> Tensor:
+    """Return `call` of what `onednn.exactly` takes: what convolves, and its codes, zero point and largest sum."""
     z = int(zero_point)
     q = q.contiguous(memory_format=torch.channels_last)
     if _is_widened(codes, groups):
@@ -316,7 +316,8 @@ def _prepared(
         )
         return y
 
-    return convolved, q, z, packed.largest, turned
+    y = call(convolved, q, z, packed.largest)
+    return _turned(y) if turned else y
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -527,6 +527,7 @@ def quantizations(model: nn.Module, *args: Any) -> int:
         graph.recompile()
         return graph.forward
 
+    torch.compiler.reset()
     with torch.inference_mode():
         expected = model(*(a.clone() if isinstance(a, Tensor) else a for a in args))
         torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(*args), expected)

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_chains import quantizations
 from torch import Tensor, nn
 
 import bridge
 from bridge import PRESETS, QuantizableMultiheadAttention, StaticQuantConfig, make_quantizable_
 from bridge.torchao import compute_error
-from functional_sq import chains
 
 ROOT = Path(__file__).parent.parent
 INT8 = PRESETS["int8"]
@@ -465,22 +465,6 @@ def test_quantized_attention_is_its_layers_and_a_softmax(reference: bool, batch_
     found = model(*args)
     assert torch.equal(found if batch_first else found.transpose(0, 1), model.fc(out(attended)))
     assert compute_error(expected, found) > 30
-
-
-def quantizations(model: nn.Module, *args: Tensor) -> int:
-    """How often the compiled model quantizes, layers that hand codes on left out."""
-    counts = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
-        chains.hand_on(graph.graph)
-        counts.append(len(graph.graph.find_nodes(op="call_function", target=torch.ops.functional_sq.quantize.default)))
-        graph.recompile()
-        return graph.forward
-
-    torch.compiler.reset()
-    with torch.inference_mode():
-        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(*args), model(*args))
-    return counts[0]
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

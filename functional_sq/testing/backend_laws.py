@@ -75,14 +75,10 @@ def product_is_exact(
     draw = torch.Generator().manual_seed(seed)
     q, w = (t.to(device) for t in _drawn_codes(draw, (rows, k), (n, k), fill, zero_point, seed))
     z = torch.tensor([zero_point], dtype=torch.int32, device=device)
-    of_weight = torch.randint(-128, 128, (n,), generator=draw).to(device, torch.int32) if asymmetric else None
-
-    def real() -> Tensor:
-        """Return the weight less its zero points."""
-        return w.cpu().double() - (0 if of_weight is None else of_weight.cpu()[:, None])
+    of_weight = _drawn_zero_points(draw, n, device) if asymmetric else None
 
     def sums() -> Tensor:
-        return ((q.cpu().double() - z.cpu()) @ real().t()).long()  # exact below 2**53
+        return ((q.cpu().double() - z.cpu()) @ _real(w, of_weight).t()).long()  # exact below 2**53
 
     total = sums()
     scale, b = _drawn_epilogue(draw, n, bias, strided, device, _scale_divisor(activation, total))
@@ -91,7 +87,7 @@ def product_is_exact(
     for written_to in ("nothing", "codes", "the rest"):
         _write(written_to, w, z, scale, b)
         total = sums()
-        offset = ((z.cpu().long() - 128) * real().sum(1).long()).to(_offset_dtype(k)).to(device)
+        offset = _offset(z, w, of_weight)
         operands = Operands(*_taken(backend, q, z), w, of_weight, scale, offset, b)
         results.append(_assert_rounded(backend, backend.product, operands, total, dtype, activation, step))
         if residual:
@@ -155,18 +151,13 @@ def convolution_is_exact(
     z = torch.tensor([zero_point], dtype=torch.int32, device=device)
     if last:
         q = q.contiguous(memory_format=torch.channels_last)
-    of_weight = torch.randint(-128, 128, (n,), generator=draw).to(device, torch.int32) if asymmetric else None
+    of_weight = _drawn_zero_points(draw, n, device) if asymmetric else None
     above, below, left, right = padding
-
-    def real() -> Tensor:
-        """Return the weight less its zero points."""
-        zero = 0 if of_weight is None else of_weight.cpu().reshape(-1, *(1 for _ in w.shape[1:]))
-        return w.cpu().double() - zero
 
     def sums() -> Tensor:
         # Sums of float64 are exact below 2**53, in any order.
         wide = F.pad(q.cpu().double() - z.cpu(), (left, right, above, below))
-        rows = real().reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
+        rows = _real(w, of_weight).reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
         return F.conv2d(wide, rows, None, tuple(stride), 0, tuple(dilation), groups).long().movedim(1, -1)
 
     total = sums()
@@ -183,7 +174,7 @@ def convolution_is_exact(
     results = []
     for written_to in ("nothing", "codes", "the rest"):
         _write(written_to, w, z, scale, b)
-        offset = ((z.cpu().long() - 128) * real().flatten(1).sum(1).long()).to(_offset_dtype(w[0].numel())).to(device)
+        offset = _offset(z, w, of_weight)
         operands = Operands(*_taken(backend, q, z), w, of_weight, scale, offset, b)
         results.append(_assert_rounded(backend, convolved, operands, sums(), dtype, activation, step))
     _assert_kept(results)
@@ -200,9 +191,21 @@ def _write(what: str, codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Te
             bias.neg_()
 
 
-def _offset_dtype(k: int) -> torch.dtype:
-    """Return the dtype of what `epilogue` subtracts from sums of so many products."""
-    return torch.int32 if k <= INT32_TERMS else torch.int64
+def _drawn_zero_points(draw: torch.Generator, n: int, device: torch.device | str) -> Tensor:
+    """Return those of a weight."""
+    return torch.randint(-128, 128, (n,), generator=draw).to(device, torch.int32)
+
+
+def _real(codes: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Return a weight's codes less its zero points, in float64 on the CPU."""
+    zero = 0 if zero_point is None else zero_point.cpu().reshape(-1, *(1 for _ in codes.shape[1:]))
+    return codes.cpu().double() - zero
+
+
+def _offset(z: Tensor, codes: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Return what `epilogue` subtracts from the sums of codes less 128: int64 for many products."""
+    total = (z.cpu().long() - 128) * _real(codes, zero_point).flatten(1).sum(1).long()
+    return total.to(codes.device, torch.int32 if codes[0].numel() <= INT32_TERMS else torch.int64)
 
 
 def _assert_asked(
