@@ -10,13 +10,13 @@ Groups have windows too short for a matrix product. Their sum runs over the diff
 floats, which is as exact: in float32 every partial sum is an integer below 2**24 while
 `K <= 258` (`K * 255**2 < 2**24`), above that float64 is used. Not every float convolution sums what
 is written: Winograd's algorithm and the FFT round on the way. On a CPU neither exists for three
-spatial axes, so one or two are given more of size 1; a CUDA device computes groups in float64 and
-rounds to the integer. So groups are exact, and no faster than floats.
+spatial axes, so one or two are given more of size 1; a CUDA device computes in float64 and
+rounds to the integer. So such groups are exact, and no faster than floats.
 
-A weight that is used again (`epilogue=`) is convolved by a backend where that is faster, by oneDNN with groups
-always: neither windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's
-sum, which is a convolution with ones; and where each channel is convolved alone, compiled code on a CPU is one loop
-over the elements of a window instead, fused with all that follows. No backend takes three dimensions.
+A weight that is used again (`epilogue=`) is convolved by a backend where that is faster, with groups too: neither
+windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's sum; and where
+each channel is convolved alone, compiled code is one loop over the elements of a window instead, fused with all that
+follows. Triton convolves float8 alike. No backend takes three dimensions.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sq import triton_conv
 from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_product
@@ -135,25 +136,28 @@ def conv(
     size = _check_windows(q.shape, shape, geometry)
     x = q if q.ndim == len(shape) else q[None]
     windows = x.shape[0] * math.prod(size)
+    scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
+    fits = fits_operator(scale, bias, wide)
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
     backend = None
-    kept = epilogue is not None and epilogue.offset is not None and fits_operator(epilogue.scale, bias, wide)
-    if kept and not (tapped and weight.zero_point is not None):
+    if epilogue is not None and offset is not None and fits and not (tapped and weight.zero_point is not None):
         backend = convolution_for(windows, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
+    y: Tensor | None = None
     if backend is not None:
-        assert epilogue is not None
-        assert epilogue.offset is not None
+        assert offset is not None
         taken = backend_codes(backend.CODES, spec, x, qp)
         zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(shape[0])
-        operands = Operands(*taken, weight.codes, zero_point, epilogue.scale, epilogue.offset, bias)
+        operands = Operands(*taken, weight.codes, zero_point, scale, offset, bias)
         convolve = partial(_convolve_by, backend, operands, geometry, groups)
         if then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
             y, then = requantize_by(convolve, then, backend.CODES), None
         else:
             y = convolve(dtype=dtype)
-    else:
-        if epilogue is None:
-            epilogue = _epilogue(spec, qp, weight, dtype=wide)
+    elif offset is None and fits and triton_conv.convolves_float8(x, weight.codes, groups):
+        image, settings = _in_two(x, geometry)
+        y = triton_conv.float8_convolve(image, weight.codes, scale, bias, *settings, groups, dtype, fast_accum)
+        y = y if len(size) == 2 else y.squeeze(2)
+    if y is None:
         # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
         if always(x.shape[0] == 0):
             product = x.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
@@ -162,9 +166,9 @@ def conv(
         elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
             product = _direct(spec, x, qp, weight, geometry, groups)
         else:
-            product = _gathered(spec, x, qp, weight, geometry, epilogue.offset, fast_accum)
+            product = _gathered(spec, x, qp, weight, geometry, offset, fast_accum)
         along = (-1, *(1 for _ in shape[2:]))
-        y = apply_epilogue(product, epilogue.scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
+        y = apply_epilogue(product, scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
     if not is_channels_last(x):
         y = y.contiguous()
     y = y if q.ndim == len(shape) else y[0]
@@ -409,14 +413,19 @@ def _convolve_by(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the convolution with a kept weight, by a backend: `(B, N, *size)` in `dtype`, or codes."""
+    q, settings = _in_two(operands.q, geometry)
+    y = backend.convolve(operands._replace(q=q), *settings, groups, *then, dtype=dtype)
+    return y if len(geometry.stride) == 2 else y.squeeze(2)
+
+
+def _in_two(q: Tensor, geometry: _Geometry) -> tuple[Tensor, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
+    """Return codes in two dimensions, channels last in memory, and stride, padding (four numbers) and dilation."""
     # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
-    q = operands.q.movedim(1, -1).contiguous().movedim(-1, 1)
+    q = q.movedim(1, -1).contiguous().movedim(-1, 1)
     stride, padding, dilation = geometry
     if len(stride) == 2:
-        settings = stride, [*itertools.chain(*padding)], dilation, groups
-        return backend.convolve(operands._replace(q=q), *settings, *then, dtype=dtype)
-    wide = (1, *stride), [0, 0, *padding[0]], (1, *dilation), groups
-    return backend.convolve(operands._replace(q=q.unsqueeze(2)), *wide, *then, dtype=dtype).squeeze(2)
+        return q, (stride, [*itertools.chain(*padding)], dilation)
+    return q.unsqueeze(2), ((1, *stride), [0, 0, *padding[0]], (1, *dilation))
 
 
 def _gathered(
@@ -443,14 +452,14 @@ def _gathered(
 
 
 def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
-    """Whether a weight's codes convolve each channel alone, in few elements, so that on a CPU a loop of them is fast.
+    """Whether a weight's codes convolve each channel alone, in few elements, so that a loop of them is fast.
 
-    A compiled one is then such a loop where no backend takes it, or the weight has zero points: the two convolutions
-    of a backend, and a pass over both, take 2 to 4 times as long.
+    A compiled one is then such a loop where no backend takes it, or the weight has zero points: on a CPU the two
+    convolutions of a backend, and a pass over both, take 2 to 4 times as long.
     """
     outputs, channels, *kernel = codes.shape
     alone = outputs == groups > 1 == channels and math.prod(kernel) <= _TAPS
-    return alone and codes.device.type == "cpu" and not isinstance(spec.format, Float8)
+    return alone and not isinstance(spec.format, Float8)
 
 
 def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry) -> Tensor:

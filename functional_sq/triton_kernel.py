@@ -47,12 +47,13 @@ def _finish(
     total,
     row,
     column,
+    in_columns,
     scale,
     offset,
     bias,
     residual,
     weight_zero_point,
-    row_sum,
+    of_row,
     to_scale,
     to_zero_point,
     y,
@@ -60,13 +61,14 @@ def _finish(
     n,
     ACTIVATION: tl.constexpr,
 ):
-    """Write `(total - weight_zero_point row_sum - offset) * scale + bias + residual`, or codes of it."""
-    in_columns = column < n
+    """Write `(total - weight_zero_point of_row - offset) * scale + bias + residual`, or codes of it.
+
+    of_row: the sum of a row's codes, `(HEIGHT, 1)` or one for each column; y and residual are `(m, n)`.
+    """
     inside = (row < m)[:, None] & in_columns[None, :]
     place = row[:, None].to(tl.int64) * n + column[None, :]
     if weight_zero_point is not None:
-        of_row = tl.load(row_sum + row, mask=row < m, other=0)
-        total -= of_row[:, None] * tl.load(weight_zero_point + column, mask=in_columns, other=0)[None, :]
+        total -= of_row * tl.load(weight_zero_point + column, mask=in_columns, other=0)[None, :]
     if offset is not None:
         total -= tl.load(offset + column, mask=in_columns, other=0)[None, :]
     # Where a sum follows a product a compiler would round once for both: not through a choice.
@@ -139,16 +141,20 @@ def multiply(
         place = row[:, None].to(tl.int64) * n + column[None, :]
         tl.store(y + place, total, mask=in_rows & (column < n)[None, :])
     else:
+        of_row = None
+        if row_sum is not None:
+            of_row = tl.load(row_sum + row, mask=row < m, other=0)[:, None]
         _finish(
             total,
             row,
             column,
+            column < n,
             scale,
             offset,
             bias,
             residual,
             weight_zero_point,
-            row_sum,
+            of_row,
             to_scale,
             to_zero_point,
             y,
@@ -165,13 +171,16 @@ def convolve(
     scale,
     offset,
     bias,
+    weight_zero_point,
+    row_sum,
     to_scale,
     to_zero_point,
     y,
     m,
     n,
-    k,
-    channels,
+    groups,
+    taps,
+    units,
     height,
     width,
     out_height,
@@ -185,25 +194,63 @@ def convolve(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    IMPRECISE: tl.constexpr,
 ):
-    """As `multiply`, where a row of the first matrix is a window, read where it lies.
+    """As `multiply`, where a row of the first matrix is a window, read where it lies; of one group of channels.
 
-    q `(images, height, width, channels)`, padded already, codes `(n, *kernel, channels)`, and y
-    `(images, out_height, out_width, n)`, contiguous. DEPTH divides the channels: each step is within one pixel.
+    q `(images, height, width, groups * channels)`, padded already, codes `(groups * n, *kernel, channels)` and y
+    `(images, out_height, out_width, groups * n)`, contiguous. There are `units * UNIT` channels in a group and `taps`
+    elements in a kernel. Each step takes DEPTH channels of one pixel; WHOLE: that divides them. Of a group's columns
+    TOGETHER parts have sums of their own, in row_sum `(m, groups * TOGETHER)`. IMPRECISE: how many products of float8 a
+    tensor core adds before their sum is added in float32.
     """
-    row, column = _place(m, n, HEIGHT, WIDTH)
+    row, within = _place(m, n, HEIGHT, WIDTH)
+    group = tl.program_id(1)
     along = tl.arange(0, DEPTH)
     window = row % m
     x, above = window % out_width, window // out_width
-    pixel = (above // out_height * height + above % out_height * stride_y) * width + x * stride_x
-    of_q = q + pixel[:, None].to(tl.int64) * channels + along[None, :]
-    of_codes = codes + (column % n)[:, None].to(tl.int64) * k + along[None, :]
-    total = tl.zeros((HEIGHT, WIDTH), tl.int32)
-    for start in range(0, k, DEPTH):
-        tap = start // channels
+    place = (above // out_height * height + above % out_height * stride_y) * width + x * stride_x
+    # Products with UNIT, a constant, so that the compiler knows how many bytes lie in a row from an even address on.
+    of_q = q + (place[:, None].to(tl.int64) * (groups * units) + group * units) * UNIT + along[None, :]
+    of_codes = codes + (group * n + within % n)[:, None].to(tl.int64) * (taps * units) * UNIT + along[None, :]
+    total = tl.zeros((HEIGHT, WIDTH), tl.int32 if codes.dtype.element_ty == tl.int8 else tl.float32)
+    of_tap = tl.cdiv(units * UNIT, DEPTH)
+    for step in range(taps * of_tap):
+        tap, start = step // of_tap, step % of_tap * DEPTH
         pixels = tap // kernel_width * dilation_y * width + tap % kernel_width * dilation_x
-        # Said here, as a remainder hides it from the compiler, which then loads bytes one by one.
-        a = tl.load(of_q + tl.multiple_of(pixels * channels + start % channels, DEPTH))
-        b = tl.load(of_codes + start)
-        total = tl.dot(a, b.T, total, out_dtype=tl.int32)
-    _finish(total, row, column, scale, offset, bias, None, None, None, to_scale, to_zero_point, y, m, n, ACTIVATION)
+        in_q, in_codes = of_q + (pixels * (groups * units) * UNIT + start), of_codes + (tap * units * UNIT + start)
+        if WHOLE:
+            a, b = tl.load(in_q), tl.load(in_codes)
+        else:
+            left = along[None, :] < units * UNIT - start
+            a, b = tl.load(in_q, mask=left, other=0.0), tl.load(in_codes, mask=left, other=0.0)
+        total = tl.dot(a, b.T, total, out_dtype=total.dtype, max_num_imprecise_acc=IMPRECISE)
+    column, in_columns = group * n + within, within < n
+    of_row = None
+    if row_sum is not None:
+        # Window by window, and where that is enough not tile by tile: an address each would not fit into registers.
+        of_row = row_sum + row[:, None].to(tl.int64) * (groups * TOGETHER) + group * TOGETHER
+        if TOGETHER > 1:
+            of_row = of_row + tl.minimum(within // (n // TOGETHER), TOGETHER - 1)[None, :]
+        of_row = tl.load(of_row, mask=(row < m)[:, None], other=0)
+    _finish(
+        total,
+        row,
+        column,
+        in_columns,
+        scale,
+        offset,
+        bias,
+        None,
+        weight_zero_point,
+        of_row,
+        to_scale,
+        to_zero_point,
+        y,
+        m,
+        groups * n,
+        ACTIVATION,
+    )

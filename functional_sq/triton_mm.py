@@ -30,6 +30,7 @@ __all__ = [
     "device_of",
     "float8_product",
     "is_capable",
+    "is_capable_of_float8",
     "key",
     "plus",
     "product",
@@ -188,9 +189,9 @@ def float8_product(q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
         >>> triton_mm.float8_product(codes, codes, torch.ones(1), None, torch.float32) is None  # not on a GPU
         True
     """
-    kinds, (n, k) = {q.dtype, codes.dtype}, codes.shape
-    fits = kinds == {torch.float8_e4m3fn} and k % _ALIGNED == 0 < k and not reaches(q.shape[0], 17)
-    if not fits or not _runs_on(q.device, (8, 9)) or n > _WIDE * _multiprocessors(q.device):
+    n, k = codes.shape
+    fits = is_capable_of_float8(q, codes) and k % _ALIGNED == 0 and not reaches(q.shape[0], 17)
+    if not fits or n > _WIDE * _multiprocessors(q.device):
         return None
     return _call(q, codes, None, None, scale, None, bias, None, "none", None, None, dtype)
 
@@ -216,6 +217,19 @@ def is_capable(codes: Tensor) -> bool:
         False
     """
     return codes.dtype is torch.int8 and codes.numel() > 0 and _runs_on(codes.device, (8, 0))
+
+
+def is_capable_of_float8(q: Tensor, codes: Tensor) -> bool:
+    """Whether codes and those of a weight are float8 on a GPU that multiplies them.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import triton_mm
+        >>> triton_mm.is_capable_of_float8(*torch.zeros(2, 4, 16, dtype=torch.float8_e4m3fn))
+        False
+    """
+    fits = {q.dtype, codes.dtype} == {torch.float8_e4m3fn} and codes.numel() > 0
+    return fits and _runs_on(q.device, (8, 9))
 
 
 @asked_once

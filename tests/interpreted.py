@@ -6,15 +6,17 @@ TRITON_INTERPRET=1 python tests/interpreted.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import functional_sq as fsq
 from functional_sq import backends, triton_conv, triton_mm
-from functional_sq.testing import check_convolution_backend, check_product_backend
+from functional_sq.testing import check_convolution_backend, check_product_backend, convolution_is_exact
 
 
 class Kernel:
@@ -66,18 +68,49 @@ def check_bare() -> None:
         assert ((y - right).abs() <= bound).all()
 
 
+GROUPS = [
+    # channels and outputs of a group, groups, kernel
+    (4, 6, 16, (3, 3)),  # 8 groups at once
+    (1, 1, 24, (3, 2)),  # all at once: 24 channels do not fill a step
+    (40, 8, 2, (2, 2)),  # one at a time, of more than a step
+    (48, 20, 1, (1, 3)),
+]
+
+
+def check_groups() -> None:
+    """Groups that are put together and steps that are not full, with the sums of an asymmetric weight and in float8."""
+    for channels, outputs, groups, kernel in GROUPS:
+        settings: Any = {"stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 2), "groups": groups}
+        sizes: Any = {"images": 2, "size": (5, 6), "channels": channels, "outputs": outputs, "kernel": kernel}
+        rest: Any = {"zero_point": 3, "fill": "all", "seed": 0, "bias": torch.float32, "dtype": torch.float32}
+        convolution_is_exact(triton_conv, asymmetric=True, activation="relu", **sizes, **settings, **rest)
+        q, w = torch.randn(2, channels * groups, 5, 6), torch.randn(outputs * groups, channels, *kernel)
+        q, w = (t.to(torch.float8_e4m3fn) for t in (q, w))
+        scale, bias = torch.rand(len(w)), torch.randn(len(w))
+        assert triton_conv.convolves_float8(q, w, groups)
+        y = triton_conv.float8_convolve(q, w, scale, bias, **settings, dtype=torch.float32, fast_accum=False)
+        x, along = F.pad(q.double(), (2, 1, 1, 0)), (-1, 1, 1)
+        right, most = (
+            F.conv2d(a, b, None, (2, 1), 0, (1, 2), groups) * scale.double().reshape(along)
+            for a, b in ((x, w.double()), (x.abs(), w.double().abs()))
+        )
+        bound = 2.0**-15 * (most + bias.abs().reshape(along))
+        assert ((y - (right + bias.double().reshape(along))).abs() <= bound).all()
+
+
 def check_compiled() -> None:
     """Dynamo sees one graph of the functions that ask the backends, for any number of rows."""
     backends.PRODUCTS[:], backends.CONVOLUTIONS[:] = [triton_mm], [triton_conv]
     spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
     qp = fsq.QParams(torch.tensor([0.02]), torch.zeros(1, dtype=torch.int32))
-    for shape, *sizes in (((20, 32), (2, 32), (300, 32)), ((20, 32, 3, 3), (2, 32, 5, 5), (3, 32, 4, 8))):
+    for shape, *sizes in (((20, 32), (2, 32), (300, 32)), ((24, 4, 3, 3), (2, 32, 5, 5), (3, 32, 4, 8))):
         scale = torch.rand(shape[0], *(1 for _ in shape[1:]))
-        of_weight = fsq.QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+        of_weight = fsq.QParams(scale, torch.randint_like(scale, -128, 128, dtype=torch.int32))
         codes = torch.randint(-128, 128, shape, dtype=torch.int8)
-        weight = fsq.fold(fsq.QuantSpec(torch.int8, fsq.PerAxis(0)), codes, of_weight)
+        asymmetric = fsq.QuantSpec(torch.int8, fsq.PerAxis(0), mapping=fsq.MappingType.ASYMMETRIC)
+        weight = fsq.fold(asymmetric, codes, of_weight)
         known = fsq.epilogue(spec, qp, weight)
-        function = fsq.linear if len(shape) == 2 else fsq.conv
+        function = fsq.linear if len(shape) == 2 else partial(fsq.conv, groups=8)
         compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
         for size in sizes:
             q = torch.randint(-128, 128, size, dtype=torch.int8)
@@ -91,5 +124,6 @@ if __name__ == "__main__":
     check_product_backend(Interpreted(triton_mm), max_examples=6)
     check_convolution_backend(Interpreted(triton_conv), max_examples=15)
     check_bare()
+    check_groups()
     check_compiled()
     print("right")

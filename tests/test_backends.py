@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -153,26 +154,11 @@ def test_the_kernels_of_triton_obey_where_they_are_interpreted() -> None:
 
 
 OF_PRODUCT = {"residual", "weight_zero_point", "row_sum", "to_scale", "to_zero_point"}
-TYPES = {"scale": "*fp32", "to_scale": "*fp32", "bias": "*bf16", "residual": "*bf16", "y": "*bf16"}
+INT32 = ("offset", "weight_zero_point", "row_sum", "to_zero_point")
 
 
-@pytest.mark.parametrize(
-    ("kernel", "tile", "codes", "left_out"),
-    [
-        *(("multiply", tile, "*i8", OF_PRODUCT) for tile in (*triton_mm._MANY, triton_mm._FEW, triton_mm._FEW_WIDE)),
-        ("multiply", triton_mm._FEW_FLOAT8, "*fp8e4nv", {*OF_PRODUCT, "offset"}),
-        ("multiply", triton_mm._MANY[0], "*i8", {*OF_PRODUCT, "scale", "offset", "bias"}),
-        ("multiply", triton_mm._MANY[0], "*i8", {"residual", "weight_zero_point", "row_sum"}),
-        ("multiply", triton_mm._MANY[0], "*i8", {"weight_zero_point", "row_sum", "to_scale", "to_zero_point"}),
-        ("multiply", triton_mm._MANY[0], "*i8", {"residual", "to_scale", "to_zero_point"}),
-        *(("convolve", (128, 128, *rest), "*i8", OF_PRODUCT) for rest in ((128, 3), (64, 6), (32, 8))),
-    ],
-    ids=lambda value: f"without {' '.join(sorted(value))}" if isinstance(value, set) else str(value),
-)
-def test_the_kernels_of_triton_compile_for_a_gpu(
-    kernel: str, tile: triton_mm.Tile, codes: str, left_out: set[str]
-) -> None:
-    """For an H100, on any machine. Both operands are loaded ahead, 16 bytes at a time, and fit twice on it."""
+def for_a_gpu(kernel: str, codes: str, left_out: set[str], tile: triton_mm.Tile, **constants: Any) -> str:
+    """Return the assembly of a kernel for an H100, on any machine: operands are loaded ahead, and fit twice on it."""
     pytest.importorskip("triton", reason="the CPU builds of torch come without Triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -181,22 +167,67 @@ def test_the_kernels_of_triton_compile_for_a_gpu(
 
     function = getattr(triton_kernel, kernel)
     made = "to_scale" not in left_out
-    constants = dict.fromkeys(left_out & {*function.arg_names}) | {"ACTIVATION": "gelu" if made else "none"}
-    constants |= dict(zip(("HEIGHT", "WIDTH", "DEPTH"), tile, strict=False))
-    constants |= {"WHOLE": True} if kernel == "multiply" else {}
-    types = TYPES | dict.fromkeys(("offset", "weight_zero_point", "row_sum", "to_zero_point"), "*i32")
+    height, width, depth, stages = tile
+    constants |= {"HEIGHT": height, "WIDTH": width, "DEPTH": depth, "ACTIVATION": "gelu" if made else "none"}
+    constants |= dict.fromkeys(left_out & {*function.arg_names})
+    types = {"scale": "*fp32", "to_scale": "*fp32", "bias": "*bf16", "residual": "*bf16"} | dict.fromkeys(INT32, "*i32")
     types |= {"q": codes, "codes": codes, "y": "*i8" if made else "*i32" if "scale" in left_out else "*bf16"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
-    even = [i for i, name in enumerate(signature) if signature[name][0] == "*" or name in ("n", "k", "channels")]
-    height, width, depth, stages = tile
+    even = [i for i, name in enumerate(signature) if signature[name][0] == "*" or name in ("n", "k")]
     options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}  # Triton 3.9 warns of its default
     source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in even})
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     # Fewer stages are held at once where operands of a few rows are read to registers.
     held = stages if height > 16 else stages - 1
     assert compiled.metadata.shared == (height + width) * depth * held <= 98 * 1024
-    wide = len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", compiled.asm["ptx"]))
-    assert wide == compiled.asm["ptx"].count("cp.async.c") - compiled.asm["ptx"].count("cp.async.commit") > 0
+    assembly: str = compiled.asm["ptx"]
+    return assembly
+
+
+def loads_ahead(assembly: str) -> set[int]:
+    """Return how many bytes a thread loads at once."""
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", assembly)
+    assert len(sizes) == assembly.count("cp.async.c") - assembly.count("cp.async.commit")
+    return {int(size, 16) for size in sizes}
+
+
+@pytest.mark.parametrize(
+    ("tile", "codes", "left_out"),
+    [
+        *((tile, "*i8", OF_PRODUCT) for tile in (*triton_mm._MANY, triton_mm._FEW, triton_mm._FEW_WIDE)),
+        (triton_mm._FEW_FLOAT8, "*fp8e4nv", {*OF_PRODUCT, "offset"}),
+        (triton_mm._MANY[0], "*i8", {*OF_PRODUCT, "scale", "offset", "bias"}),
+        (triton_mm._MANY[0], "*i8", {"residual", "weight_zero_point", "row_sum"}),
+        (triton_mm._MANY[0], "*i8", {"weight_zero_point", "row_sum", "to_scale", "to_zero_point"}),
+        (triton_mm._MANY[0], "*i8", {"residual", "to_scale", "to_zero_point"}),
+    ],
+    ids=lambda value: f"without {' '.join(sorted(value))}" if isinstance(value, set) else str(value),
+)
+def test_the_product_of_triton_compiles_for_a_gpu(tile: triton_mm.Tile, codes: str, left_out: set[str]) -> None:
+    assert loads_ahead(for_a_gpu("multiply", codes, left_out, tile, WHOLE=True)) == {16}
+
+
+@pytest.mark.parametrize(
+    ("tile", "channels", "codes", "left_out", "together"),
+    [
+        *((triton_mm._MANY[0], channels, "*i8", OF_PRODUCT, 1) for channels in (128, 64, 32)),
+        *((triton_mm._MANY[-1], channels, "*i8", OF_PRODUCT, 1) for channels in (144, 48, 24)),
+        (triton_mm._MANY[0], 128, "*i8", {"to_scale", "to_zero_point"}, 1),
+        (triton_mm._MANY[-1], 32, "*i8", {"to_scale", "to_zero_point"}, 8),
+        (triton_mm._MANY[-1], 32, "*i8", {"weight_zero_point", "row_sum"}, 1),
+        *((triton_mm._MANY[0], channels, "*fp8e4nv", {*OF_PRODUCT, "offset"}, 1) for channels in (128, 48)),
+    ],
+    ids=lambda value: f"without {' '.join(sorted(value))}" if isinstance(value, set) else str(value),
+)
+def test_the_convolution_of_triton_compiles_for_a_gpu(
+    tile: triton_mm.Tile, channels: int, codes: str, left_out: set[str], together: int
+) -> None:
+    tile = triton_conv._in_steps(tile, channels, adds=codes != "*i8")
+    constants = {"UNIT": math.gcd(channels, 16), "WHOLE": channels % tile[2] == 0, "TOGETHER": together}
+    assembly = for_a_gpu("convolve", codes, left_out, tile, **constants, IMPRECISE=32)
+    # A thread of 64 x 32 codes and less has fewer to load.
+    assert loads_ahead(assembly) <= {math.gcd(channels, 16), 8}
+    assert "wgmma" in assembly
 
 
 @pytest.mark.cuda
@@ -210,12 +241,43 @@ def test_triton_obeys_as_a_convolution() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("channels", "size"), [(32, 7), (64, 30), (96, 15), (128, 56), (512, 7)])
-def test_triton_convolves_exactly_with_every_tile_and_step(channels: int, size: int) -> None:
-    geometry = {"kernel": (3, 3), "stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 2), "groups": 1}
-    layer = {"images": 3, "size": (size, size + 3), "channels": channels, "outputs": 200, **geometry}
+@pytest.mark.parametrize(
+    ("channels", "groups", "outputs", "size"),
+    [
+        *((channels, 1, 200, size) for channels, size in ((32, 7), (64, 30), (96, 15), (128, 56), (512, 7))),
+        *((channels, 1, 40, 30) for channels in (24, 48, 144)),
+        (4, 32, 6, 30),
+        (1, 48, 1, 30),
+        (48, 2, 40, 15),
+        (16, 4, 150, 15),
+    ],
+)
+def test_triton_convolves_exactly_with_every_tile_and_step(channels: int, groups: int, outputs: int, size: int) -> None:
+    geometry = {"kernel": (3, 3), "stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 2), "groups": groups}
+    layer = {"images": 3, "size": (size, size + 3), "channels": channels, "outputs": outputs, **geometry}
     settings = {"zero_point": 3, "fill": "all", "seed": 0, "bias": torch.bfloat16, "device": "cuda"}
-    convolution_is_exact(triton_conv, **layer, dtype=torch.bfloat16, activation="relu", **settings)
+    for asymmetric in (False, True):
+        rest = {"dtype": torch.bfloat16, "activation": "relu", "asymmetric": asymmetric}
+        convolution_is_exact(triton_conv, **layer, **rest, **settings)
+
+
+@pytest.mark.cuda
+def test_triton_convolves_in_compiled_code_whatever_the_codes_and_groups() -> None:
+    """Neither windows nor floats are written; inputs lie on the grid of the codes."""
+    for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
+        for groups in (1, 2, 8):
+            model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, groups=groups)).eval()
+            bridge.prepare_(model, StaticQuantConfig(dtype))
+            x = torch.randn(2, 32, 12, 12)
+            bridge.calibrate(model, x[None])
+            bridge.convert_(model).cuda()
+            layer = model[0]
+            x = fsq.fake_quantize(layer.act_spec, x.cuda(), layer.act_qparams)
+            with torch.no_grad():
+                y, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+                assert source.count("convolve_") >= 2
+                assert "float64" not in source
+                torch.testing.assert_close(y, model(x), rtol=0, atol=2.0**-20 * float(y.abs().max()))
 
 
 @pytest.mark.cuda

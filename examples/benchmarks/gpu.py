@@ -3,13 +3,13 @@
     python examples/benchmarks/gpu.py
 
 Each row is one shape of a bfloat16 model: rows x K x N of a square one and of transformers with 7 and 70 billion
-weights; images, channels, size, outputs and kernel of a ResNet's convolutions. `product` is `torch._int_mm`, `float8
-product` `torch._scaled_mm` to bfloat16, of codes that are there already; `int8`, `uint8`, `float8` and `float8 fast`
-are a compiled layer, the quantization of its input included; torchao's columns are those of `linear.py`. Calls are
-recorded in CUDA graphs, over as many weights as do not fit into the cache, and replayed in turn: no column waits for
-Python. A model of several layers is run as `torch.compile` alone runs it too. A cell is the median, and how many times
-as fast as bfloat16 it is. Below are the kernels that ran. `--quick` takes small shapes. Without a GPU there is nothing
-to time.
+weights; images, channels, size, outputs and kernel of a ResNet's convolutions, and groups of a ResNeXt's and a
+MobileNet's. `product` is `torch._int_mm`, `float8 product` `torch._scaled_mm` to bfloat16, of codes that are there
+already; `int8`, `uint8`, `float8` and `float8 fast` are a compiled layer, the quantization of its input included;
+torchao's columns are those of `linear.py`. Calls are recorded in CUDA graphs, over as many weights as do not fit into
+the cache, and replayed in turn: no column waits for Python. A model of several layers is run as `torch.compile` alone
+runs it too. A cell is the median, and how many times as fast as bfloat16 it is. Below are the kernels that ran.
+`--quick` takes small shapes. Without a GPU there is nothing to time.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def chain(rows: int, k: int, n: int) -> Calls:
     return calls
 
 
-def convolution(images: int, channels: int, size: int, outputs: int, kernel: int) -> Calls:
+def convolution(images: int, channels: int, size: int, outputs: int, kernel: int, groups: int = 1) -> Calls:
     torch.compiler.reset()
     last = {"dtype": torch.bfloat16, "device": "cuda", "memory_format": torch.channels_last}
     x = torch.randn(images, channels, size, size).to(**last)
-    conv = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2).eval().to(**last)
+    conv = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, groups=groups).eval().to(**last)
     calls: Calls = {"bfloat16": [partial(torch.compile(conv, dynamic=False), x)]}
     for name in ("int8", "uint8", "float8"):
         layer = calibrated(nn.Sequential(copy.deepcopy(conv)).eval(), x, DTYPES[name])[0]
@@ -222,7 +222,7 @@ def main() -> None:
     many = [(8192, 8192, 8192), *many, (4096, 28672, 8192), (256, 4096, 4096), (1024, 4096, 4096)]
     chains = [(4096, 4096, 11008), (16, 4096, 11008)]
     convolutions = [(32, 64, 56, 64, 3), (32, 128, 28, 128, 3), (32, 256, 14, 256, 3), (32, 512, 7, 512, 3)]
-    convolutions += [(32, 256, 56, 64, 1), (32, 64, 56, 256, 1)]
+    convolutions += [(32, 256, 56, 64, 1), (32, 64, 56, 256, 1), (32, 128, 56, 128, 3, 32), (32, 144, 56, 144, 3, 144)]
     blocks = [(32, 64, 56), (32, 256, 14)]
     if args.quick:
         few, many, chains = few[:1], [(256, 512, 512)], [(256, 512, 1024)]
