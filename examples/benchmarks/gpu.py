@@ -104,7 +104,7 @@ def convolution(images: int, channels: int, size: int, outputs: int, kernel: int
     conv = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, groups=groups).eval().to(**last)
     calls: Calls = {"bfloat16": [partial(torch.compile(conv, dynamic=False), x)]}
     for name in ("int8", "uint8", "float8"):
-        layer = calibrated(nn.Sequential(copy.deepcopy(conv)).eval(), x, DTYPES[name])[0]
+        layer = calibrated(nn.Sequential(copy.deepcopy(conv)).eval(), x, DTYPES[name])[0].to(**last)
         calls[name] = [partial(torch.compile(layer, dynamic=False), x)]
     return calls
 
@@ -121,7 +121,7 @@ def bottleneck(images: int, channels: int, size: int) -> Calls:
     model = nn.Sequential(*(layer for part in parts for layer in part)).eval().to(**last)
     calls: Calls = {"bfloat16": [partial(torch.compile(model, dynamic=False), x)]}
     for name in ("int8", "uint8", "float8"):
-        quantized = calibrated(copy.deepcopy(model), x, DTYPES[name])
+        quantized = calibrated(copy.deepcopy(model), x, DTYPES[name]).to(**last)
         calls[name] = [partial(torch.compile(quantized, dynamic=False), x)]
     return calls
 
