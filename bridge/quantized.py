@@ -7,7 +7,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -57,6 +57,8 @@ __all__ = [
     "QuantizedConvTranspose3d",
     "QuantizedLinear",
 ]
+
+_T = TypeVar("_T", fsq.QParams, fsq.FoldedWeight, fsq.Epilogue)
 
 SWITCHES = ("reference", "hand_on", "fast_accum")
 """What a constructor takes beside what the float layer's takes; attributes that may be changed at any time."""
@@ -299,15 +301,20 @@ class Quantized(Buffers):
                     found.append(f"{prefix}{name} has codes from {least} to {most}, and {spec.dtype} {low} to {high}")
         return [f"{fault}; load the state of a layer that was quantized alike" for fault in found]
 
+    def _values(self, kind: type[_T], prefix: str) -> _T:
+        """Return the buffers that `_set` and `_fold` registered; as attributes each of them would take 1 us."""
+        buffers: Mapping[str, Any] = self._buffers
+        return kind(*(buffers[f"{prefix}_{name}"] for name in kind._fields))
+
     @property
     def act_qparams(self) -> fsq.QParams:
         """The input's scale and zero point."""
-        return fsq.QParams(self.act_scale, self.act_zero_point)
+        return self._values(fsq.QParams, "act")
 
     @property
     def folded(self) -> fsq.FoldedWeight:
         """The weight in the form that is multiplied."""
-        return fsq.FoldedWeight(self.weight_codes, self.weight_scale, self.weight_zero_point, self.weight_sum)
+        return self._values(fsq.FoldedWeight, "weight")
 
     @property
     def weight(self) -> Tensor:
@@ -342,13 +349,13 @@ class Quantized(Buffers):
     def _run(self, x: Tensor, changed: Mapping[str, Any]) -> Tensor:
         """Return the result; `changed` is what this call alone has in place of the layer's geometry."""
         bias: Tensor | None = self.bias
-        known = fsq.Epilogue(self.product_scale, self.product_offset)
+        known = self._values(fsq.Epilogue, "product")
         captured = torch.compiler.is_compiling() and not is_exporting()
         if captured and self.hand_on and not self.reference and x.dtype is not torch.float64 and not changed:
             return chains.layer(
                 self._described,
                 self._padded(x),
-                fsq.QParams(self.shared_scale, self.shared_zero_point),
+                self._values(fsq.QParams, "shared"),
                 self.weight_codes,
                 self.weight_zero_point,
                 bias,
@@ -592,8 +599,8 @@ class QuantizedConv1d(_QuantizedConv):
 class QuantizedConv2d(_QuantizedConv):
     """A convolution over two dimensions with static ranges that multiplies codes.
 
-    Fastest on a `channels_last` input, and on CUDA with its codes so too: `layer.to(memory_format=torch.channels_last)`,
-    as a float layer.
+    Fastest on a `channels_last` input, and on CUDA with its codes so too, as a float layer:
+    `layer.to(memory_format=torch.channels_last)`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, bias: as
