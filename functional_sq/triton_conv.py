@@ -2,7 +2,7 @@
 
 The tiles and what is inside them are those of `functional_sq.triton_mm`: a row of the first matrix is a window, of
 which each step takes some channels of one pixel. Images are padded before. Groups of few channels are put together,
-with zeros in the weight for what does not mix, until a pixel has enough for a tensor core: of 32 groups of 4 channels
+with zeros in the weight for what does not mix, until a pixel has enough for a tensor core: 32 groups of 4 channels
 become 4 of 32.
 """
 
@@ -194,11 +194,11 @@ def _sizes(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], di
 
 
 def _together(channels: int, groups: int) -> int:
-    """Return how many groups are put together: few, for as many channels as fill steps, or at least whole units."""
-    numbers = [each for each in range(1, groups + 1) if groups % each == 0]
-    whole = (each for each in numbers if each * channels % _STEP == 0)
-    even = (each for each in numbers if each * channels % _UNIT == 0 and each * channels >= _STEP)
-    return next(whole, None) or next(even, groups)
+    """Return how many groups are put together: few, of which the channels fill steps, or are whole units and a step."""
+    full, whole = (size // math.gcd(channels, size) for size in (_STEP, _UNIT))
+    if groups % full == 0:
+        return full
+    return next((n for n in range(-(-_STEP // channels), groups) if n % whole == 0 == groups % n), groups)
 
 
 def _loads(codes: Tensor, groups: int) -> bool:

@@ -231,7 +231,7 @@ def convolve(
     column, in_columns = group * n + within, within < n
     of_row = None
     if row_sum is not None:
-        # Window by window, and where that is enough not tile by tile: an address each would not fit into registers.
+        # One of each window, if that is enough: for one of each column too, the addresses do not fit into registers.
         of_row = row_sum + row[:, None].to(tl.int64) * (groups * TOGETHER) + group * TOGETHER
         if TOGETHER > 1:
             of_row = of_row + tl.minimum(within // (n // TOGETHER), TOGETHER - 1)[None, :]
