@@ -7,8 +7,8 @@ last in 0.16); code that was written on it runs here, with two differences:
 * `F.linear` of two of them multiplies the codes (`functional_sq.linear`) where the scales allow it:
   one for the tensor or the token on the left, one for the tensor or the row on the right. torchao
   dequantized both and multiplied floats. That is what happens here for all other granularities.
-* Nothing else is computed on dequantized values unless `.dequantize()` says so: an operation that is
-  not listed here raises.
+* `F.linear` of a float input and the rows of `F.embedding` are computed on dequantized values too; every other
+  operation works on codes, and one that is not listed here raises.
 
 The codes, scales and zero points are those of `functional_sq`: a scale has the rank of its tensor,
 and the block size is read off the two shapes.

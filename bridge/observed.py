@@ -682,7 +682,7 @@ def check_plain(module: nn.Module) -> None:
 
 
 def check_static(spec: fsq.QuantSpec, shape: Sequence[int]) -> None:
-    """Raise ValueError if a static scale of the input does not fit any batch and any image size.
+    """Raise ValueError unless a static scale of the input fits every batch and image size.
 
     Args:
         spec: the activations' quantization.
@@ -771,7 +771,8 @@ def swap_(
     """
     if wanted(model, ""):
         raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")
-    found = {name: module for name, module in model.named_modules(remove_duplicate=False) if wanted(module, name)}
+    modules = model.named_modules(remove_duplicate=False)
+    found = {name: module for name, module in modules if wanted(module, public_name(name))}
     if not found:
         raise ValueError(f"no module of {type(model).__name__} is {what} to replace, and nothing was changed; {remedy}")
     made: dict[int, nn.Module] = {}
@@ -779,9 +780,9 @@ def swap_(
     for name, module in found.items():
         if id(module) not in made:
             try:
-                made[id(module)] = make(module, name)
+                made[id(module)] = make(module, public_name(name))
             except (ValueError, TypeError) as error:
-                errors[name] = error
+                errors[public_name(name)] = error
     if errors:
         first = next(iter(errors.values()))
         told = [f"{name}: {error}" for name, error in errors.items()]
@@ -800,7 +801,7 @@ operator; the layers themselves are then not called."""
 
 
 def choose_paths(model: nn.Module) -> None:
-    """Make encoders call the layers that this package put into them, and only those."""
+    """Switch torch's fused path off in encoders that hold layers of this package, and on again where none is left."""
     for module in model.modules():
         flag = next((flag for kind, flag in _FAST_PATHS.items() if isinstance(module, kind)), None)
         if flag is None:

@@ -120,7 +120,7 @@ class Quantized(Buffers):
     """Multiplies the floats that codes stand for."""
     _geometry: Mapping[str, Any] = {}
     """What both take by name."""
-    _settings = ""
+    _geometry_json = ""
     """What `chains.layer` takes as the geometry."""
 
     def __init__(
@@ -360,7 +360,7 @@ class Quantized(Buffers):
                 self.weight_zero_point,
                 bias,
                 known,
-                geometry=self._settings,
+                geometry=self._geometry_json,
                 dtype=x.dtype,
                 fast_accum=self.fast_accum,
                 known_by=inductor.install(),
@@ -560,7 +560,7 @@ class _QuantizedConv(Quantized):
         self._geometry = settings_of(self, [name for name in self.settings if name in _GEOMETRY])
         if self._around:
             self._geometry["padding"] = 0
-        self._settings = json.dumps(self._geometry)
+        self._geometry_json = json.dumps(self._geometry)
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, self._around, mode=self.padding_mode) if self._around else x

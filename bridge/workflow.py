@@ -70,6 +70,11 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
           )
         )
     """
+    _prepare(model, config, filter_fn)
+    return model
+
+
+def _prepare(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | None) -> None:
     check_module(model)
     check_config(config)
     check_function("filter_fn", filter_fn, "a module and its name to a bool")
@@ -95,8 +100,7 @@ def prepare_(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
         + (f"; and some must stay in float:\n{reasons}" if left else ""),
     )
     if left:
-        warnings.warn(f"{counted(sum(map(len, left.values())), 'module')} left in float:\n{reasons}", stacklevel=2)
-    return model
+        warnings.warn(f"{counted(sum(map(len, left.values())), 'module')} left in float:\n{reasons}", stacklevel=3)
 
 
 def _chosen(
@@ -147,7 +151,7 @@ def reread_(model: nn.Module, config: StaticQuantConfig) -> nn.Module:
 
     The range rule, the dtype, the mapping and the quantization of weights may all be other ones, as
     far as the record has what the rule reads: a histogram is read by every rule, a min and max by
-    `MinMax` alone. `report` and `convert_` then follow the new config.
+    those that need no histogram. `report` and `convert_` then follow the new config.
 
     Args:
         model: a calibrated model.
@@ -194,8 +198,8 @@ def reread_(model: nn.Module, config: StaticQuantConfig) -> nn.Module:
 
 def convert_(
     model: nn.Module,
-    *,
     config: StaticQuantConfig | None = None,
+    *,
     min_rows: int = 1,
     on_unfit: Literal["refuse", "float"] = "refuse",
 ) -> nn.Module:
@@ -253,7 +257,8 @@ def quantize_(
         device: where the model is moved to first; default: it stays.
 
     Raises:
-        CalibrationError, ValueError: as `prepare_` and `convert_`; the model is as it was.
+        CalibrationError, TypeError, ValueError: as `prepare_` and `convert_`; the model is as it was, but for its
+            device.
 
     Example:
         >>> import torch, bridge
@@ -267,10 +272,12 @@ def quantize_(
     if not isinstance(config, StaticQuantConfig):
         torchao_quantize_(model, config, filter_fn, device=device)
         return
+    check_module(model)
+    check_function("filter_fn", filter_fn, "a module and its name to a bool")
     if device is not None:
         model.to(device)
     if config.step == "prepare":
-        prepare_(model, config, filter_fn)
+        _prepare(model, config, filter_fn)
     else:
         _convert(model, config, lambda m, name: is_observed(m, name) and (filter_fn is None or filter_fn(m, name)))
 
@@ -298,12 +305,12 @@ def _convert(
         raise unfit_error(faults, len(chosen))
 
     def converted(layer: Observed, name: str) -> nn.Module:
-        own = None if config is None else config.of(layer, public_name(name))
-        if public_name(name) in faults or (config is not None and own is None):
+        own = None if config is None else config.of(layer, name)
+        if name in faults or (config is not None and own is None):
             return layer.to_float()
         check_plain(layer)
         return quantized_layer(own, layer)
 
-    swap_(model, lambda module, name: wanted(module, public_name(name)), converted, "a prepared layer", _PREPARE)
+    swap_(model, wanted, converted, "a prepared layer", _PREPARE)
     if faults:
         warnings.warn(f"{counted(len(faults), 'layer')} left in float:\n{listed(faults)}", stacklevel=3)

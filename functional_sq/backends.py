@@ -74,7 +74,7 @@ class Product(_Backend, Protocol):
         """Return the product in `dtype`; with `to_scale` codes of it, after the activation."""
 
     def plus(self, residual: Tensor, operands: Operands, /) -> Tensor:
-        """Return the product plus `residual`, which is `(..., N)`, in its shape and rounded once to its dtype."""
+        """Return the product plus `residual`, which is `(..., N)` and has no gradient, rounded once to its dtype."""
 
 
 class Convolution(_Backend, Protocol):

@@ -35,13 +35,13 @@ from torch import Tensor
 from functional_sq import triton_conv
 from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
-from functional_sq.float8_mm import float8_product
-from functional_sq.formats import Float8, check_real_dtype
+from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.int_mm import as_written, integer_product
 from functional_sq.linear import (
     Epilogue,
     FoldedWeight,
     backend_codes,
+    bracket,
     check_epilogue,
     check_operands,
     fits_operator,
@@ -55,6 +55,7 @@ from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, computed_once, is_traced, looped
+from functional_sq.windows import pad_codes, window_sizes, windows
 
 __all__ = [
     "check_channels",
@@ -129,9 +130,9 @@ def conv(
         >>> fsq.conv(spec, torch.tensor([[1, 0, 0, 10]], dtype=torch.int8), one, weight, padding="same")
         tensor([[ 2.,  1., 30., 20.]])
     """
-    check_conv(spec, q, qp, weight, groups, dtype, then)
+    qp, then = check_conv(spec, q, qp, weight, groups, dtype, then)
     shape, wide = weight.codes.shape, torch.promote_types(dtype, torch.float32)
-    check_epilogue(epilogue, bias, shape[0], wide)
+    check_epilogue(epilogue, bias, weight, wide)
     geometry = _geometry(shape[2:], stride, padding, dilation)
     size = _check_windows(q.shape, shape, geometry)
     x = q if q.ndim == len(shape) else q[None]
@@ -158,12 +159,12 @@ def conv(
         y = triton_conv.float8_convolve(image, weight.codes, scale, bias, *settings, groups, dtype, fast_accum)
         y = y if len(size) == 2 else y.squeeze(2)
     if y is None:
-        # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
         if always(x.shape[0] == 0):
             product = x.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
         elif tapped:
             product = _tapped(x, qp, weight, geometry)
         elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
+            # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
             product = _direct(spec, x, qp, weight, geometry, groups)
         else:
             product = _gathered(spec, x, qp, weight, geometry, offset, fast_accum)
@@ -208,6 +209,7 @@ def conv_reference(
         >>> fsq.conv_reference(spec, torch.tensor([[1, 0, 10]], dtype=torch.int8), one, weight)
         tensor([[ 1., 20.]])
     """
+    check_real(weight, "conv_reference (weight)")
     check_channels(q.shape, weight.shape, groups)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation)
     _check_windows(q.shape, weight.shape, geometry)
@@ -315,18 +317,19 @@ def check_conv(
     groups: int,
     dtype: torch.dtype,
     then: Requantization | None,
-) -> None:
-    """Raise unless these are the operands of a convolution; how its windows lie is not looked at."""
-    check_operands(spec, q, qp, weight)
+) -> tuple[QParams, Requantization | None]:
+    """Return `qp` and `then`; raise unless these are operands of a convolution, wherever its windows lie."""
+    qp = check_operands(spec, q, qp, weight)
     check_real_dtype(dtype, "conv to ")
     if then is not None:
-        check_requantization(then)
+        then = check_requantization(then)
     if qp.scale.numel() != 1:
         raise ValueError(
             f"the activations have scales of shape {tuple(qp.scale.shape)}, and the windows of a convolution mix them; "
             f"use PerTensor()"
         )
     check_channels(q.shape, weight.codes.shape, groups)
+    return qp, then
 
 
 def check_channels(q: Sequence[int], weight: Sequence[int], groups: int) -> None:
@@ -351,20 +354,13 @@ def _check_windows(q: Sequence[int], weight: Sequence[int], geometry: _Geometry)
     """Return how many windows fit along each axis, or raise ValueError where the weight has none."""
     space = q[2 - len(weight) :]
     padded = [n + before + after for n, (before, after) in zip(space, geometry.padding, strict=True)]
-    size = _sizes(padded, weight[2:], geometry)
+    size = window_sizes(padded, weight[2:], geometry.stride, geometry.dilation)
     if any(n < 1 for n in size):
         raise ValueError(
             f"activations of shape {tuple(q)} with padding {geometry.padding} are smaller than a window of "
             f"{tuple(weight[2:])} elements in steps of {geometry.dilation}; pad more, or use a smaller kernel"
         )
     return size
-
-
-def _sizes(space: Sequence[int], kernel: Sequence[int], geometry: _Geometry) -> tuple[int, ...]:
-    """Return how many windows fit along each axis of what is padded already."""
-    extents = (gap * (size - 1) + 1 for size, gap in zip(kernel, geometry.dilation, strict=True))
-    each = zip(space, extents, geometry.stride, strict=True)
-    return tuple((n - extent) // step + 1 for n, extent, step in each)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -382,26 +378,16 @@ def _padded(q: Tensor, zero_point: Tensor, geometry: _Geometry) -> Tensor:
     x = q.movedim(1, -1).contiguous()
     if any(map(any, geometry.padding)):
         x = computed_once(x)  # else with a mask for the padding at each step
-        # The number that pads is a tensor, which F.pad does not take: a code becomes 0 where it is the
-        # zero point, and again what it was. So do the bytes of float8, whose zero is the byte 0.
-        byte = zero_point.reshape(()).to(torch.int32).to(x.dtype)
-        x = F.pad(x ^ byte, [0, 0, *_flat(geometry.padding)]) ^ byte
+        x = pad_codes(x, zero_point, [0, 0, *_flat(geometry.padding)])
     return x.contiguous()
 
 
 def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Geometry) -> Tensor:
     """Return the windows of codes `(B, C, *space)`, padded with the zero point: `(B, *size, *kernel * C)`."""
     x = _padded(q.view(torch.int8) if q.is_floating_point() else q, zero_point, geometry)
-    batch, *space, channels = x.shape
-    along, *step = x.stride()[:-1]
-    size = _sizes(space, kernel, geometry)
-    # Not Tensor.unfold: Inductor would compute the codes under that view once for each window they are in.
-    windows = x.as_strided(
-        (batch, *size, *kernel, channels),
-        (along, *map(mul, step, geometry.stride), *map(mul, step, geometry.dilation), 1),
-    )
+    view = windows(x, kernel, geometry.stride, geometry.dilation)
     # Of one channel, windows may be rows that overlap in memory, which no product of int8 takes.
-    return windows.reshape(batch, *size, math.prod(kernel) * channels).contiguous().view(q.dtype)
+    return view.flatten(-1 - len(kernel)).contiguous().view(q.dtype)
 
 
 def _convolve_by(
@@ -438,17 +424,16 @@ def _gathered(
     fast_accum: bool,
 ) -> Tensor:
     """Return the bracket of `functional_sq.linear` over the windows, by a matrix product: `(B, N, *size)`."""
-    windows = _windows(q, qp.zero_point, weight.codes.shape[2:], geometry)
-    rows, codes = operand(spec, windows.flatten(0, -2)), weight.codes.movedim(1, -1).flatten(1)
-    if offset is None:
-        product = float8_product(rows, codes, fast_accum)
-    elif weight.zero_point is None:
-        product = integer_product(rows, codes) - offset
+    gathered = _windows(q, qp.zero_point, weight.codes.shape[2:], geometry)
+    rows, codes = operand(spec, gathered.flatten(0, -2)), weight.codes.movedim(1, -1).flatten(1)
+    if weight.zero_point is None:
+        product = bracket(rows, weight._replace(codes=codes), offset, fast_accum)
     else:
+        assert offset is not None
         # A row of ones sums each window: cheaper than to read all windows a second time.
         product = integer_product(rows, torch.cat([codes, torch.ones_like(codes[:1])]))
         product = product[:, :-1] - weight.zero_point.reshape(-1) * product[:, -1:] - offset
-    return product.reshape(*windows.shape[:-1], len(codes)).movedim(-1, 1)
+    return product.reshape(*gathered.shape[:-1], len(codes)).movedim(-1, 1)
 
 
 def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
@@ -476,7 +461,7 @@ def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry) -
     kernel = weight.codes.shape[2:]
     batch, *space, channels = x.shape
     along, *step = x.stride()[:-1]
-    shape = batch, *_sizes(space, kernel, geometry), channels
+    shape = batch, *window_sizes(space, kernel, geometry.stride, geometry.dilation), channels
     strides = along, *map(mul, step, geometry.stride), 1
     y = None
     for i, place in enumerate(itertools.product(*map(range, kernel))):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.conv import check_channels, check_conv, conv, is_channels_last, per_dimension
+from functional_sq.formats import check_real
 from functional_sq.linear import Epilogue, FoldedWeight
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
@@ -106,7 +107,7 @@ def conv_transpose(
         >>> fsq.conv_transpose(spec, q, one, fsq.fold(spec, turned, one), stride=2)
         tensor([[ 1.,  2., 13., 20., 30.]])
     """
-    check_conv(spec, q, qp, weight, groups, dtype, then)
+    qp, then = check_conv(spec, q, qp, weight, groups, dtype, then)
     shape = weight.codes.shape
     steps, around, gaps = _geometry(q.shape, shape, stride, padding, output_padding, dilation)
     x = q if q.ndim == len(shape) else q[None]
@@ -160,6 +161,7 @@ def conv_transpose_reference(
         >>> fsq.conv_transpose_reference(spec, torch.tensor([[1, 10]], dtype=torch.int8), one, turned)
         tensor([[ 1., 12., 20.]])
     """
+    check_real(weight, "conv_transpose_reference (weight)")
     check_channels(q.shape, weight.shape, groups)
     _geometry(q.shape, weight.shape, stride, padding, output_padding, dilation)
     op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]

@@ -105,7 +105,7 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
     """
     check_spec(spec)
     _check_storage(spec, q)
-    check_qparams(qp)
+    qp = check_qparams(qp)
     if not 2 <= q.ndim <= 5:
         raise ValueError(
             f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in), "
@@ -240,7 +240,7 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
         Epilogue(scale=tensor([0.2500, 0.2500]), offset=tensor([-170, -130], dtype=torch.int32))
     """
     check_spec(spec)
-    check_qparams(qp)
+    qp = check_qparams(qp)
     _check_folded(weight)
     n, k = weight.codes.shape[0], math.prod(weight.codes.shape[1:])
     if _several(weight.scale.shape):
@@ -252,7 +252,7 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
     scale = s_x.to(dtype) * weight.scale.reshape(-1).to(dtype)
     if weight.sum is None:
         return Epilogue(scale.expand(*scale.shape[:-1], n), None)
-    exact = _accumulator(k)
+    exact = torch.int32 if k <= INT32_TERMS else torch.int64
     z_x = z_x.to(exact) - _shift(spec)
     offset = z_x * weight.sum.to(exact)
     if weight.zero_point is not None:
@@ -314,7 +314,7 @@ def linear(
         >>> fsq.linear(spec, torch.tensor([[10, 1]], dtype=torch.int8), one, weight)
         tensor([[12., 34.]])
     """
-    check_operands(spec, q, qp, weight)
+    qp = check_operands(spec, q, qp, weight)
     lead, n, k = q.shape[:-1], weight.codes.shape[0], weight.codes.shape[-1]
     if weight.codes.shape[1:] != q.shape[-1:]:
         raise ValueError(
@@ -323,10 +323,10 @@ def linear(
         )
     check_real_dtype(dtype, "linear to ")
     if then is not None:
-        check_requantization(then)
+        then = check_requantization(then)
     _check_residual(residual, (*lead, n), dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    check_epilogue(epilogue, bias, n, wide)
+    check_epilogue(epilogue, bias, weight, wide)
     scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     # Contiguous: oneDNN takes rows that overlap or repeat for rows apart, and reads past them.
     flat = q.reshape(math.prod(lead), k).contiguous()
@@ -345,7 +345,9 @@ def linear(
         zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(n)
         taken = backend_codes(backend.CODES, spec, flat, qp)
         operands = Operands(*taken, weight.codes, zero_point, scale, offset, bias)
-        if residual is not None:
+        if residual is not None and residual.requires_grad:  # which an operator of a backend would not hand on
+            y = (backend.product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(dtype)
+        elif residual is not None:
             y = backend.plus(residual, operands)
         elif then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
             y, then = requantize_by(partial(backend.product, operands), then, backend.CODES), None
@@ -354,7 +356,7 @@ def linear(
     elif per_output and offset is None and residual is None:
         y = float8_linear(operand(spec, flat), weight.codes, scale, bias, dtype, fast_accum)
     if y is None:
-        product = _bracket(operand(spec, flat), weight, offset, fast_accum)
+        product = bracket(operand(spec, flat), weight, offset, fast_accum)
         y = apply_epilogue(product, scale, bias, dtype, None if residual is None else residual.reshape(-1, n))
     y = y.reshape(*lead, n)
     return y if then is None else requantize(y, then)
@@ -363,7 +365,7 @@ def linear(
 _epilogue = epilogue  # `linear` has an argument of that name
 
 
-def _bracket(codes: Tensor, weight: FoldedWeight, offset: Tensor | None, fast_accum: bool) -> Tensor:
+def bracket(codes: Tensor, weight: FoldedWeight, offset: Tensor | None, fast_accum: bool) -> Tensor:
     """Return what the scales multiply, `(M, N)`: the bracket above, or for float8 the bare product."""
     if offset is None:
         return float8_product(codes, weight.codes, fast_accum)
@@ -401,19 +403,21 @@ def linear_reference(
         >>> fsq.linear_reference(spec, torch.tensor([[10, 1]], dtype=torch.int8), one, torch.tensor([[1.0, 2.0]]))
         tensor([[12.]])
     """
+    check_real(weight, "linear_reference (weight)")
     return F.linear(dequantize(spec, q, qp, dtype=weight.dtype), weight, bias)
 
 
-def check_operands(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight) -> None:
-    """Raise unless the codes of activations and those of a weight have a common product."""
+def check_operands(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight) -> QParams:
+    """Return `qp`; raise unless the codes of activations and those of a weight have a common product."""
     check_spec(spec)
     _check_storage(spec, q)
-    check_qparams(qp)
+    qp = check_qparams(qp)
     _check_folded(weight)
     if torch.int16 in (q.dtype, weight.codes.dtype):
         raise ValueError("16-bit codes have no integer product; use at most 8 bits, or linear_reference")
     if q.dtype.is_floating_point != weight.codes.dtype.is_floating_point:
         raise TypeError(f"activations of {spec.dtype} meet a weight of {weight.codes.dtype}; quantize both alike")
+    return qp
 
 
 def _check_storage(spec: QuantSpec, q: Tensor) -> None:
@@ -476,25 +480,29 @@ def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool
     return scale.dtype is wide is torch.float32 and not learned and not is_exporting()
 
 
-def check_epilogue(epilogue: Epilogue | None, bias: Tensor | None, n: int, wide: torch.dtype) -> None:
+def check_epilogue(epilogue: Epilogue | None, bias: Tensor | None, weight: FoldedWeight, wide: torch.dtype) -> None:
     """Raise unless what follows a product has one entry for each of its columns; a backend reads as many."""
+    n = weight.codes.shape[0]
     if bias is not None:
         check_real(bias, "the bias")
         if bias.shape != (n,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, and the weight {n} outputs; give one entry for each")
     if epilogue is None:
         return
+    if not isinstance(epilogue, Epilogue):
+        raise TypeError(f"epilogue is a {type(epilogue).__name__}; give what epilogue(spec, qp, weight) returns")
     scale, offset = epilogue
     if scale.dtype is not wide:
         raise TypeError(
             f"the epilogue's scale is {scale.dtype}, and this result is scaled in {wide}; "
             f"compute it with epilogue(..., dtype={wide})"
         )
-    if scale.shape[-1:] != (n,) or (offset is not None and offset.shape != scale.shape):
+    fits = offset is None if weight.sum is None else offset is not None and offset.shape == scale.shape
+    if scale.shape[-1:] != (n,) or not fits:
         shapes = [None if part is None else tuple(part.shape) for part in epilogue]
         raise ValueError(
-            f"the epilogue has shapes {shapes[0]} and {shapes[1]}, and the weight {n} outputs; "
-            f"compute it with epilogue(spec, qp, weight) of this weight"
+            f"the epilogue has shapes {shapes[0]} and {shapes[1]}, and the weight {n} outputs of "
+            f"{weight.codes.dtype}; compute it with epilogue(spec, qp, weight) of this weight"
         )
 
 
@@ -523,7 +531,3 @@ def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:
             f"needs one for the tensor or for each token; use PerTensor(), or linear_reference"
         )
     return value.reshape(-1, 1)
-
-
-def _accumulator(k: int) -> torch.dtype:
-    return torch.int32 if k <= INT32_TERMS else torch.int64

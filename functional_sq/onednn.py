@@ -23,7 +23,7 @@ from functional_sq.granularity import PerTensor
 from functional_sq.int_mm import INT32_TERMS, plain
 from functional_sq.operands import Operands
 from functional_sq.qparams import MappingType, QParams
-from functional_sq.requantize import ACTIVATIONS, Requantization, apply_epilogue, fills_a_byte, requantize
+from functional_sq.requantize import Requantization, apply_epilogue, fills_a_byte, requantize
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, define_operator, is_batched, is_traced
 
@@ -35,7 +35,8 @@ __all__ = [
     "exact_sums",
     "exactly",
     "finish",
-    "is_state",
+    "is_capable",
+    "is_version",
     "key",
     "largest_sum",
     "plus",
@@ -43,8 +44,8 @@ __all__ = [
     "requantizes",
     "result_dtype",
     "rows",
-    "state",
     "supports",
+    "version",
 ]
 
 NAME: str = "oneDNN"
@@ -67,7 +68,7 @@ WORTH = 1_500_000 if AMX else 4_000_000
 and one of M N results 0.3 ns, measured on one core for K, N from 384 to 4096, compiled, GELU behind it or not. With
 VNNI alone (the same core, limited) a layer followed by GELU stays within 5 %, one that writes its result gains."""
 
-WHOLE = 5000 if AMX else INT32_TERMS
+LARGEST_K = 5000 if AMX else INT32_TERMS
 """The largest K that is multiplied. With AMX, above it the codes of a trained weight too would be cut, see `exactly`,
 and two products take 2 to 3 times as long as `torch._int_mm` and an epilogue."""
 
@@ -86,7 +87,7 @@ _POST_OPS: dict[str, tuple[str, list[float], str]] = {
 _UINT8 = QuantSpec(torch.uint8, PerTensor(), mapping=MappingType.ASYMMETRIC)
 
 _PACKED: Any = WeakTensorKeyDictionary()
-"""A memo of `_pack`: weight codes to their `state` and what was packed, for as long as the codes live.
+"""A memo of `_pack`: weight codes to their `version` and what was packed, for as long as the codes live.
 
 Packing takes 3.5 ns a byte, as long as the product with 4000 rows. The packed tensor is opaque: a compiled
 graph takes none, it cannot be saved, and a `state_dict` must not hold it. Kept here, it needs no care: a copied,
@@ -107,14 +108,19 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         >>> onednn.supports(torch.zeros(4, 8), None)
         False
     """
-    return (
-        AVAILABLE
-        and codes.device.type == "cpu"
-        and codes.dtype is torch.int8
-        and codes.ndim == 2
-        and codes.numel() > 0
-        and codes.shape[1] <= WHOLE
-    )
+    return is_capable(codes) and codes.ndim == 2 and codes.shape[1] <= LARGEST_K
+
+
+def is_capable(codes: Tensor) -> bool:
+    """Whether codes are int8 on a CPU on which oneDNN multiplies them exactly.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import onednn
+        >>> onednn.is_capable(torch.zeros(4, 8))
+        False
+    """
+    return AVAILABLE and codes.device.type == "cpu" and codes.dtype is torch.int8 and codes.numel() > 0
 
 
 def rows(codes: Tensor, zero_point: Tensor | None) -> range:
@@ -143,7 +149,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, apart from their arguments."""
-    return AVAILABLE, AMX, WORTH, WHOLE
+    return AVAILABLE, AMX, WORTH, LARGEST_K
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
@@ -175,7 +181,7 @@ def product(
 
     Args:
         operands: uint8 codes, and a weight that `supports` takes; packed at the first call, and again once it changes.
-        activation: applied to the result, if `requantizes` takes it.
+        activation: what `requantizes` takes, applied before codes are made; "none" without `to_scale`.
         to_scale, to_zero_point: float32 and int32, one element each: the result is uint8 codes of them.
             oneDNN adds the zero point before it rounds, and has its own polynomials for activations: beside
             `functional_sq.quantize` a code differs by one where the value lies on the border of two, give
@@ -210,7 +216,7 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     later, as mostly in a network, Inductor leaves the copy out.
 
     Args:
-        residual: `(..., N)`, in all M rows of any real dtype.
+        residual: `(..., N)`, in all M rows, of any real dtype; without a gradient.
         operands: as `product`.
 
     Example:
@@ -226,10 +232,10 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
         total = _corrected(operands, operands.weight_zero_point).reshape(residual.shape)
         return apply_epilogue(total, operands.scale, operands.bias, residual.dtype, residual)
     taken = arguments(operands)
-    # A batch of vmap cannot be written to, and an operator of ours has no gradient. Inductor (torch 2.13) may leave the
-    # copy out, find that it needs one, and then take it from the start of the storage.
+    # A batch of vmap cannot be written to. Inductor (torch 2.13) may leave the copy out, find that it needs one, and
+    # then take it from the start of the storage.
     within = is_traced(residual) and not always(residual.storage_offset() == 0)
-    alone = is_batched(residual, *taken) or residual.requires_grad or result_dtype(residual.dtype) is not residual.dtype
+    alone = is_batched(residual, *taken) or result_dtype(residual.dtype) is not residual.dtype
     if alone or within:
         return (product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
     y = residual.clone(memory_format=torch.contiguous_format)
@@ -260,7 +266,7 @@ def finish(
     bias = None if bias is None else bias.reshape(along)
     y = apply_epilogue(total, scale.reshape(along), bias, torch.float32, onto)
     if to_scale is None or to_zero_point is None:
-        return ACTIVATIONS[activation](y).to(dtype)
+        return y.to(dtype)
     return requantize(y, Requantization(_UINT8, QParams(to_scale, to_zero_point), activation))
 
 
@@ -430,19 +436,19 @@ def largest_sum(codes: Tensor) -> int:
 def _pack(codes: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return the packed weight, the zero point 0 that its product takes, and its `largest_sum`."""
     known = _PACKED.get(codes)
-    if known is None or not is_state(known[0], codes):
+    if known is None or not is_version(known[0], codes):
         with torch.inference_mode(False):  # what is kept serves calls outside of it too
             packed = torch.ops.onednn.qlinear_prepack(plain(codes), None)
-            known = state(codes), (packed, torch.zeros(1, dtype=torch.int32), largest_sum(codes))
+            known = version(codes), (packed, torch.zeros(1, dtype=torch.int32), largest_sum(codes))
         _PACKED[codes] = known
     return known[1]  # type: ignore[no-any-return]
 
 
-def state(codes: Tensor) -> int | Tensor:
+def version(codes: Tensor) -> int | Tensor:
     """Return what shows later whether codes changed: their version, or a copy where inference mode gives them none."""
     return codes.clone() if codes.is_inference() else codes._version
 
 
-def is_state(known: int | Tensor, codes: Tensor) -> bool:
-    """Whether codes are what they were when `state` gave `known`; a copy compares in a 20th of packing's time."""
+def is_version(known: int | Tensor, codes: Tensor) -> bool:
+    """Whether codes are what they were when `version` gave `known`; a copy compares in a 20th of packing's time."""
     return torch.equal(known, codes) if isinstance(known, Tensor) else known == codes._version

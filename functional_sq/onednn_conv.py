@@ -43,7 +43,7 @@ NAME: str = onednn.NAME
 CODES: torch.dtype = onednn.CODES
 
 WORTH = 900_000 if onednn.AMX else 300_000
-"""What `6 M N` must reach for M windows, with `M K + 4 N K` where they overlap and would be copied.
+"""Of M windows, what `6 M N` must reach; where they overlap and would be copied, `6 M N + M K + 4 N K`.
 
 On one core, compiled, a call of oneDNN takes 90 us more than the product of windows, and less by 0.6 ns for one
 of M N results, 0.1 ns for an element of a window, 0.4 ns for one of a weight that is laid out anew. Layers of ResNet,
@@ -52,7 +52,7 @@ windows that do not overlap 0.8 to 3.1, the least with a stride of 2 and N <= 2 
 limited) 3 x 3 gains 1.1 to 13 times, 1 x 1 1.0 to 7. Groups, which run as floats otherwise, gain 1.1 to 60 times, and
 are always taken."""
 
-WHOLE = 1028
+LARGEST_K = 1028
 """The largest K of an asymmetric weight without groups: uniform codes have no sums that `onednn.exact_sums` cuts."""
 
 _PACKED: Any = WeakTensorKeyDictionary()
@@ -75,14 +75,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         >>> onednn_conv.supports(torch.zeros(4, 8, 3, 3), None)
         False
     """
-    return (
-        onednn.AVAILABLE
-        and codes.device.type == "cpu"
-        and codes.dtype is torch.int8
-        and codes.ndim in (3, 4)
-        and codes.numel() > 0
-        and codes[0].numel() <= INT32_TERMS
-    )
+    return onednn.is_capable(codes) and codes.ndim in (3, 4) and codes[0].numel() <= INT32_TERMS
 
 
 def least_windows(
@@ -104,7 +97,7 @@ def least_windows(
     if groups > 1:
         return 1
     n, k = codes.shape[0], codes[0].numel()
-    if zero_point is not None and k > WHOLE:
+    if zero_point is not None and k > LARGEST_K:
         return sys.maxsize
     if _overlap(codes.shape[2:], stride, dilation):
         return max(1, -((4 * n * k - WORTH) // (6 * n + k)))
@@ -118,7 +111,7 @@ def _overlap(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[in
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, apart from their arguments."""
-    return onednn.AVAILABLE, onednn.AMX, WORTH, WHOLE
+    return onednn.AVAILABLE, onednn.AMX, WORTH, LARGEST_K
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
@@ -154,7 +147,7 @@ def convolve(
         stride, dilation: along height and width.
         padding: above, below, left and right; the zero point is what is there.
         groups: as `functional_sq.conv`.
-        activation: applied to the result, if `requantizes` takes it.
+        activation: what `requantizes` takes, applied before codes are made; "none" without `to_scale`.
         to_scale, to_zero_point, dtype: as `functional_sq.onednn.product`.
 
     Returns:
@@ -201,8 +194,8 @@ def _corrected(operands: Operands, weight_zero_point: Tensor, settings: tuple[An
 
 
 class _Packed(NamedTuple):
-    state: int | Tensor
-    """As `functional_sq.onednn.state` gives it."""
+    version: int | Tensor
+    """As `functional_sq.onednn.version` gives it."""
     form: tuple[Any, ...]
     """What the layout was chosen for."""
     asked: tuple[Any, ...]
@@ -230,11 +223,8 @@ def _conv(
     then = activation, to_scale, to_zero_point, dtype
     if q.shape[0] == 0:
         return _empty(q, codes, stride, padding, dilation, dtype if to_scale is None else torch.uint8)
-
-    def call(convolved: Callable[..., Tensor], q: Tensor, z: int, largest: int) -> Tensor:
-        return onednn.exactly(convolved, q, z, scale, bias, largest, *then)
-
-    return _called(call, q, zero_point, codes, stride, padding, dilation, groups)
+    convolved, q, z, largest = _prepared(q, zero_point, codes, stride, padding, dilation, groups)
+    return onednn.exactly(convolved, q, z, scale, bias, largest, *then)
 
 
 def _sums(
@@ -254,13 +244,10 @@ def _sums(
     if q.shape[0] == 0:
         return _empty(q, codes, stride, padding, dilation, dtype)
     one = torch.ones(len(codes))
-
-    def call(convolved: Callable[..., Tensor], q: Tensor, z: int, largest: int) -> Tensor:
-        if dtype is torch.int32:
-            return onednn.exact_sums(convolved, q, z, one, largest)
-        return convolved(q, z, one, None, onednn.SUMS, None)
-
-    return _called(call, q, zero_point, codes, stride, padding, dilation, groups)
+    convolved, q, z, largest = _prepared(q, zero_point, codes, stride, padding, dilation, groups)
+    if dtype is torch.int32:
+        return onednn.exact_sums(convolved, q, z, one, largest)
+    return convolved(q, z, one, None, onednn.SUMS, None)
 
 
 def _sums_dtype(codes: Tensor, of_codes: bool) -> torch.dtype:
@@ -284,8 +271,7 @@ def _ones(codes: Tensor, groups: int) -> Tensor:
     return known
 
 
-def _called(
-    call: Callable[[Callable[..., Tensor], Tensor, int, int], Tensor],
+def _prepared(
     q: Tensor,
     zero_point: Tensor,
     codes: Tensor,
@@ -293,8 +279,8 @@ def _called(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> Tensor:
-    """Return `call` of what `onednn.exactly` takes: what convolves, and its codes, zero point and largest sum."""
+) -> tuple[Callable[..., Tensor], Tensor, int, int]:
+    """Return what `onednn.exactly` takes: what convolves, and its codes, zero point and largest sum."""
     z = int(zero_point)
     q = q.contiguous(memory_format=torch.channels_last)
     if _is_widened(codes, groups):
@@ -314,10 +300,9 @@ def _called(
         y: Tensor = torch.ops.onednn.qconv_pointwise.default(
             q, 1.0, z, packed.weight, scale, packed.zero, bias, *settings, groups, *tail
         )
-        return y
+        return _turned(y) if turned else y
 
-    y = call(convolved, q, z, packed.largest)
-    return _turned(y) if turned else y
+    return convolved, q, z, packed.largest
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -419,7 +404,7 @@ def _fitted(
 def _pack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
     known: _Packed | None = _PACKED.get(codes)
     # Another layout is chosen when it is asked for twice in a row: sizes that always change cost no packing.
-    if known is None or not onednn.is_state(known.state, codes) or (form == known.asked and form != known.form):
+    if known is None or not onednn.is_version(known.version, codes) or (form == known.asked and form != known.form):
         known = _PACKED[codes] = _prepack(codes, form)
     elif form != known.asked:
         known = _PACKED[codes] = known._replace(asked=form)
@@ -435,7 +420,7 @@ def _prepack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
         if _is_widened(codes, settings[-1]):
             weight = F.pad(weight, [0, 0, 0, 0, 0, 1])
         return _Packed(
-            onednn.state(codes),
+            onednn.version(codes),
             form,
             form,
             torch.ops.onednn.qconv_prepack(weight, one, 1.0, int(not is_zero), *settings, shape),

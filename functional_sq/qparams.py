@@ -52,8 +52,8 @@ class QParams(NamedTuple):
     zero_point: Tensor
 
 
-def check_qparams(qp: object) -> None:
-    """Raise TypeError unless `qp` is a pair of tensors, ValueError unless they have one shape."""
+def check_qparams(qp: object) -> QParams:
+    """Return a pair of tensors as QParams; TypeError if `qp` is none, ValueError unless they have one shape."""
     if not (isinstance(qp, tuple) and len(qp) == 2 and all(isinstance(value, Tensor) for value in qp)):
         raise TypeError(f"qp is {qp!r}; give QParams(scale, zero_point), two tensors")
     scale, zero_point = qp
@@ -61,6 +61,7 @@ def check_qparams(qp: object) -> None:
         raise ValueError(
             f"the zero point has shape {tuple(zero_point.shape)} and the scale {tuple(scale.shape)}; they must be equal"
         )
+    return QParams(scale, zero_point)
 
 
 def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.qparams import QParams
+from functional_sq.granularity import PerTensor
+from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import quantize
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import is_batched, is_traced
@@ -75,7 +76,7 @@ def requantize(x: Tensor, then: Requantization) -> Tensor:
         >>> fsq.requantize(torch.tensor([-1.0, 1.0]), then)
         tensor([0, 2], dtype=torch.int8)
     """
-    check_requantization(then)
+    then = check_requantization(then)
     return quantize(then.spec, ACTIVATIONS[then.activation](x), then.qp)
 
 
@@ -99,12 +100,14 @@ def apply_epilogue(
 
 def fills_a_byte(spec: QuantSpec, scale: Tensor) -> bool:
     """Whether codes use all 8 bits and have one float32 scale, as those that a backend can make do."""
-    return scale.numel() == 1 and scale.dtype is torch.float32 and spec.bounds in ((-128, 127), (0, 255))
+    one = isinstance(spec.granularity, PerTensor) and scale.numel() == 1 and scale.dtype is torch.float32
+    return one and spec.bounds in ((-128, 127), (0, 255))
 
 
-def check_requantization(then: object) -> None:
+def check_requantization(then: object) -> Requantization:
     """Raise TypeError unless `then` is a Requantization, ValueError unless its activation is one of `ACTIVATIONS`."""
     if not isinstance(then, Requantization):
         raise TypeError(f"then is {then!r}; give a Requantization(spec, qp, activation)")
     if not isinstance(then.activation, str) or then.activation not in ACTIVATIONS:
         raise ValueError(f"activation={then.activation!r}; use one of {', '.join(map(repr, ACTIVATIONS))}")
+    return then._replace(qp=check_qparams(then.qp))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from operator import mul
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.tracing import asked_once, looped
 from functional_sq.triton_mm import CODES, key, requantizes
+from functional_sq.windows import pad_codes, window_sizes, windows
 
 __all__ = [
     "CODES",
@@ -109,8 +109,7 @@ def convolve(
     q, zero_point, codes, weight_zero_point, scale, offset, bias = operands
     x = q.movedim(1, -1)
     if any(padding):
-        byte = zero_point.reshape(()).to(torch.int8)  # F.pad takes no tensor: the code becomes 0, and what it was again
-        x = F.pad(x ^ byte, _sides(padding)) ^ byte
+        x = pad_codes(x, zero_point, _sides(padding))
     kernel = codes.shape[2:] if codes.ndim == 4 else (1, *codes.shape[2:])
     row_sum = None if weight_zero_point is None else _window_sums(x, kernel, stride, dilation, groups)
     of_weight = scale, offset, bias, weight_zero_point, row_sum
@@ -181,16 +180,7 @@ def _window_sums(
 ) -> Tensor:
     """Return the sum of each group's codes in each window of `(B, H, W, C)`: `(B, H', W', groups)` int32."""
     of_pixel = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).sum(-1, dtype=torch.int32).contiguous()
-    out = _sizes(x.shape[1:3], kernel, stride, dilation)
-    along, *step, _ = of_pixel.stride()
-    strides = along, *map(mul, step, stride), 1, *map(mul, step, dilation)
-    return of_pixel.as_strided((x.shape[0], *out, groups, *kernel), strides).sum((-2, -1), dtype=torch.int32)
-
-
-def _sizes(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Return how many windows there are along each axis."""
-    each = zip(size, kernel, stride, dilation, strict=True)
-    return [(length - gap * (taps - 1) - 1) // step + 1 for length, taps, step, gap in each]
+    return windows(of_pixel, kernel, stride, dilation).sum((3, 4), dtype=torch.int32)
 
 
 def _together(channels: int, groups: int) -> int:
@@ -269,7 +259,7 @@ def _convolved(
 
     images, *size, _ = x.shape
     n, *kernel, channels = w.shape
-    out = _sizes(size, kernel, steps[:2], steps[2:])
+    out = window_sizes(size, kernel, steps[:2], steps[2:])
     y = torch.empty((images, *out, n), dtype=dtype if to_scale is None else CODES, device=x.device)
     m = images * out[0] * out[1]
     if isinstance(m, int) and m == 0:

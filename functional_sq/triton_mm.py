@@ -135,7 +135,7 @@ def product(
 
     Args:
         operands: int8 codes, and a weight that `supports` takes.
-        activation: applied to the result, if `requantizes` takes it.
+        activation: what `requantizes` takes, applied before codes are made; "none" without `to_scale`.
         to_scale, to_zero_point: float32 and int32, one element each: the result is int8 codes of them. Beside
             `functional_sq.quantize` a code may differ by one where the value lies on the border of two, as the
             kernel has its own `tanh` and `exp`.
@@ -151,11 +151,9 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     """Return `product(operands) + residual`, rounded once to the residual's dtype.
 
     Args:
-        residual: `(..., N)`, in all M rows of any real dtype.
+        residual: `(..., N)`, in all M rows, of any real dtype; without a gradient.
         operands: as `product`.
     """
-    if residual.requires_grad:  # an operator of ours has no gradient
-        return (product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(residual.dtype)
     flat = residual.reshape(-1, operands.codes.shape[0])
     return _call(*_arguments(operands), flat, "none", None, None, residual.dtype).reshape(residual.shape)
 

@@ -131,7 +131,7 @@ def test_codes_of_a_convolution_are_those_of_float64_within_the_rounding(
 def test_codes_of_sums_above_the_integers_of_float32(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the product is cut, and the steps behind it are torch's."""
     monkeypatch.setattr(onednn, "WORTH", 0)
-    monkeypatch.setattr(onednn, "WHOLE", 9216)
+    monkeypatch.setattr(onednn, "LARGEST_K", 9216)
     case = symmetric(3, 9216, 5, fill=("all", "high"))
     y = case.corrected() * case.scale(np.dtype(np.float64)) + case.bias_array()
     folded = case.folded()

@@ -429,6 +429,39 @@ INVALID: dict[str, tuple[object, ...]] = {
         "shapes (3,) and (3,), and the weight 4 outputs",
         "compute it with epilogue(spec, qp, weight)",
     ),
+    "linear(tensor, q, qp, folded, epilogue=epilogue(tensor, qp, folded)._replace(offset=None))": (
+        ValueError,
+        "shapes (4,) and None, and the weight 4 outputs of torch.int8",
+        "compute it with epilogue(spec, qp, weight)",
+    ),
+    "conv(tensor, q, qp, windows, epilogue=Epilogue(torch.ones(4), None))": (
+        ValueError,
+        "shapes (4,) and None, and the weight 4 outputs of torch.int8",
+        "compute it with epilogue(spec, qp, weight)",
+    ),
+    "linear(tensor, q, qp, folded, epilogue=3)": (
+        TypeError,
+        "epilogue is a int",
+        "give what epilogue(spec, qp, weight)",
+    ),
+    "linear_reference(tensor, q, qp, folded)": (
+        TypeError,
+        "linear_reference (weight) got a FoldedWeight",
+        "give a tensor",
+    ),
+    "linear_reference(tensor, q, qp, q)": (TypeError, "linear_reference (weight) got a tensor of torch.int8", CONVERT),
+    "conv_reference(tensor, q, qp, windows)": (
+        TypeError,
+        "conv_reference (weight) got a FoldedWeight",
+        "give a tensor",
+    ),
+    "conv_transpose_reference(tensor, q, qp, windows)": (
+        TypeError,
+        "conv_transpose_reference (weight) got a FoldedWeight",
+        "give a tensor",
+    ),
+    "requantize(x, Requantization(tensor, None))": (TypeError, "qp is None", "give QParams(scale, zero_point)"),
+    "linear(tensor, q, qp, folded, then=Requantization(tensor, None))": (TypeError, "qp is None", "give QParams("),
     "linear(tensor, q, qp, folded, dtype=torch.float64, epilogue=epilogue(tensor, qp, folded))": (
         TypeError,
         "the epilogue's scale is torch.float32, and this result is scaled in torch.float64",
@@ -457,6 +490,37 @@ INVALID: dict[str, tuple[object, ...]] = {
     ),
     "linear(tensor, q, qp, folded, dtype=torch.int32)": (TypeError, "linear to torch.int32", REALS),
 }
+
+
+def test_any_pair_of_tensors_is_qparams() -> None:
+    """As torchao gives them; whether a backend multiplies or not."""
+    tensor, channel = (fsq.QuantSpec(torch.int8, g) for g in (fsq.PerTensor(), fsq.PerAxis(0)))
+    of_x = torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32)
+    of_w = torch.full((128, 1), 0.25), torch.zeros(128, 1, dtype=torch.int32)
+    q, w = (torch.randint(-128, 128, (size, 64), dtype=torch.int8) for size in (100, 128))
+    named = fsq.QParams(*of_x), fsq.QParams(*of_w)
+    folded = fsq.fold(channel, w, of_w)
+    assert all(a is None or torch.equal(a, b) for a, b in zip(folded, fsq.fold(channel, w, named[1]), strict=True))
+    windows = fsq.fold(channel, w.reshape(128, 4, 16), tuple(t.reshape(128, 1, 1) for t in of_w))
+    for weight, call, codes in ((folded, fsq.linear, q), (windows, fsq.conv, q[None, :4])):
+        known = fsq.epilogue(tensor, of_x, weight)
+        for epilogue in (None, known):
+            given, right = (
+                call(tensor, codes, qp, weight, epilogue=epilogue, then=fsq.Requantization(tensor, qp, "relu"))
+                for qp in (of_x, named[0])
+            )
+            assert torch.equal(given, right)
+
+
+def test_codes_of_several_scales_are_made_by_no_backend() -> None:
+    """One scale for each token, of which there is one in the statistics: refused whoever multiplies."""
+    tensor, token = (fsq.QuantSpec(torch.int8, g) for g in (fsq.PerTensor(), fsq.PerToken()))
+    qp = fsq.QParams(torch.tensor([[0.5]]), torch.tensor([[0]], dtype=torch.int32))
+    weight = fsq.fold(tensor, torch.ones(1024, 4096, dtype=torch.int8), qp)
+    for epilogue in (None, fsq.epilogue(tensor, qp, weight)):
+        q, then = torch.ones(128, 4096, dtype=torch.int8), fsq.Requantization(token, qp)
+        with pytest.raises(ValueError, match=r"the scale has shape \(1, 1\)"):
+            fsq.linear(tensor, q, qp, weight, epilogue=epilogue, then=then)
 
 
 @pytest.mark.parametrize("call", INVALID)

@@ -138,7 +138,7 @@ class Product:
         """Multiply as a layer does that keeps its weight: with the epilogue computed before."""
         folded = self.folded()
         known = fsq.epilogue(self.act, self.qp, folded, dtype=torch.promote_types(dtype, torch.float32))
-        with mock.patch.multiple(onednn, WORTH=0, WHOLE=INT32_TERMS):  # by oneDNN, however small or long it is
+        with mock.patch.multiple(onednn, WORTH=0, LARGEST_K=INT32_TERMS):  # by oneDNN, however small or long it is
             return fsq.linear(self.act, self.q, self.qp, folded, self.bias, dtype=dtype, epilogue=known, **then)
 
     def corrected(self) -> np.ndarray:
@@ -371,7 +371,7 @@ def symmetric(rows: int, k: int, n: int, dtype: torch.dtype = torch.int8, **kwar
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The results that oneDNN gave, which is asked for small products too."""
     monkeypatch.setattr(onednn, "WORTH", 0)
-    monkeypatch.setattr(onednn, "WHOLE", INT32_TERMS)
+    monkeypatch.setattr(onednn, "LARGEST_K", INT32_TERMS)
     found: list[Tensor] = []
     multiply = onednn.product
 
@@ -760,9 +760,9 @@ def test_no_terms_sum_to_zero() -> None:
 
 @needs_onednn
 def test_a_weight_is_taken_up_to_its_longest() -> None:
-    assert (5000 if onednn.AMX else INT32_TERMS) == onednn.WHOLE
-    assert onednn.supports(torch.ones(1, onednn.WHOLE, dtype=torch.int8), None)
-    assert not onednn.supports(torch.ones(1, onednn.WHOLE + 1, dtype=torch.int8), None)
+    assert (5000 if onednn.AMX else INT32_TERMS) == onednn.LARGEST_K
+    assert onednn.supports(torch.ones(1, onednn.LARGEST_K, dtype=torch.int8), None)
+    assert not onednn.supports(torch.ones(1, onednn.LARGEST_K + 1, dtype=torch.int8), None)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch._int_mm has no batching rule

@@ -25,7 +25,8 @@ _WINDOW = 20
 its squared error is below 2**-40 of the extreme's square, whatever its code."""
 
 _CHUNK = 1 << 18
-"""Elements (blocks x candidates x bin edges) in memory at once: 2 MiB in float64 stay in the cache."""
+"""Elements (blocks x candidates x bin edges) in memory at once, twice as many for ASYMMETRIC: 2 MiB in float64 stay in
+the cache."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,8 +47,8 @@ class Mse(Histogram):
     Thresholds are searched down to 2**-12 of the extreme: for the symmetric mappings one threshold
     on |x|, to 0.5 %; for ASYMMETRIC one on |x|, then both ends on a grid around it, refined twice. The
     range of everything seen is a candidate, so the result is not worse than `MinMax` as the histogram
-    sees it. Memory: blocks are taken in chunks of 2**18 (block, candidate, edge) triples, or of one
-    block where that has more.
+    sees it. Memory: blocks are taken in chunks of about 2**18 (block, candidate, edge) triples, twice
+    that for ASYMMETRIC, or of one block where that has more.
 
     Args:
         exponents: see `Histogram`.
@@ -125,13 +126,11 @@ def expected_error(spec: QuantSpec, state: State, qp: QParams) -> SquaredError:
     if bins is None:
         raise ValueError(f"{spec.observer} records no histogram; record with Histogram() and put it into the spec")
     spec.observer.stat_shape(state, exact=False)
-    check_qparams(qp)
-    qp = QParams(*qp)
+    qp = check_qparams(qp)
     count, lo, hi = state["count"], state["min"], state["max"]
-    if qp.scale.shape != count.shape or qp.zero_point.shape != count.shape:
+    if qp.scale.shape != count.shape:
         raise ValueError(
-            f"qp has a scale of shape {tuple(qp.scale.shape)} and a zero point of shape {tuple(qp.zero_point.shape)}, "
-            f"the state has statistics of shape {tuple(count.shape)}; all three must be equal"
+            f"qp has the shape {tuple(qp.scale.shape)}, and the statistics {tuple(count.shape)}; they must be equal"
         )
     edges = bins.edges(device=lo.device)
     rows = (state["histogram"].reshape(-1, bins.bins), *(t.reshape(-1) for t in (lo, hi, *qp)))

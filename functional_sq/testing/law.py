@@ -31,7 +31,7 @@ class Law:
 
 
 def check_law(law: Law, subject: Any, *, max_examples: int = 100) -> None:
-    """Check one law, such as those of `LAWS`, on an observer.
+    """Check one law, such as those of `LAWS`, on an observer or a backend.
 
     Args:
         law: the law, with its cases.
@@ -71,7 +71,7 @@ def check_law(law: Law, subject: Any, *, max_examples: int = 100) -> None:
     try:
         run()
     except Exception as error:
-        # Whatever a law raises is a failure of the observer, and one that comes and goes (Flaky) is
+        # Whatever a law raises is a failure of what it is of, and one that comes and goes (Flaky) is
         # too. What the strategies raise is none and goes on as it is.
         if not failures or not (isinstance(error, Flaky) or error is failures[-1][1]):
             raise
