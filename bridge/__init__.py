@@ -22,9 +22,8 @@ from bridge.observed import (
     ObservedConvTranspose2d,
     ObservedConvTranspose3d,
     ObservedLinear,
-    ObserverModule,
-    insert_observers_,
 )
+from bridge.observer import ObserverModule
 from bridge.quantizable import QuantizableMultiheadAttention, make_quantizable_
 from bridge.quantized import (
     QuantizedConv1d,
@@ -38,7 +37,7 @@ from bridge.quantized import (
 from bridge.report import LayerReport, Report, report
 from bridge.saving import load, save
 from bridge.torchao import AOBaseConfig, compute_error, register_quantize_module_handler
-from bridge.workflow import convert_, prepare_, quantize_, reread_, unprepare_
+from bridge.workflow import convert_, insert_observers_, prepare_, quantize_, reread_, unprepare_
 from functional_sq import CalibrationError, MappingType, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Buffers", "check_module", "write"]
+__all__ = ["Buffers", "write"]
 
 
 class Buffers(nn.Module):
@@ -47,9 +47,3 @@ def write(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in state.items():
             module.get_buffer(name).copy_(value)
-
-
-def check_module(model: object) -> None:
-    """Raise TypeError unless `model` is a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")

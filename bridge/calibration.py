@@ -17,10 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import functional_sq as fsq
+from bridge.arguments import check_counts, check_function, check_module
 from bridge.batches import call, check_batches, check_fitted, mask_of
-from bridge.buffers import check_module, write
-from bridge.checks import check_counts, check_function, check_memory, listed, observed_layers
-from bridge.observed import Observed, ObserverModule, choose_paths, public_name, weight_of
+from bridge.buffers import write
+from bridge.checks import check_memory, listed, observed_layers
+from bridge.observed import Observed, weight_of
+from bridge.observer import ObserverModule
+from bridge.swapping import choose_paths, public_name
 from functional_sq import serialize
 from functional_sq.distributed import all_merge
 

@@ -10,14 +10,14 @@ from torch import nn
 
 import functional_sq as fsq
 from bridge.config import PRESETS, StaticQuantConfig, fits, rules_of, written
-from bridge.observed import Observed, float_reason, observed_type, public_name
+from bridge.kinds import float_reason, observed_type
+from bridge.observed import Observed
 from bridge.quantized import Quantized
+from bridge.swapping import public_name
 
 __all__ = [
     "Filter",
     "check_config",
-    "check_counts",
-    "check_function",
     "check_memory",
     "check_rules",
     "counted",
@@ -39,19 +39,6 @@ def check_config(config: object) -> None:
     if not isinstance(config, StaticQuantConfig):
         name = config if isinstance(config, str) and config in PRESETS else "int8"
         raise TypeError(f"config is {config!r}; give a StaticQuantConfig, such as bridge.PRESETS[{name!r}]")
-
-
-def check_function(name: str, given: object, what: str) -> None:
-    """Raise TypeError unless an argument is a function, from one thing to another, or None."""
-    if given is not None and not callable(given):
-        raise TypeError(f"{name} is a {type(given).__name__}; give a function from {what}")
-
-
-def check_counts(**given: object) -> None:
-    """Raise ValueError unless these arguments are ints, at least 1."""
-    for name, value in given.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}; give an int, at least 1")
 
 
 def check_memory(model: nn.Module) -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import functional_sq as fsq
-from bridge.observed import LAYERS, Observed, ObserverModule, check_plain, observed_type, settings_of, weight_of
+from bridge.kinds import observed_type
+from bridge.observed import LAYERS, Observed, check_plain, settings_of, weight_of
+from bridge.observer import ObserverModule
 from bridge.quantized import QUANTIZED, SWITCHES, QuantizedLinear
 from bridge.torchao import AOBaseConfig, register_quantize_module_handler
 from functional_sq.serialize import spec_from_json, spec_to_json

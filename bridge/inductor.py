@@ -14,8 +14,9 @@ from torch import fx, nn
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from bridge.buffers import check_module
-from bridge.observed import Observed, choose_paths, module_names
+from bridge.arguments import check_module
+from bridge.observed import Observed
+from bridge.swapping import choose_paths, module_names
 from functional_sq import backends
 from functional_sq.chains import hand_on
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import functional_sq as fsq
-from bridge.observed import ObserverModule
+from bridge.observer import ObserverModule
 from bridge.torchao import ZeroPointDomain, adopt, check_preserve_zero, check_zero_point_domain
 
 __all__ = ["AffineQuantizedMinMaxObserver"]

@@ -1,10 +1,8 @@
-"""Modules that record what flows through them: observers as modules, and float layers with two."""
+"""Float layers that record what flows into them: an observer for the input, one for the weight."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any, ClassVar, cast
 
@@ -13,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import functional_sq as fsq
-from bridge.aqt import AffineQuantizedTensor
-from bridge.buffers import Buffers, write
-from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
+from bridge.observer import ObserverModule
 
 __all__ = [
+    "LAYERS",
+    "OBSERVED",
     "Observed",
     "ObservedConv1d",
     "ObservedConv2d",
@@ -26,158 +24,12 @@ __all__ = [
     "ObservedConvTranspose2d",
     "ObservedConvTranspose3d",
     "ObservedLinear",
-    "ObserverModule",
-    "insert_observers_",
-    "is_quantizable",
-    "observed_type",
+    "check_plain",
+    "check_static",
+    "holds_tensors",
+    "settings_of",
     "weight_of",
 ]
-
-
-class ObserverModule(Buffers):
-    """A `functional_sq` state as buffers; forward records its input and returns it.
-
-    Args:
-        spec: what is recorded and how it is read.
-        shape: shape of the tensors to come; only the sizes that the granularity keeps matter. Left
-            out, a per-tensor observer needs none and any other takes that of the first tensor.
-        device: device of the buffers.
-
-    Attributes:
-        spec: as given.
-        mask: bool tensor of the leading axes of the tensors to come, True where they count, or None.
-            It also fits tensors in which these axes are one (tokens of all sequences in a row);
-            others are recorded whole.
-        masked: whether it fitted any tensor since `calibrate` set it.
-
-    Example:
-        >>> import torch, functional_sq as fsq
-        >>> from bridge import ObserverModule
-        >>> observer = ObserverModule(fsq.QuantSpec(torch.int8, fsq.PerTensor()))
-        >>> _ = observer(torch.tensor([-1.0, 1.27]))
-        >>> observer.calculate_qparams()
-        QParams(scale=tensor([0.0100]), zero_point=tensor([0], dtype=torch.int32))
-    """
-
-    def __init__(
-        self,
-        spec: fsq.QuantSpec,
-        shape: tuple[int, ...] | None = None,
-        *,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.spec = spec
-        self.mask: Tensor | None = None
-        self.masked = False
-        if shape is None and isinstance(spec.granularity, fsq.PerTensor):
-            shape = (1,)
-        if shape is not None:
-            self.reset(shape, device)
-
-    def reset(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> None:
-        """Forget everything; take tensors of `shape` from now on."""
-        # Buffers made in inference mode could never be written outside of it.
-        with torch.inference_mode(False):
-            for name, value in fsq.init(self.spec, tuple(shape), device=device).items():
-                self.register_buffer(name, value)
-
-    @property
-    def state(self) -> fsq.State:
-        """What was recorded: the buffers as a `functional_sq` state."""
-        return {name: value for name, value in self._buffers.items() if value is not None}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ObserverModule:
-        unwritten = any(value.is_meta for value in self.state.values())
-        super()._apply(fn, recurse)
-        if unwritten:  # to_empty gives memory that holds anything
-            self.forget()
-        return self
-
-    def nothing(self, device: torch.device | None = None) -> fsq.State:
-        """Return the state of an observer like this one that has seen nothing."""
-        count = self.state["count"]
-        return self.spec.observer.init(tuple(count.shape), torch.float32, device or count.device)
-
-    def forget(self, device: torch.device | None = None) -> None:
-        """Forget everything, and take memory on `device`; default: where the record is."""
-        with torch.inference_mode(False):  # as `reset`
-            for name, value in self.nothing(device).items():
-                self.register_buffer(name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._buffers:
-            self.reset(tuple(x.shape), x.device)
-        elif self.state["count"].is_meta and not x.is_meta:  # parameters were assigned to a model without memory
-            self.forget(x.device)
-        mask = None if self.mask is None else fit_mask(self.mask, x.shape[:-1])
-        if mask is not None:
-            self.masked = True
-        write(self, fsq.observe(self.spec, self.state, x, mask=mask))
-        return x
-
-    def fault(self, min_count: int = 1) -> str | None:
-        """Say what makes the record unfit to choose a range from, or None."""
-        if not self._buffers:
-            return "nothing was seen; calibrate with data that reaches it"
-        return self.spec.observer.fault(self.state, min_count)
-
-    def calculate_qparams(self) -> fsq.QParams:
-        """Return scale and zero point.
-
-        Raises:
-            CalibrationError: nothing was seen, or NaN or Inf was.
-        """
-        if fault := self.fault():
-            raise fsq.CalibrationError(fault)
-        return fsq.calc_qparams(self.spec, self.state)
-
-    def extra_repr(self) -> str:
-        return repr(self.spec)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = list(self._buffers) or list(self.spec.observer.init((1,), torch.float32, None))
-        found = [name for name in names if prefix + name in state_dict]
-        if not found:
-            return  # A checkpoint of the float model: the calibration stays as it is.
-        if not self._buffers:
-            for name in found:
-                self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-
-def fit_mask(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """Return the mask as it fits the first of these axes, flattened or not; None where it is of other positions.
-
-    Of what a layer takes or gives, `shape` leaves out the features, whose number may be that of tokens.
-    """
-    if mask is None or mask.shape == tuple(shape[: mask.ndim]):
-        return mask
-    return mask.reshape(-1) if tuple(shape[:1]) == (mask.numel(),) else None
-
-
-def qparams_of(observer: ObserverModule) -> fsq.QParams:
-    """Return what an observer calculates, with zeros for a zero point that is None."""
-    scale, zero_point = observer.calculate_qparams()
-    if zero_point is None:
-        zero_point = torch.zeros_like(scale, dtype=observer.spec.zero_point_dtype)
-    return fsq.QParams(scale, zero_point)
-
-
-def weight_qparams(spec: fsq.QuantSpec, weight: Tensor) -> fsq.QParams:
-    """Return scale and zero point of a weight as it is now; `weight` is that of `weight_of`."""
-    return fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, weight.shape, device=weight.device), weight))
 
 
 class Observed(nn.Module):
@@ -499,128 +351,6 @@ LAYERS = ", ".join(f"torch.nn.{kind.__name__}" for kind in OBSERVED)
 """The float types, for messages."""
 
 
-def observed_type(module: nn.Module) -> type[Observed] | None:
-    """Return the observed type that computes what `module` computes; None where there is none.
-
-    A subclass counts while it computes what its torch type does: with a forward, or parameters, of its
-    own it is something else. A layer whose weight is quantized already is left as it is.
-
-    Example:
-        >>> import torch
-        >>> from bridge.observed import observed_type
-        >>> observed_type(torch.nn.Conv2d(3, 8, 3)).__name__, observed_type(torch.nn.ReLU())
-        ('ObservedConv2d', None)
-    """
-    # MultiheadAttention's output projection is a Linear that is never called: its parameters are used.
-    # A lazy layer has no weight yet.
-    if isinstance(module, (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.modules.lazy.LazyModuleMixin)):
-        return None
-    for kind, observed in OBSERVED.items():
-        if _runs_as(module, kind):
-            return None if _own_parts(module) or _holds_tensors(module._parameters.get("weight")) else observed
-    return None
-
-
-def is_quantizable(module: nn.Module) -> bool:
-    """Say whether `make_quantizable_` replaces `module`: it computes what a type that it knows computes, and no more.
-
-    Example:
-        >>> import torch
-        >>> from bridge.observed import is_quantizable
-        >>> is_quantizable(torch.nn.MultiheadAttention(8, 2)), is_quantizable(torch.nn.LSTM(8, 8))
-        (True, False)
-    """
-    # A model that has a Conv1D has loaded transformers.
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    for kind, parts in ((nn.MultiheadAttention, _ATTENTION_PARTS), (conv1d, _PARTS)):
-        if kind is not None and _runs_as(module, kind):
-            return not _own_parts(module, parts)
-    return False
-
-
-def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is of a type, or of a subclass of it that has its forward."""
-    own = [name for name in ("forward", "__call__", "_conv_forward", "_output_padding") if hasattr(kind, name)]
-    return isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in own)
-
-
-_PARTS = ("weight", "bias")
-_ATTENTION_PARTS = (
-    *("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-    *("in_proj_bias", "bias_k", "bias_v", "out_proj"),
-)
-
-
-def _own_parts(module: nn.Module, known: Sequence[str] = _PARTS) -> list[str]:
-    """Return the parameters, buffers and modules that a subclass has beside its type's; a parent may use them."""
-    if type(module) in OBSERVED or nn.utils.parametrize.is_parametrized(module):
-        return []
-    return [
-        name for part in (module._parameters, module._buffers, module._modules) for name in part if name not in known
-    ]
-
-
-def _holds_tensors(weight: Tensor | None) -> bool:
-    """Whether a weight has other tensors inside, as quantized ones do; a DTensor is float, and has its own refusal."""
-    return is_traceable_wrapper_subclass(weight) and not hasattr(weight, "placements")
-
-
-def float_reason(module: nn.Module) -> str | None:
-    """Say why `module`, a kind of layer that one may expect to be quantized, is not; None: it is, or is no such."""
-    kind = type(module).__name__
-    remedy = "call bridge.make_quantizable_(model) first" if is_quantizable(module) else None
-    if isinstance(module, nn.MultiheadAttention):
-        return (
-            f"{kind} multiplies its projections itself, calling no layer; "
-            f"to have them quantized, {remedy or 'use an attention that calls torch.nn.Linear'}"
-        )
-    if isinstance(module, Observed):
-        return None
-    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-        own = [name for name, value in module.named_parameters(recurse=False) if _is_matrix(name, value)]
-        if not own or isinstance(module, _LOOKS_UP_OR_SCALES):
-            return None
-        return (
-            f"{kind} has {own[0]} of its own and calls no layer with it; "
-            f"to have it quantized, {remedy or 'let a torch.nn.Linear multiply it'}"
-        )
-    if observed_type(module) is not None or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    weight = module._parameters.get("weight")
-    if isinstance(weight, (AffineQuantizedTensor, LinearActivationQuantizedTensor)):
-        return None
-    if _holds_tensors(weight):
-        return f"its weight is a {type(weight).__name__} already"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return f"{kind} has no weight yet; run the float model once before"
-    if isinstance(module, tuple(OBSERVED)):
-        if own := _own_parts(module):
-            return f"{kind} has {own[0]} of its own, which a quantized layer would not have"
-        return f"{kind} has a forward of its own, which a quantized layer would not run"
-    return f"no quantized layer does what {kind} does"
-
-
-_LOOKS_UP_OR_SCALES = (
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.utils.parametrize.ParametrizationList,
-)
-"""What has parameters of two axes and multiplies no matrix."""
-
-
-def _is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is probably multiplied as a matrix, or is one of several matrices.
-
-    One whose first size is 1 is probably added: positions of a grid, for each image of a batch.
-    """
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
-        return False
-    long = sum(size > 1 for size in parameter.shape)
-    return (long > 2 and parameter.shape[0] > 1) or (long > 1 and name.startswith("weight"))
-
-
 def weight_of(layer: Any) -> Tensor:
     """Return the weight of a float or observed layer as it is quantized: its output channels first.
 
@@ -652,6 +382,11 @@ def _check_observers(act_obs: object, weight_obs: object) -> None:
         )
 
 
+def holds_tensors(weight: Tensor | None) -> bool:
+    """Whether a weight has other tensors inside, as quantized ones do; a DTensor is float, and has its own refusal."""
+    return is_traceable_wrapper_subclass(weight) and not hasattr(weight, "placements")
+
+
 def check_plain(module: nn.Module) -> None:
     """Raise ValueError if a layer that takes the place of `module` would do less than it.
 
@@ -675,7 +410,7 @@ def check_plain(module: nn.Module) -> None:
     for weight in [module.weight] if hasattr(module, "weight") else module.parameters(recurse=False):
         if hasattr(weight, "placements"):  # a DTensor
             raise ValueError("the weight is sharded; quantize the model before it is sharded, or leave the layer out")
-        if _holds_tensors(weight):
+        if holds_tensors(weight):
             raise ValueError(
                 f"the weight is a {type(weight).__name__} already; give the float layer, or leave this one as it is"
             )
@@ -702,114 +437,3 @@ def check_static(spec: fsq.QuantSpec, shape: Sequence[int]) -> None:
             f"{granularity} gives each token a scale of its own, and a static scale must fit any batch; "
             f"use PerTensor() for activations"
         )
-
-
-def insert_observers_(
-    model: nn.Module,
-    act_obs: ObserverModule,
-    weight_obs: ObserverModule,
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
-) -> None:
-    """Swap every linear layer of `model` for an ObservedLinear with copies of the two observers.
-
-    Args:
-        model: changed in place; may be compiled already.
-        act_obs: copied for the input of each layer.
-        weight_obs: copied for the weight of each layer.
-        filter_fn: `(module, name) -> bool`, asked of each `torch.nn.Linear`; default: all of them.
-
-    Raises:
-        ValueError: no layer matches. Nothing was changed.
-
-    Example:
-        >>> import torch
-        >>> from bridge import AffineQuantizedMinMaxObserver, MappingType, PerTensor, insert_observers_
-        >>> observer = AffineQuantizedMinMaxObserver(MappingType.SYMMETRIC, torch.int8, granularity=PerTensor())
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> insert_observers_(model, observer, observer); type(model[0]).__name__
-        'ObservedLinear'
-    """
-    swap_(
-        model,
-        lambda module, name: is_linear(module, name) and (filter_fn is None or filter_fn(module, name)),
-        lambda layer, name: ObservedLinear.from_float(layer, deepcopy(act_obs), deepcopy(weight_obs)),
-        "a torch.nn.Linear",
-    )
-
-
-def is_linear(module: nn.Module, name: str) -> bool:
-    """Say whether `module` computes what `torch.nn.Linear` computes and nothing else."""
-    return observed_type(module) is ObservedLinear
-
-
-def public_name(name: str) -> str:
-    """Return a module's name in the model that the user compiled.
-
-    Example:
-        >>> public_name("_orig_mod.encoder.0")
-        'encoder.0'
-    """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the public names of a model's modules; one that has several is under its first."""
-    return {module: public_name(name) for name, module in model.named_modules()}
-
-
-def swap_(
-    model: nn.Module,
-    wanted: Callable[[nn.Module, str], bool],
-    make: Callable[[Any, str], nn.Module],
-    what: str,
-    remedy: str = "look at the filter",
-) -> None:
-    """Replace every module that `wanted(module, name)` by `make(module, name)`, or none of them.
-
-    All are made before the first is put in place. A module used in two places is made once. Where none is wanted, the
-    error says that none is `what`, and the `remedy`.
-    """
-    if wanted(model, ""):
-        raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")
-    modules = model.named_modules(remove_duplicate=False)
-    found = {name: module for name, module in modules if wanted(module, public_name(name))}
-    if not found:
-        raise ValueError(f"no module of {type(model).__name__} is {what} to replace, and nothing was changed; {remedy}")
-    made: dict[int, nn.Module] = {}
-    errors: dict[str, ValueError | TypeError] = {}
-    for name, module in found.items():
-        if id(module) not in made:
-            try:
-                made[id(module)] = make(module, public_name(name))
-            except (ValueError, TypeError) as error:
-                errors[public_name(name)] = error
-    if errors:
-        first = next(iter(errors.values()))
-        told = [f"{name}: {error}" for name, error in errors.items()]
-        if told[1:]:
-            told = [f"{len(told)} layers cannot be replaced, and nothing was changed:", *told]
-        raise type(first)("\n  ".join(told)) from first
-    for name, module in found.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
-    choose_paths(model)
-
-
-_FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
-"""What torch's encoder looks at before it hands the parameters of its layers, in eval mode, to one fused
-operator; the layers themselves are then not called."""
-
-
-def choose_paths(model: nn.Module) -> None:
-    """Switch torch's fused path off in encoders that hold layers of this package, and on again where none is left."""
-    for module in model.modules():
-        flag = next((flag for kind, flag in _FAST_PATHS.items() if isinstance(module, kind)), None)
-        if flag is None:
-            continue
-        ours, kept = any(isinstance(m, Buffers) for m in module.modules()), f"_float_{flag}"
-        if ours and not hasattr(module, kept):
-            setattr(module, kept, getattr(module, flag))
-            setattr(module, flag, False)
-        elif not ours and hasattr(module, kept):
-            setattr(module, flag, getattr(module, kept))
-            delattr(module, kept)

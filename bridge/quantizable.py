@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from bridge.buffers import check_module
-from bridge.checks import Filter, check_function
-from bridge.observed import check_plain, is_quantizable, public_name, swap_
+from bridge.arguments import check_function, check_module
+from bridge.checks import Filter
+from bridge.kinds import is_quantizable
+from bridge.observed import check_plain
+from bridge.swapping import public_name, swap_
 
 __all__ = ["QuantizableMultiheadAttention", "make_quantizable_"]
 

@@ -34,11 +34,10 @@ from bridge.observed import (
     ObservedConvTranspose3d,
     ObservedLinear,
     check_static,
-    qparams_of,
     settings_of,
     weight_of,
-    weight_qparams,
 )
+from bridge.observer import qparams_of, weight_qparams
 from functional_sq import backends, chains
 from functional_sq.compat import is_exporting
 from functional_sq.conv import is_tapped

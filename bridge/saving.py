@@ -25,11 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from bridge.aqt import AffineQuantizedTensor
-from bridge.buffers import check_module
+from bridge.arguments import check_module
 from bridge.checks import named
+from bridge.kinds import float_reason, is_quantizable
 from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
-from bridge.observed import ObserverModule, check_plain, choose_paths, float_reason, is_quantizable, public_name
+from bridge.observed import check_plain
+from bridge.observer import ObserverModule
 from bridge.quantized import QUANTIZED
+from bridge.swapping import choose_paths, public_name
 from functional_sq import safetensors
 from functional_sq.serialize import spec_from_json, spec_to_json
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Final, Literal
 
 import torch
 from torch import nn
 
-from bridge.buffers import check_module
+from bridge.arguments import check_counts, check_function, check_module
 from bridge.checks import (
     Filter,
     check_config,
-    check_counts,
-    check_function,
     check_memory,
     check_rules,
     counted,
@@ -27,10 +26,13 @@ from bridge.checks import (
     unfit_error,
 )
 from bridge.config import StaticQuantConfig, check_reread, observed_layer, quantized_layer, reread_layer
-from bridge.observed import LAYERS, Observed, check_plain, float_reason, observed_type, public_name, swap_
+from bridge.kinds import float_reason, observed_type
+from bridge.observed import LAYERS, Observed, ObservedLinear, check_plain
+from bridge.observer import ObserverModule
+from bridge.swapping import public_name, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 
-__all__ = ["convert_", "prepare_", "quantize_", "reread_", "unprepare_"]
+__all__ = ["convert_", "insert_observers_", "prepare_", "quantize_", "reread_", "unprepare_"]
 
 _PREPARE: Final = "prepare_ makes them, and convert_ takes them all"
 
@@ -119,6 +121,42 @@ def _chosen(
                 f"the one, and {config or 'to stay in float'} as the other; let both names say the same"
             )
     return {key: config for key, (_, config) in first.items() if config is not None}
+
+
+def insert_observers_(
+    model: nn.Module,
+    act_obs: ObserverModule,
+    weight_obs: ObserverModule,
+    filter_fn: Filter | None = None,
+) -> None:
+    """Swap every linear layer of `model` for an ObservedLinear with copies of the two observers.
+
+    Args:
+        model: changed in place; may be compiled already.
+        act_obs: copied for the input of each layer.
+        weight_obs: copied for the weight of each layer.
+        filter_fn: `(module, name) -> bool`, asked of each `torch.nn.Linear`; default: all of them.
+
+    Raises:
+        TypeError: `model` is no module, or `filter_fn` no function.
+        ValueError: no layer matches. Nothing was changed.
+
+    Example:
+        >>> import torch
+        >>> from bridge import AffineQuantizedMinMaxObserver, MappingType, PerTensor, insert_observers_
+        >>> observer = AffineQuantizedMinMaxObserver(MappingType.SYMMETRIC, torch.int8, granularity=PerTensor())
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> insert_observers_(model, observer, observer); type(model[0]).__name__
+        'ObservedLinear'
+    """
+    check_module(model)
+    check_function("filter_fn", filter_fn, "a module and its name to a bool")
+    swap_(
+        model,
+        lambda module, name: observed_type(module) is ObservedLinear and (filter_fn is None or filter_fn(module, name)),
+        lambda layer, name: ObservedLinear.from_float(layer, deepcopy(act_obs), deepcopy(weight_obs)),
+        "a torch.nn.Linear",
+    )
 
 
 def unprepare_(model: nn.Module) -> nn.Module:

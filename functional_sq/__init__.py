@@ -1,20 +1,13 @@
 """Static quantization as pure functions over explicit state."""
 
+from functional_sq.batch_norm import fold_batch_norm
 from functional_sq.calibration import calc_qparams, check, init, merge, observe
-from functional_sq.conv import conv, conv_reference, fold_batch_norm
+from functional_sq.conv import conv, conv_reference
 from functional_sq.conv_transpose import conv_transpose, conv_transpose_reference, transpose_weight
+from functional_sq.folded import Epilogue, FoldedWeight, check_product, epilogue, fold, unfold
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
-from functional_sq.linear import (
-    Epilogue,
-    FoldedWeight,
-    check_product,
-    epilogue,
-    fold,
-    linear,
-    linear_reference,
-    unfold,
-)
+from functional_sq.linear import linear, linear_reference
 from functional_sq.observer import MAX, MIN, SUM, Accumulator, CalibrationError, Observer, Reduction, State
 from functional_sq.observers.entropy import Entropy
 from functional_sq.observers.fixed import Fixed

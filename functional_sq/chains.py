@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from functional_sq.backends import codes_dtype
-from functional_sq.conv import conv, fold_batch_norm
+from functional_sq.batch_norm import fold_batch_norm
+from functional_sq.conv import conv
 from functional_sq.conv_transpose import conv_transpose
-from functional_sq.linear import Epilogue, FoldedWeight, linear
+from functional_sq.folded import Epilogue, FoldedWeight
+from functional_sq.linear import linear
 from functional_sq.observers.min_max import MinMax
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.quantize import quantize

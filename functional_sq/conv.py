@@ -26,46 +26,34 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from operator import mul
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq import triton_conv
+from functional_sq import folded, triton_conv
 from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
+from functional_sq.folded import Epilogue, FoldedWeight, backend_codes, check_epilogue, operand
 from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.int_mm import as_written, integer_product
-from functional_sq.linear import (
-    Epilogue,
-    FoldedWeight,
-    backend_codes,
-    bracket,
-    check_epilogue,
-    check_operands,
-    fits_operator,
-    operand,
-    requantize_by,
-)
-from functional_sq.linear import epilogue as _epilogue  # `conv` has an argument of that name
+from functional_sq.linear import bracket, check_operands, fits_operator, requantize_by
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, computed_once, is_traced, looped
-from functional_sq.windows import pad_codes, window_sizes, windows
+from functional_sq.windows import Geometry, check_windows, flat, geometry_of, pad_codes, window_sizes, windows
 
 __all__ = [
     "check_channels",
     "check_conv",
     "conv",
     "conv_reference",
-    "fold_batch_norm",
     "is_channels_last",
     "is_tapped",
-    "per_dimension",
 ]
 
 _FLOAT32_TERMS = 2**24 // 255**2
@@ -133,16 +121,16 @@ def conv(
     qp, then = check_conv(spec, q, qp, weight, groups, dtype, then)
     shape, wide = weight.codes.shape, torch.promote_types(dtype, torch.float32)
     check_epilogue(epilogue, bias, weight, wide)
-    geometry = _geometry(shape[2:], stride, padding, dilation)
-    size = _check_windows(q.shape, shape, geometry)
+    geometry = geometry_of(shape[2:], stride, padding, dilation)
+    size = check_windows(q.shape, shape, geometry)
     x = q if q.ndim == len(shape) else q[None]
-    windows = x.shape[0] * math.prod(size)
-    scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
+    count = x.shape[0] * math.prod(size)
+    scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     fits = fits_operator(scale, bias, wide)
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
     backend = None
     if epilogue is not None and offset is not None and fits and not (tapped and weight.zero_point is not None):
-        backend = convolution_for(windows, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
+        backend = convolution_for(count, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
     y: Tensor | None = None
     if backend is not None:
         assert offset is not None
@@ -211,102 +199,9 @@ def conv_reference(
     """
     check_real(weight, "conv_reference (weight)")
     check_channels(q.shape, weight.shape, groups)
-    geometry = _geometry(weight.shape[2:], stride, padding, dilation)
-    _check_windows(q.shape, weight.shape, geometry)
+    geometry = geometry_of(weight.shape[2:], stride, padding, dilation)
+    check_windows(q.shape, weight.shape, geometry)
     return _convolve(dequantize(spec, q, qp, dtype=weight.dtype), weight, bias, geometry, groups)
-
-
-def fold_batch_norm(
-    weight: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of a layer that computes what it and a batch norm after it compute.
-
-    In evaluation a batch norm is affine: `(y - mean) / sqrt(var + eps) * gamma + beta`, one number
-    for each output channel, so the layer can do it. Fold before calibration: the folded weight is the
-    one that is quantized.
-
-    Args:
-        weight: `(N, ...)`, of a linear layer or a convolution (its output channels first; of a transposed one
-            as `transpose_weight` lays it out).
-        bias: `(N,)` or None.
-        running_mean: `(N,)`, of the batch norm, as the three below.
-        running_var: `(N,)`.
-        gamma: `(N,)` or None, its weight.
-        beta: `(N,)` or None, its bias.
-        eps: added to the variance.
-
-    Returns:
-        weight and bias in the dtype of `weight`, computed in float64 and rounded once.
-
-    Raises:
-        ValueError: a statistic does not have one entry for each output channel.
-
-    Source: Jacob et al. 2018 (arXiv:1712.05877), equation 14.
-
-    Example:
-        >>> import torch, functional_sq as fsq
-        >>> mean, var = torch.tensor([1.0]), torch.tensor([3.0])
-        >>> fsq.fold_batch_norm(torch.tensor([[4.0]]), None, mean, var, None, torch.tensor([0.5]), 1.0)
-        (tensor([[2.]]), tensor([0.]))
-    """
-    given = {"bias": bias, "running_mean": running_mean, "running_var": running_var, "gamma": gamma, "beta": beta}
-    n = weight.shape[0]
-    for name, value in given.items():
-        if value is not None and value.shape != (n,):
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, and a weight of shape {tuple(weight.shape)} has {n} output "
-                f"channels; give one entry for each"
-            )
-    factor = (running_var.double() + eps).rsqrt()
-    if gamma is not None:
-        factor = factor * gamma.double()
-    shift = (0.0 if bias is None else bias.double()) - running_mean.double()
-    folded = shift * factor + (0.0 if beta is None else beta.double())
-    scaled = weight.double() * factor.reshape(-1, *(1,) * (weight.ndim - 1))
-    return scaled.to(weight.dtype), folded.to(weight.dtype)
-
-
-class _Geometry(NamedTuple):
-    """Where windows lie; one entry for each dimension."""
-
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    """Before and after."""
-    dilation: tuple[int, ...]
-
-
-def _geometry(
-    kernel: Sequence[int],
-    stride: int | Sequence[int],
-    padding: int | str | Sequence[int],
-    dilation: int | Sequence[int],
-) -> _Geometry:
-    rank = len(kernel)
-    steps, gaps = per_dimension("stride", stride, rank, 1), per_dimension("dilation", dilation, rank, 1)
-    if padding == "same":
-        if any(step != 1 for step in steps):
-            raise ValueError(f"padding='same' with stride={stride}: the size cannot stay; use stride=1, or numbers")
-        missing = [gap * (size - 1) for size, gap in zip(kernel, gaps, strict=True)]
-        return _Geometry(steps, tuple((m // 2, m - m // 2) for m in missing), gaps)
-    sides = per_dimension("padding", 0 if padding == "valid" else padding, rank, 0, " or 'same' or 'valid'")
-    return _Geometry(steps, tuple((side, side) for side in sides), gaps)
-
-
-def per_dimension(name: str, value: object, rank: int, least: int, words: str = "") -> tuple[int, ...]:
-    """Return a setting for each dimension, or raise ValueError; `words` are what else may be given."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
-    if len(values) != rank or not whole:
-        raise ValueError(
-            f"{name}={value!r}; give an int from {least}{words}, or {rank} of them, one for each dimension"
-        )
-    return values  # type: ignore[return-value]
 
 
 def check_conv(
@@ -350,39 +245,21 @@ def check_channels(q: Sequence[int], weight: Sequence[int], groups: int) -> None
         )
 
 
-def _check_windows(q: Sequence[int], weight: Sequence[int], geometry: _Geometry) -> tuple[int, ...]:
-    """Return how many windows fit along each axis, or raise ValueError where the weight has none."""
-    space = q[2 - len(weight) :]
-    padded = [n + before + after for n, (before, after) in zip(space, geometry.padding, strict=True)]
-    size = window_sizes(padded, weight[2:], geometry.stride, geometry.dilation)
-    if any(n < 1 for n in size):
-        raise ValueError(
-            f"activations of shape {tuple(q)} with padding {geometry.padding} are smaller than a window of "
-            f"{tuple(weight[2:])} elements in steps of {geometry.dilation}; pad more, or use a smaller kernel"
-        )
-    return size
-
-
 def is_channels_last(x: Tensor) -> bool:
     """Whether images lie so in memory. The strides say it under vmap too, where the format cannot be asked."""
     return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
 
 
-def _flat(padding: Sequence[tuple[int, int]]) -> list[int]:
-    """Return padding as `F.pad` takes it: the last axis first."""
-    return [side for pair in reversed(padding) for side in pair]
-
-
-def _padded(q: Tensor, zero_point: Tensor, geometry: _Geometry) -> Tensor:
+def _padded(q: Tensor, zero_point: Tensor, geometry: Geometry) -> Tensor:
     """Return codes `(B, C, *space)` as `(B, *space, C)` in memory, padded with the zero point."""
     x = q.movedim(1, -1).contiguous()
     if any(map(any, geometry.padding)):
         x = computed_once(x)  # else with a mask for the padding at each step
-        x = pad_codes(x, zero_point, [0, 0, *_flat(geometry.padding)])
+        x = pad_codes(x, zero_point, [0, 0, *flat(geometry.padding)])
     return x.contiguous()
 
 
-def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Geometry) -> Tensor:
+def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     """Return the windows of codes `(B, C, *space)`, padded with the zero point: `(B, *size, *kernel * C)`."""
     x = _padded(q.view(torch.int8) if q.is_floating_point() else q, zero_point, geometry)
     view = windows(x, kernel, geometry.stride, geometry.dilation)
@@ -393,7 +270,7 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: _Ge
 def _convolve_by(
     backend: Convolution,
     operands: Operands,
-    geometry: _Geometry,
+    geometry: Geometry,
     groups: int,
     *then: Any,
     dtype: torch.dtype = torch.float32,
@@ -404,7 +281,7 @@ def _convolve_by(
     return y if len(geometry.stride) == 2 else y.squeeze(2)
 
 
-def _in_two(q: Tensor, geometry: _Geometry) -> tuple[Tensor, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
+def _in_two(q: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
     """Return codes in two dimensions, channels last in memory, and stride, padding (four numbers) and dilation."""
     # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
     q = q.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -419,7 +296,7 @@ def _gathered(
     q: Tensor,
     qp: QParams,
     weight: FoldedWeight,
-    geometry: _Geometry,
+    geometry: Geometry,
     offset: Tensor | None,
     fast_accum: bool,
 ) -> Tensor:
@@ -447,7 +324,7 @@ def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
     return alone and not isinstance(spec.format, Float8)
 
 
-def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry) -> Tensor:
+def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: Geometry) -> Tensor:
     """Return `sum_k (q_x - z_x) (q_w - z_w)` over the windows of each channel alone, exact floats: `(B, N, *size)`.
 
     A compiler makes one loop of it, with all that follows: no sum is written, whatever zero points there are.
@@ -473,7 +350,7 @@ def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry) -
     return (y - offset).movedim(-1, 1)
 
 
-def _direct(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight, geometry: _Geometry, groups: int) -> Tensor:
+def _direct(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight, geometry: Geometry, groups: int) -> Tensor:
     """Return `sum_k (q_x - z_x) (q_w - z_w)` over the windows, in floats: `(B, N, *size)`."""
     integer = not isinstance(spec.format, Float8)
     narrow = not q.is_cuda and (not integer or math.prod(weight.codes.shape[1:]) <= _FLOAT32_TERMS)
@@ -483,7 +360,7 @@ def _direct(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight, geome
         x = x - qp.zero_point.to(real).reshape(())
         w = w if weight.zero_point is None else w - weight.zero_point.to(real)
     extra = 3 - len(geometry.stride)
-    geometry = _Geometry(
+    geometry = Geometry(
         (1,) * extra + geometry.stride, ((0, 0),) * extra + geometry.padding, (1,) * extra + geometry.dilation
     )
     for _ in range(extra):
@@ -509,15 +386,15 @@ torch.library.register_fake(_NAME, F.conv3d)
 torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.conv3d.default))
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, groups: int) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor:
     """Convolve floats in one to three dimensions."""
     x, (stride, padding, dilation) = _evenly_padded(x, geometry)
     return (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3](x, weight, bias, stride, padding, dilation, groups)
 
 
-def _evenly_padded(x: Tensor, geometry: _Geometry) -> tuple[Tensor, tuple[Sequence[int], ...]]:
+def _evenly_padded(x: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[Sequence[int], ...]]:
     """Return images, and stride, padding and dilation, as torch takes them: padded alike on both sides."""
     stride, padding, dilation = geometry
     if any(before != after for before, after in padding):
-        x, padding = F.pad(x, _flat(padding)), ((0, 0),) * len(padding)
+        x, padding = F.pad(x, flat(padding)), ((0, 0),) * len(padding)
     return x, (stride, [before for before, _ in padding], dilation)

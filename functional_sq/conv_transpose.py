@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.conv import check_channels, check_conv, conv, is_channels_last, per_dimension
+from functional_sq.conv import check_channels, check_conv, conv, is_channels_last
+from functional_sq.folded import Epilogue, FoldedWeight
 from functional_sq.formats import check_real
-from functional_sq.linear import Epilogue, FoldedWeight
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization
 from functional_sq.spec import QuantSpec
+from functional_sq.windows import per_dimension
 
 __all__ = ["conv_transpose", "conv_transpose_reference", "transpose_weight"]
 

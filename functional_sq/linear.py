@@ -23,241 +23,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sq import folded
 from functional_sq.backends import product_for
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_linear, float8_product
-from functional_sq.formats import Float8, check_real, check_real_dtype
-from functional_sq.granularity import PerTensor, check_stats
-from functional_sq.int_mm import INT32_TERMS, integer_product
+from functional_sq.folded import (
+    Epilogue,
+    FoldedWeight,
+    backend_codes,
+    check_epilogue,
+    check_folded,
+    check_storage,
+    operand,
+)
+from functional_sq.formats import check_real, check_real_dtype
+from functional_sq.int_mm import integer_product
 from functional_sq.operands import Operands
-from functional_sq.qparams import MappingType, QParams, check_qparams
+from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec, check_spec
 from functional_sq.tracing import is_batched, is_traced
 
 __all__ = [
-    "Epilogue",
-    "FoldedWeight",
-    "backend_codes",
-    "check_epilogue",
+    "bracket",
     "check_operands",
-    "check_product",
-    "epilogue",
     "fits_operator",
-    "fold",
     "linear",
     "linear_reference",
-    "operand",
     "requantize_by",
-    "unfold",
 ]
-
-
-class FoldedWeight(NamedTuple):
-    """A quantized weight in the form that is multiplied; made once, by `fold`.
-
-    Attributes:
-        codes: `(N, K)`, of a convolution `(N, C / groups, *kernel)`, contiguous; int8, float8, or int16
-            for the reference path alone.
-        scale: output units per input unit and step; the statistics' shape, `(N, 1)` for PerAxis(0).
-        zero_point: int32, the code of 0.0 in `codes`, shape of `scale`; None where the spec fixes it at 0.
-        sum: `(N,)` int32, `codes` summed over all axes but the first; None for float8.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    sum: Tensor | None
-
-
-def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
-    """Compute once what depends on the weight alone.
-
-    Reads the zero points of a symmetric spec; call it at conversion, not in a compiled forward.
-
-    Args:
-        spec: the weight's quantization.
-        q: codes from `quantize(spec, weight, qp)`: `(N, K)`, or `(N, C / groups, *kernel)` for `conv`.
-        qp: scale and zero point of `q`.
-
-    Returns:
-        the folded weight. `unfold(spec, ...)` gives `q` and `qp` back. Some fields may be None, which a function
-        mapped by `torch.vmap` cannot return: multiply inside it.
-
-    Raises:
-        TypeError: `q` is not in the spec's storage dtype, or `qp` is no QParams.
-        ValueError: `q` is no weight of a linear layer or a convolution, `qp` does not fit it, or a
-            symmetric spec has another zero point than its mapping gives.
-
-    Example:
-        >>> import torch, functional_sq as fsq
-        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerAxis(0))
-        >>> qp = fsq.QParams(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32))
-        >>> fsq.fold(spec, torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int8), qp).sum
-        tensor([ 6, 15], dtype=torch.int32)
-    """
-    check_spec(spec)
-    _check_storage(spec, q)
-    qp = check_qparams(qp)
-    if not 2 <= q.ndim <= 5:
-        raise ValueError(
-            f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in), "
-            f"that of a convolution (out, in / groups, *kernel) with one to three dimensions"
-        )
-    shape = check_stats(spec, "the weight's scale", qp.scale.shape, q.shape)
-    codes, shift = operand(spec, q), _shift(spec)
-    scale, zero_point = qp.scale.reshape(shape), qp.zero_point.to(torch.int32).reshape(shape) - shift
-    if isinstance(spec.format, Float8):
-        return FoldedWeight(codes.contiguous(), scale, None, None)
-    fixed = _fixed_zero_point(spec)
-    readable = not (torch.compiler.is_compiling() or zero_point.is_meta or is_batched(zero_point))
-    if fixed is not None and readable and bool((zero_point + shift != fixed).any()):
-        raise ValueError(
-            f"{spec} has the zero point {fixed}, got {qp.zero_point.flatten()[:4].tolist()} ...; "
-            f"use MappingType.ASYMMETRIC for other zero points"
-        )
-    total = codes.flatten(1).sum(1, dtype=torch.int32)
-    return FoldedWeight(codes.contiguous(), scale, None if fixed == shift else zero_point, total)
-
-
-def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
-    """Return the codes and qparams that `fold` took.
-
-    Args:
-        spec: the weight's quantization.
-        weight: what `fold(spec, ...)` returned.
-
-    Example:
-        >>> import torch, functional_sq as fsq
-        >>> spec = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
-        >>> qp = fsq.QParams(torch.ones(1, 1), torch.tensor([[7]], dtype=torch.int32))
-        >>> weight = fsq.fold(spec, torch.tensor([[0, 255]], dtype=torch.uint8), qp)
-        >>> weight.codes, fsq.unfold(spec, weight)[0]
-        (tensor([[-128,  127]], dtype=torch.int8), tensor([[  0, 255]], dtype=torch.uint8))
-    """
-    check_spec(spec)
-    _check_folded(weight)
-    shift = _shift(spec)
-    codes = weight.codes
-    if codes.dtype is not spec.format.storage:
-        codes = codes.view(torch.uint8) ^ shift
-    if weight.zero_point is None:
-        zero_point = torch.full_like(weight.scale, shift, dtype=spec.zero_point_dtype)
-    else:
-        zero_point = (weight.zero_point + shift).to(spec.zero_point_dtype)
-    return codes, QParams(weight.scale, zero_point)
-
-
-def check_product(act: QuantSpec, weight: QuantSpec, shape: Sequence[int]) -> None:
-    """Raise ValueError unless `linear` or `conv` can multiply the codes of two specs.
-
-    Args:
-        act: the activations' quantization.
-        weight: the weight's quantization.
-        shape: shape of the weight: `(N, K)`, or `(N, C / groups, *kernel)` for `conv`.
-
-    Example:
-        >>> import torch, functional_sq as fsq
-        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
-        >>> fsq.check_product(spec, fsq.QuantSpec(torch.int8, fsq.PerGroup(8)), (4, 16))
-        Traceback (most recent call last):
-        ...
-        ValueError: PerGroup(group_size=8) gives several scales along the axis that a product sums over; \
-use PerAxis(0) or PerTensor() for the weight, or the reference path
-    """
-    check_spec(act)
-    check_spec(weight)
-    if len(shape) < 2:
-        raise ValueError(f"a weight of shape {tuple(shape)}; give (N, K), or (N, C / groups, *kernel)")
-    kinds = {isinstance(spec.format, Float8) for spec in (act, weight)}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"activations of {act.dtype} and a weight of {weight.dtype} have no common product; "
-            f"use integers or float8 for both, or the reference path"
-        )
-    for spec in (act, weight):
-        if spec.format.storage is torch.int16:
-            raise ValueError(f"{spec.dtype} codes have no integer product; use at most 8 bits, or the reference path")
-    if _several(weight.granularity.stat_shape(shape)):
-        raise ValueError(
-            f"{weight.granularity} gives several scales along the axis that a product sums over; "
-            f"use PerAxis(0) or PerTensor() for the weight, or the reference path"
-        )
-    if len(shape) > 2:
-        if not isinstance(act.granularity, PerTensor):
-            raise ValueError(
-                f"{act.granularity} gives the activations of a convolution several scales, and its windows mix them; "
-                f"use PerTensor() for the activations"
-            )
-    elif _several(act.granularity.stat_shape((1, shape[1]))):
-        raise ValueError(
-            f"{act.granularity} gives several scales along the axis that a product sums over; "
-            f"use PerTensor() for the activations, or the reference path"
-        )
-
-
-class Epilogue(NamedTuple):
-    """What turns a bare product of codes into real values, and is known before the activations are.
-
-    Attributes:
-        scale: `s_x s_w`, output units per unit of the product; `(N,)`, or `(M, N)` for a scale a token.
-        offset: `z_x sum_k q_w - K z_x z_w`, what is subtracted from the product, shape of `scale`;
-            int32, above K = 33025 int64; None for float8.
-    """
-
-    scale: Tensor
-    offset: Tensor | None
-
-
-def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch.dtype = torch.float32) -> Epilogue:
-    """Fold the activations' scale and zero point, which static quantization knows before its input.
-
-    Args:
-        spec: the activations' quantization.
-        qp: scale and zero point of the activations, one for the tensor or for each token.
-        weight: `fold` of an `(N, K)` weight, or of a convolution's: K is then what one window holds.
-        dtype: dtype of `Epilogue.scale`.
-
-    Returns:
-        what `linear(..., epilogue=)` and `conv(..., epilogue=)` take.
-
-    Raises:
-        ValueError: a scale is not constant along K.
-
-    Example:
-        >>> import torch, functional_sq as fsq
-        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
-        >>> qp = fsq.QParams(torch.tensor([[0.5]]), torch.tensor([[10]], dtype=torch.int32))
-        >>> weight = fsq.fold(spec, torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), qp)
-        >>> fsq.epilogue(spec, qp, weight)
-        Epilogue(scale=tensor([0.2500, 0.2500]), offset=tensor([-170, -130], dtype=torch.int32))
-    """
-    check_spec(spec)
-    qp = check_qparams(qp)
-    _check_folded(weight)
-    n, k = weight.codes.shape[0], math.prod(weight.codes.shape[1:])
-    if _several(weight.scale.shape):
-        raise ValueError(
-            f"the weight has scales of shape {tuple(weight.scale.shape)}; a product of codes needs one a row: "
-            f"use PerAxis(0) or PerTensor() for the weight, or linear_reference"
-        )
-    s_x, z_x = (_per_token(spec, value, k) for value in qp)
-    scale = s_x.to(dtype) * weight.scale.reshape(-1).to(dtype)
-    if weight.sum is None:
-        return Epilogue(scale.expand(*scale.shape[:-1], n), None)
-    exact = torch.int32 if k <= INT32_TERMS else torch.int64
-    z_x = z_x.to(exact) - _shift(spec)
-    offset = z_x * weight.sum.to(exact)
-    if weight.zero_point is not None:
-        offset = offset - weight.zero_point.reshape(-1) * (k * z_x)
-    return Epilogue(scale.expand(*scale.shape[:-1], n), offset)
 
 
 def linear(
@@ -327,7 +127,7 @@ def linear(
     _check_residual(residual, (*lead, n), dtype)
     wide = torch.promote_types(dtype, torch.float32)
     check_epilogue(epilogue, bias, weight, wide)
-    scale, offset = _epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
+    scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     # Contiguous: oneDNN takes rows that overlap or repeat for rows apart, and reads past them.
     flat = q.reshape(math.prod(lead), k).contiguous()
     if scale.ndim == 2 and scale.shape[0] != flat.shape[0]:
@@ -360,9 +160,6 @@ def linear(
         y = apply_epilogue(product, scale, bias, dtype, None if residual is None else residual.reshape(-1, n))
     y = y.reshape(*lead, n)
     return y if then is None else requantize(y, then)
-
-
-_epilogue = epilogue  # `linear` has an argument of that name
 
 
 def bracket(codes: Tensor, weight: FoldedWeight, offset: Tensor | None, fast_accum: bool) -> Tensor:
@@ -410,58 +207,14 @@ def linear_reference(
 def check_operands(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight) -> QParams:
     """Return `qp`; raise unless the codes of activations and those of a weight have a common product."""
     check_spec(spec)
-    _check_storage(spec, q)
+    check_storage(spec, q)
     qp = check_qparams(qp)
-    _check_folded(weight)
+    check_folded(weight)
     if torch.int16 in (q.dtype, weight.codes.dtype):
         raise ValueError("16-bit codes have no integer product; use at most 8 bits, or linear_reference")
     if q.dtype.is_floating_point != weight.codes.dtype.is_floating_point:
         raise TypeError(f"activations of {spec.dtype} meet a weight of {weight.codes.dtype}; quantize both alike")
     return qp
-
-
-def _check_storage(spec: QuantSpec, q: Tensor) -> None:
-    found = q.dtype if isinstance(q, Tensor) else type(q).__name__
-    if found is not spec.format.storage:
-        raise TypeError(f"got codes of {found}; those of {spec.dtype} are a tensor of {spec.format.storage}")
-
-
-def _check_folded(weight: object) -> None:
-    if not isinstance(weight, FoldedWeight):
-        raise TypeError(f"weight is a {type(weight).__name__}; give the FoldedWeight that fold(spec, q, qp) returns")
-
-
-def _several(stats: Sequence[int]) -> bool:
-    """Whether a weight's scale changes along what a product sums over: any axis but the first."""
-    return any(size != 1 for size in stats[1:])
-
-
-def _shift(spec: QuantSpec) -> int:
-    """What is subtracted from the codes to make them int8."""
-    return 128 if spec.format.bounds[1] == 255 else 0
-
-
-def _fixed_zero_point(spec: QuantSpec) -> int | None:
-    """The zero point that a symmetric mapping gives every block; None for ASYMMETRIC."""
-    qmin, qmax = spec.bounds
-    return None if spec.mapping is MappingType.ASYMMETRIC else int((qmax + qmin + 1) / 2)
-
-
-def operand(spec: QuantSpec, q: Tensor) -> Tensor:
-    """Return codes as a device multiplies them: less `_shift(spec)`."""
-    _check_storage(spec, q)
-    if q.dtype is not torch.uint8:
-        return q
-    # Flipping the top bit subtracts 128 and reads the byte as two's complement.
-    return (q ^ 128 if _shift(spec) else q).view(torch.int8)
-
-
-def backend_codes(dtype: torch.dtype, spec: QuantSpec, q: Tensor, qp: QParams) -> tuple[Tensor, Tensor]:
-    """Return codes of at most 8 bits in the dtype of a backend, and the int32 zero point of one element for them."""
-    zero_point = qp.zero_point.reshape(1).to(torch.int32)
-    if dtype is torch.int8:
-        return operand(spec, q), zero_point - _shift(spec)
-    return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
 
 
 def requantize_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization, dtype: torch.dtype) -> Tensor:
@@ -480,32 +233,6 @@ def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool
     return scale.dtype is wide is torch.float32 and not learned and not is_exporting()
 
 
-def check_epilogue(epilogue: Epilogue | None, bias: Tensor | None, weight: FoldedWeight, wide: torch.dtype) -> None:
-    """Raise unless what follows a product has one entry for each of its columns; a backend reads as many."""
-    n = weight.codes.shape[0]
-    if bias is not None:
-        check_real(bias, "the bias")
-        if bias.shape != (n,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}, and the weight {n} outputs; give one entry for each")
-    if epilogue is None:
-        return
-    if not isinstance(epilogue, Epilogue):
-        raise TypeError(f"epilogue is a {type(epilogue).__name__}; give what epilogue(spec, qp, weight) returns")
-    scale, offset = epilogue
-    if scale.dtype is not wide:
-        raise TypeError(
-            f"the epilogue's scale is {scale.dtype}, and this result is scaled in {wide}; "
-            f"compute it with epilogue(..., dtype={wide})"
-        )
-    fits = offset is None if weight.sum is None else offset is not None and offset.shape == scale.shape
-    if scale.shape[-1:] != (n,) or not fits:
-        shapes = [None if part is None else tuple(part.shape) for part in epilogue]
-        raise ValueError(
-            f"the epilogue has shapes {shapes[0]} and {shapes[1]}, and the weight {n} outputs of "
-            f"{weight.codes.dtype}; compute it with epilogue(spec, qp, weight) of this weight"
-        )
-
-
 def _check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless what is added to a result has its shape and dtype."""
     if residual is None:
@@ -519,15 +246,3 @@ def _check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.
         raise TypeError(
             f"residual is {residual.dtype}, and the result {dtype}; cast it, or ask for dtype={residual.dtype}"
         )
-
-
-def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:
-    """Return a statistic of the activations as `(1,)` or `(M, 1)`."""
-    if value.numel() == 1:
-        return value.reshape(1)
-    if value.shape[-1] != 1 or spec.granularity.stat_shape((*value.shape[:-1], k)) != value.shape:
-        raise ValueError(
-            f"{spec.granularity} gives the activations scales of shape {tuple(value.shape)}; a product of codes "
-            f"needs one for the tensor or for each token; use PerTensor(), or linear_reference"
-        )
-    return value.reshape(-1, 1)

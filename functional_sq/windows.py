@@ -1,15 +1,54 @@
-"""Windows of images of codes `(B, *space, C)`: how many there are, where they lie, and what pads them."""
+"""Windows of images: where they lie, how many there are, and what pads the codes `(B, *space, C)` of images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import mul
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["pad_codes", "window_sizes", "windows"]
+__all__ = ["Geometry", "check_windows", "flat", "geometry_of", "pad_codes", "per_dimension", "window_sizes", "windows"]
+
+
+class Geometry(NamedTuple):
+    """Where windows lie; one entry for each dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    """Before and after."""
+    dilation: tuple[int, ...]
+
+
+def geometry_of(
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Geometry:
+    """Return where windows lie, of what `conv` takes; ValueError where it is no such."""
+    rank = len(kernel)
+    steps, gaps = per_dimension("stride", stride, rank, 1), per_dimension("dilation", dilation, rank, 1)
+    if padding == "same":
+        if any(step != 1 for step in steps):
+            raise ValueError(f"padding='same' with stride={stride}: the size cannot stay; use stride=1, or numbers")
+        missing = [gap * (size - 1) for size, gap in zip(kernel, gaps, strict=True)]
+        return Geometry(steps, tuple((m // 2, m - m // 2) for m in missing), gaps)
+    sides = per_dimension("padding", 0 if padding == "valid" else padding, rank, 0, " or 'same' or 'valid'")
+    return Geometry(steps, tuple((side, side) for side in sides), gaps)
+
+
+def per_dimension(name: str, value: object, rank: int, least: int, words: str = "") -> tuple[int, ...]:
+    """Return a setting for each dimension, or raise ValueError; `words` are what else may be given."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
+    if len(values) != rank or not whole:
+        raise ValueError(
+            f"{name}={value!r}; give an int from {least}{words}, or {rank} of them, one for each dimension"
+        )
+    return values  # type: ignore[return-value]
 
 
 def window_sizes(
@@ -39,3 +78,21 @@ def pad_codes(x: Tensor, zero_point: Tensor, sides: Sequence[int]) -> Tensor:
     """
     byte = zero_point.reshape(()).to(torch.int32).to(x.dtype)
     return F.pad(x ^ byte, sides) ^ byte
+
+
+def check_windows(q: Sequence[int], weight: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    """Return how many windows fit along each axis, or raise ValueError where the weight has none."""
+    space = q[2 - len(weight) :]
+    padded = [n + before + after for n, (before, after) in zip(space, geometry.padding, strict=True)]
+    size = window_sizes(padded, weight[2:], geometry.stride, geometry.dilation)
+    if any(n < 1 for n in size):
+        raise ValueError(
+            f"activations of shape {tuple(q)} with padding {geometry.padding} are smaller than a window of "
+            f"{tuple(weight[2:])} elements in steps of {geometry.dilation}; pad more, or use a smaller kernel"
+        )
+    return size
+
+
+def flat(padding: Sequence[tuple[int, int]]) -> list[int]:
+    """Return padding as `F.pad` takes it: the last axis first."""
+    return [side for pair in reversed(padding) for side in pair]

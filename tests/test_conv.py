@@ -58,7 +58,7 @@ with warnings.catch_warnings():
         QuantizedLinear,
         StaticQuantConfig,
     )
-    from bridge.observed import observed_type
+    from bridge.kinds import observed_type
     from bridge.quantized import QUANTIZED, Quantized
 
 ASYMMETRIC, SYMMETRIC = MappingType.ASYMMETRIC, MappingType.SYMMETRIC

@@ -36,7 +36,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
     import bridge
     from bridge import ObserverModule, StaticQuantConfig
-    from bridge.observed import observed_type
+    from bridge.kinds import observed_type
 
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 SETTINGS = ("stride", "padding", "output_padding", "dilation", "groups")

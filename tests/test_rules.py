@@ -271,7 +271,7 @@ def test_the_expected_error_refuses_what_it_cannot_read() -> None:
         fsq.expected_error(plain, fsq.init(plain, (1,)), qp)
     with pytest.raises(ValueError, match=r"Histogram\(\) reads \['count', 'histogram', 'max', 'min'\], this state is"):
         fsq.expected_error(spec, fsq.init(plain, (1,)), qp)
-    with pytest.raises(ValueError, match=r"shape \(2,\).* statistics of shape \(1,\); all three must be equal"):
+    with pytest.raises(ValueError, match=r"qp has the shape \(2,\), and the statistics \(1,\); they must be equal"):
         fsq.expected_error(spec, state, fsq.QParams(torch.ones(2), torch.zeros(2, dtype=torch.int32)))
 
 

@@ -581,6 +581,15 @@ def no_batches() -> Iterator[Tensor]:
     yield from ()
 
 
+def quantize(model: nn.Module, filter_fn: object) -> None:
+    bridge.quantize_(model, StaticQuantConfig(torch.int8, step="prepare"), filter_fn, device="cpu")
+
+
+def insert(model: nn.Module, filter_fn: object = None) -> None:
+    act, weight = (bridge.ObserverModule(fsq.QuantSpec(torch.int8, fsq.PerTensor())) for _ in range(2))
+    bridge.insert_observers_(model, act, weight, filter_fn)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -784,11 +793,46 @@ def no_batches() -> Iterator[Tensor]:
             "form='tensor' with reference=True: .*; use form='module'",
             id="StaticQuantConfig(form='tensor', reference=True)",
         ),
+        *(
+            pytest.param(
+                lambda call=call: call([two_layers()], None),
+                TypeError,
+                r"model is a list; give a torch\.nn\.Module",
+                id=f"{call.__name__}(a list)",
+            )
+            for call in (quantize, insert)
+        ),
+        *(
+            pytest.param(
+                lambda call=call: call(two_layers(), 3),
+                TypeError,
+                "filter_fn is a int; give a function from a module and its name to a bool",
+                id=f"{call.__name__}(filter_fn=3)",
+            )
+            for call in (quantize, insert)
+        ),
     ],
 )
 def test_a_refusal_says_value_rule_and_remedy(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_layers_of_a_compiled_model_have_the_names_of_the_model_wherever_they_are_told() -> None:
+    model, seen = torch.compile(two_layers()), []
+    insert(model, lambda module, name: not seen.append(name))
+    assert seen == ["0", "2"]
+    model._orig_mod[2].register_forward_hook(print)
+    with pytest.raises(ValueError, match=r"^2: the layer has hooks"):
+        bridge.unprepare_(model)
+
+
+@pytest.mark.parametrize("step", [bridge.prepare_, bridge.quantize_])
+def test_a_warning_points_at_the_call_of_the_user(step: Callable[..., object]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)).eval()
+    with pytest.warns(UserWarning, match="1 module left in float") as caught:
+        step(model, StaticQuantConfig(torch.int8, step="prepare"))
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_refused_preparation_changes_nothing() -> None:

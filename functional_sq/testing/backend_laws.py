@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import functional_sq as fsq
 from functional_sq.backends import Convolution, Product
+from functional_sq.folded import backend_codes
 from functional_sq.int_mm import INT32_TERMS
-from functional_sq.linear import backend_codes
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
 from functional_sq.requantize import ACTIVATIONS, apply_epilogue
