@@ -14,14 +14,12 @@ import torch
 from torch import nn
 
 import functional_sq as fsq
-from bridge.kinds import observed_type
-from bridge.observed import LAYERS, Observed, check_plain, settings_of, weight_of
-from bridge.observer import ObserverModule
-from bridge.quantized import QUANTIZED, SWITCHES, QuantizedLinear
-from bridge.torchao import AOBaseConfig, register_quantize_module_handler
+from bridge.observed import settings_of
+from bridge.quantized import SWITCHES
+from bridge.torchao import AOBaseConfig
 from functional_sq.serialize import spec_from_json, spec_to_json
 
-__all__ = ["PRESETS", "StaticQuantConfig"]
+__all__ = ["PRESETS", "Rules", "StaticQuantConfig", "default_specs", "fits", "rules_of", "written"]
 
 Rules = tuple[tuple["str | type[nn.Module]", "StaticQuantConfig | None"], ...]
 """What a config holds."""
@@ -77,7 +75,7 @@ class StaticQuantConfig(AOBaseConfig):
     rules: Rules | Mapping[str | type[nn.Module], StaticQuantConfig | None] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, default in _default_specs(self.dtype).items():
+        for name, default in default_specs(self.dtype).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
             elif not isinstance(getattr(self, name), fsq.QuantSpec):
@@ -167,7 +165,7 @@ class StaticQuantConfig(AOBaseConfig):
             raise ValueError(f"not the JSON of a StaticQuantConfig ({e!r}); give what to_json() returned") from e
 
 
-def _default_specs(dtype: torch.dtype) -> dict[str, fsq.QuantSpec]:
+def default_specs(dtype: torch.dtype) -> dict[str, fsq.QuantSpec]:
     asymmetric, symmetric = fsq.MappingType.ASYMMETRIC, fsq.MappingType.SYMMETRIC
     unsigned = fsq.QuantSpec(dtype, fsq.PerTensor()).bounds[0] == 0
     act = symmetric if dtype.is_floating_point else asymmetric
@@ -262,96 +260,3 @@ PRESETS: Final = MappingProxyType(
 | `uint8` | uint8, asymmetric | uint8, asymmetric, one scale a row: torchao's tutorial |
 | `float8` | float8_e4m3fn | float8_e4m3fn, one scale a row |
 """
-
-
-def observed_layer(config: StaticQuantConfig, layer: nn.Module) -> Observed:
-    """Return `layer` with the observers of `config`, sharing its parameters; ValueError if it cannot be so."""
-    kind = observed_type(layer)
-    if kind is None:
-        raise TypeError(f"a {type(layer).__name__} cannot be observed; give one of {LAYERS}")
-    if not config.reference:
-        fsq.check_product(config.activation, config.weight, weight_of(layer).shape)
-    observed = kind.from_float(layer, ObserverModule(config.activation), ObserverModule(config.weight))
-    observed.config = config
-    return observed
-
-
-def check_reread(config: StaticQuantConfig, observed: Observed) -> None:
-    """Raise ValueError unless what `observed` recorded can be read as `config` says."""
-    spec, observer = config.activation, observed.act_obs
-    if spec.granularity != observer.spec.granularity:
-        raise ValueError(
-            f"recorded for {observer.spec.granularity}, which cannot be read as {spec.granularity}; calibrate again"
-        )
-    shape = weight_of(observed).shape
-    if not config.reference:
-        fsq.check_product(spec, config.weight, shape)
-    spec.observer.stat_shape(observer.state, exact=False)
-    config.weight.granularity.stat_shape(shape)
-
-
-def reread_layer(config: StaticQuantConfig, observed: Observed) -> None:
-    """Make `observed` read what it recorded as `config` says; `check_reread` has allowed it."""
-    observed.act_obs.spec = config.activation
-    observed.weight_obs = ObserverModule(config.weight).train(observed.training)
-    observed.observe_weight()
-    observed.config = config
-
-
-def quantized_layer(config: StaticQuantConfig | None, observed: Observed) -> nn.Module:
-    """Return the quantized layer that `observed` becomes; None: as it was prepared.
-
-    The observers say how it is quantized; a config that says another dtype is refused.
-    """
-    config = observed.config if config is None else config
-    kind = QUANTIZED[type(observed)]
-    if config is None:
-        return kind.from_observed(observed)
-    defaults = _default_specs(config.dtype)
-    for what, spec, default, observer in (
-        ("activations", config.activation, defaults["activation"], observed.act_obs),
-        ("weight", config.weight, defaults["weight"], observed.weight_obs),
-    ):
-        if spec.dtype is not observer.spec.dtype:
-            raise ValueError(
-                f"the config quantizes the {what} to {spec.dtype}, but they were observed for {observer.spec.dtype}; "
-                f"use the dtype that the observers were made with, or call reread_(model, config) before"
-            )
-        # A default says nothing: the tutorial's config knows the dtype alone.
-        if spec not in (observer.spec, default):
-            raise ValueError(
-                f"the config quantizes the {what} as {spec}, but they were observed for {observer.spec}; "
-                f"call reread_(model, config) before, which reads the record so"
-            )
-    quantized = kind.from_observed(observed, **settings_of(config, SWITCHES))
-    if config.form == "module":
-        return quantized
-    if not isinstance(quantized, QuantizedLinear):
-        raise ValueError(
-            f"form='tensor' is for linear layers, and this is a {type(observed).__name__}; "
-            f"use form='module', or leave the layer in float by a rule"
-        )
-    return quantized.as_linear()
-
-
-@register_quantize_module_handler(StaticQuantConfig)
-def _apply(module: nn.Module, config: StaticQuantConfig) -> nn.Module:
-    """Apply one step to one layer, as torchao's `quantize_` asks.
-
-    A layer that the step is not for stays as it is: torchao's default filter takes every
-    `torch.nn.Linear`, observed or not.
-    """
-    if config.step == "convert":
-        if not isinstance(module, Observed):
-            return module
-        check_plain(module)
-        return quantized_layer(config, module)
-    if observed_type(module) is None:
-        return module
-    if patterns := [key for key, _ in rules_of(config) if isinstance(key, str)]:
-        raise ValueError(
-            f"torchao's quantize_ tells a config no names, so the rule for {patterns[0]!r} cannot be applied; "
-            f"use bridge.quantize_ or bridge.prepare_"
-        )
-    chosen = config.of(module, "")
-    return module if chosen is None else observed_layer(chosen, module)

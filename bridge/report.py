@@ -27,11 +27,12 @@ from bridge import picture
 from bridge.arguments import check_function, check_module
 from bridge.batches import call, check_batches, check_fitted, mask_of
 from bridge.checks import check_config, check_memory, check_rules, observed_layers, quantized_by, unfit, unfit_error
-from bridge.config import StaticQuantConfig, quantized_layer
+from bridge.config import StaticQuantConfig
 from bridge.inductor import capture, uncompiled
 from bridge.observed import weight_of
 from bridge.observer import ObserverModule, fit_mask, qparams_of, weight_qparams
 from bridge.quantized import Quantized
+from bridge.steps import quantized_layer
 from bridge.swapping import choose_paths, module_names
 from functional_sq.files import replacing
 from functional_sq.formats import REAL_DTYPES

@@ -25,10 +25,11 @@ from bridge.checks import (
     unfit,
     unfit_error,
 )
-from bridge.config import StaticQuantConfig, check_reread, observed_layer, quantized_layer, reread_layer
+from bridge.config import StaticQuantConfig
 from bridge.kinds import float_reason, observed_type
 from bridge.observed import LAYERS, Observed, ObservedLinear, check_plain
 from bridge.observer import ObserverModule
+from bridge.steps import check_reread, observed_layer, quantized_layer, reread_layer
 from bridge.swapping import public_name, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 

@@ -28,8 +28,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
     import bridge
     from bridge import CalibrationError, LayerReport, Report, StaticQuantConfig
-    from bridge.config import quantized_layer
     from bridge.picture import recorded, short
+    from bridge.steps import quantized_layer
 
 Array = np.ndarray
 INT8 = StaticQuantConfig(torch.int8)
