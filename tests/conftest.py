@@ -1,4 +1,4 @@
-"""What every test shares: the hypothesis profile, the seed and the `cuda` marker."""
+"""What every test shares: the hypothesis profile, the seed, the `cuda` marker and failures of laws as found."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import hypothesis
 import pytest
 import torch
+
+import functional_sq.testing.law
 
 hypothesis.settings.register_profile(
     "functional_sq",
@@ -33,3 +35,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("this machine has no CUDA device")
     torch.manual_seed(0)
     torch.compiler.reset()  # what other tests compiled of the same code counts against its limit of compilations
+
+
+@pytest.fixture
+def as_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let laws tell the first case where they do not hold; a search for the smallest runs them a hundred times."""
+    monkeypatch.setattr(functional_sq.testing.law, "_PHASES", (hypothesis.Phase.generate,))

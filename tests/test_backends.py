@@ -601,6 +601,7 @@ class OneScaleAGroup(Int64):
         return super().convolve(operands._replace(scale=first), *given, **to)
 
 
+@pytest.mark.usefixtures("as_found")
 @pytest.mark.parametrize(
     ("check", "law", "wrong"),
     [
@@ -670,6 +671,23 @@ def test_a_wrong_backend_is_found_with_the_call_that_shows_it(
     with pytest.raises(AssertionError):
         law(wrong(), **arguments)
     law(Signed() if issubclass(wrong, Signed) else Int64(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong", "smallest"),
+    [
+        (check_product_backend, Truncates, {"rows": 1, "k": 1, "n": 1, "zero_point": 0, "residual": False}),
+        (check_product_backend, FewRows, {"rows": 65, "n": 1, "bias": None}),
+        (check_convolution_backend, FewGroups, {"images": 1, "channels": 1, "outputs": 1, "groups": 9, "kernel": (1,)}),
+    ],
+)
+def test_the_call_that_is_shown_is_the_smallest(
+    check: Callable[..., None], wrong: type[Int64], smallest: dict[str, object]
+) -> None:
+    with pytest.raises(AssertionError) as e:
+        check(wrong())
+    for name, value in smallest.items():
+        assert f"\n    {name}={value},\n" in str(e.value)
 
 
 def test_a_backend_that_supports_nothing_is_not_passed() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis.errors import Flaky
@@ -13,6 +13,8 @@ from hypothesis.strategies import SearchStrategy
 from functional_sq.testing.assertions import as_text
 
 __all__ = ["Law", "check_law"]
+
+_PHASES: Final = (Phase.generate, Phase.shrink)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def check_law(law: Law, subject: Any, *, max_examples: int = 100) -> None:
         derandomize=True,
         database=None,
         deadline=None,
-        phases=(Phase.generate, Phase.shrink),
+        phases=_PHASES,
         report_multiple_bugs=False,
         print_blob=False,
         verbosity=Verbosity.quiet,
