@@ -417,7 +417,16 @@ def test_batches_that_end_first_are_told_with_the_layers_that_moved_most() -> No
 # --- ranks -----------------------------------------------------------------------------------------
 
 
-def worker(rank: int, world: int, folder: str, what: str) -> None:
+RUNS = ("once", "twice", "empty", "resumed", "moving average", "stable")
+
+
+def worker(rank: int, world: int, folder: Path) -> None:
+    """Run each of RUNS as one of the ranks."""
+    for what in RUNS:
+        run_rank(rank, world, folder / what, what)
+
+
+def run_rank(rank: int, world: int, folder: Path, what: str) -> None:
     """Calibrate one of the shards; leave the states, or the error, in a file."""
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -454,27 +463,32 @@ def worker(rank: int, world: int, folder: str, what: str) -> None:
         dist.destroy_process_group()
 
 
-def run_ranks(folder: Path, what: str, world: int = 2) -> None:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that has one for each of RUNS; two processes make them all, for each imports torch anew."""
+    folder, world = tmp_path_factory.mktemp("ranks"), 2
+    for what in RUNS:
+        (folder / what).mkdir()
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=worker, args=(r, world, str(folder), what)) for r in range(world)]
+    processes = [context.Process(target=worker, args=(r, world, folder)) for r in range(world)]
     for process in processes:
         process.start()
     stop = time.monotonic() + 120
     for process in processes:
         process.join(stop - time.monotonic())
     assert [process.exitcode for process in processes] == [0] * world
+    return folder
 
 
 @pytest.mark.parametrize("what", ["once", "twice", "empty", "resumed"])
-def test_two_processes_give_the_model_of_one(tmp_path: Path, what: str) -> None:
-    run_ranks(tmp_path, what)
+def test_two_processes_give_the_model_of_one(ranks: Path, what: str) -> None:
     model = net(StaticQuantConfig(torch.int8, activation=HISTOGRAM))
     bridge.calibrate(model, data())
     expected = states(model) | {"y": bridge.convert_(model)(data()[0])}
     for rank in range(2):
-        assert_same(torch.load(tmp_path / str(rank)), expected)
+        assert_same(torch.load(ranks / what / str(rank)), expected)
     if what == "resumed":
-        names = sorted(p.name for p in tmp_path.glob("c.*"))
+        names = sorted(p.name for p in (ranks / what).glob("c.*"))
         assert names == ["c.safetensors.rank0of2", "c.safetensors.rank1of2"]
 
 
@@ -486,11 +500,10 @@ def test_two_processes_give_the_model_of_one(tmp_path: Path, what: str) -> None:
     ],
 )
 def test_what_several_ranks_cannot_do_is_refused_by_each_before_a_batch_runs(
-    tmp_path: Path, what: str, message: str
+    ranks: Path, what: str, message: str
 ) -> None:
-    run_ranks(tmp_path, what)
     for rank in range(2):
-        assert (tmp_path / str(rank)).read_text().startswith(message)
+        assert (ranks / what / str(rank)).read_text().startswith(message)
 
 
 # --- refusals --------------------------------------------------------------------------------------
