@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import bridge
 from bridge import PRESETS, StaticQuantConfig
@@ -198,12 +199,16 @@ def test_a_converted_model_is_close_to_float(
     model, layers = case
     model, x = model.to(dtype), inputs(16).to(dtype)
     expected = run(model, x)
-    model = torch.compile(model) if compiled else model
+    counter = CompileCounterWithBackend("eager")  # what observes, compiled, is tests/test_workflow.py's
+    model = torch.compile(model, backend=counter) if compiled else model
     prepared(model)
     bridge.calibrate(model, x.split(4))
     bridge.convert_(model)
+    counter.backend = "inductor"
     assert {name.removeprefix("_orig_mod.") for name in names(model, bridge.QuantizedLinear)} == layers
+    before = counter.frame_count
     y = run(model, x)
+    assert (counter.frame_count > before) == compiled
     assert y.dtype is dtype
     assert compute_error(expected.float(), y.float()) > SQNR[dtype]
 
