@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import lookup_backend
 
 import functional_sq as fsq
 from functional_sq.observer import State
@@ -260,7 +261,7 @@ def compiled_equals_eager(
         spec: the quantization, with the observer under test.
         batches: tensors of one shape, observed in turn.
         dtype: dtype of the states.
-        backend: what compiles the graph whose bits are compared. "inductor" needs a C++ compiler,
+        backend: what compiles the graph. "inductor" needs a C++ compiler,
             "aot_eager" does not.
 
     Example:
@@ -271,27 +272,23 @@ def compiled_equals_eager(
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         graphs.append(graph)
-        return graph.forward
+        return lookup_backend(backend)(graph, inputs)
 
     empty = fsq.init(spec, batches[0].shape, dtype=dtype)
     torch.compiler.reset()
     try:
         for equal_spec in (spec, copy.deepcopy(spec)):
-            counted = torch.compile(functools.partial(fsq.observe, equal_spec), fullgraph=True, backend=count)
+            compiled = torch.compile(functools.partial(fsq.observe, equal_spec), fullgraph=True, backend=count)
             state = empty
             for x in batches:
-                state = counted(state, x)
+                eager = fsq.observe(spec, state, x)
+                assert_same_bits(f"compile(observe, {backend!r})(s, x)", "observe(s, x)", compiled(state, x), eager)
+                state = eager
             require(
                 len(graphs) == 1,
                 f"{len(batches)} batches, and then an equal spec, compile once",
                 compilations=len(graphs),
             )
-        compiled = torch.compile(functools.partial(fsq.observe, spec), fullgraph=True, backend=backend)
-        state = empty
-        for x in batches:
-            eager = fsq.observe(spec, state, x)
-            assert_same_bits(f"compile(observe, {backend!r})(s, x)", "observe(s, x)", compiled(state, x), eager)
-            state = eager
     finally:
         torch.compiler.reset()
 
