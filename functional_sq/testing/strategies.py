@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 import functional_sq as fsq
-from functional_sq.formats import REAL_DTYPES, Format
+from functional_sq.formats import REAL_DTYPES
 from functional_sq.observer import Observer
 
 __all__ = ["cases", "divisors", "granularities", "shapes", "specs", "tensors"]
@@ -47,6 +47,11 @@ def granularities(shape: Sequence[int]) -> SearchStrategy[fsq.Granularity]:
         >>> find(granularities((4, 6)), lambda g: g.stat_shape((4, 6)) == (4, 2))
         PerGroup(group_size=3)
     """
+    return _granularities(tuple(shape))
+
+
+@functools.cache
+def _granularities(shape: tuple[int, ...]) -> SearchStrategy[fsq.Granularity]:
     blocks = st.tuples(*(st.sampled_from(divisors(n)) for n in shape)).map(fsq.PerBlock)
     if not shape:
         return st.one_of(st.just(fsq.PerTensor()), blocks)
@@ -127,23 +132,24 @@ def cases(
     return _cases(observer, nonfinite, dtypes)
 
 
-# Composites are made once, at the top level: making one reads its source, which is slower than drawing.
+# Composites are made once, at the top level: making one reads its source, which is slower than drawing. So is
+# making any other strategy, and asking it for the first time what it is.
 
 
 @st.composite
 def _specs(draw: st.DrawFn, shape: Sequence[int], observer: Observer) -> fsq.QuantSpec:
-    dtype = draw(st.sampled_from(list(fsq.FORMATS)))
-    keywords: dict[str, Any] = dict(draw(st.sampled_from(_bounds(fsq.FORMATS[dtype]))))
-    keywords["mapping"] = draw(st.sampled_from(_mappings(dtype, keywords)))
+    dtype = draw(_DTYPES)
+    bounds, mappings = draw(_bounds(dtype))
+    mapping = draw(mappings)
     return fsq.QuantSpec(
         dtype,
         draw(granularities(shape)),
+        mapping=mapping,
         observer=observer,
-        # float32's own; the smallest that is allowed; one that clamps ordinary data.
-        eps=draw(st.sampled_from([torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny, 0.25])),
-        scale_dtype=draw(st.sampled_from([torch.float32, torch.float64])),
-        zero_point_dtype=draw(st.sampled_from([torch.int32, torch.float32])),
-        **keywords,
+        eps=draw(_EPS),
+        scale_dtype=draw(_SCALES),
+        zero_point_dtype=draw(_ZERO_POINTS),
+        **bounds,
     )
 
 
@@ -152,10 +158,10 @@ def _tensors(
     draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype, nonfinite: bool, exponents: tuple[int, int] | None
 ) -> Tensor:
     n = math.prod(shape)
-    kinds = _elements(dtype, 2.0 ** draw(st.integers(-8, 8)))
-    constant = draw(st.booleans()) and draw(st.booleans())
+    kinds = _elements(dtype, 2.0 ** draw(_EXPONENTS))
+    constant = draw(_BOOLEANS) and draw(_BOOLEANS)
     size = 1 if constant else min(n, _ONE_BY_ONE)
-    cut = draw(st.sampled_from([size, size // 2, size // 4]))
+    cut = size // draw(_CUTS)
     values: list[float] = []
     for part in (cut, size - cut):
         element, sign = kinds[draw(_KINDS)], draw(_SIGNS)
@@ -163,14 +169,14 @@ def _tensors(
     if constant:
         values *= n
     elif n > size:
-        values = _filled(values, n, runs=draw(st.booleans()), seed=draw(st.integers(0, 2**16)))
-    if nonfinite and draw(st.booleans()):
+        values = _filled(values, n, runs=draw(_BOOLEANS), seed=draw(st.integers(0, 2**16)))
+    if nonfinite and draw(_BOOLEANS):
         where, what = draw(st.integers(0, n - 1)), draw(st.sampled_from([math.nan, math.inf, -math.inf]))
         values[where] = what
     if exponents is not None:
         values = [_limited(v, *exponents) for v in values]
     body = torch.tensor(values, dtype=torch.float64).to(dtype)
-    if draw(st.booleans()):
+    if draw(_BOOLEANS):
         # The same values in another order of memory: strides that decrease from the right.
         return body.reshape(tuple(reversed(shape))).permute(tuple(reversed(range(len(shape)))))
     return body.reshape(tuple(shape))
@@ -178,7 +184,7 @@ def _tensors(
 
 @st.composite
 def _cases(draw: st.DrawFn, observer: Observer, nonfinite: bool, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
-    shape = draw(shapes())
+    shape = draw(_SHAPES)
     dtype = draw(st.sampled_from(dtypes))
     batch = tensors(shape, dtype, nonfinite=nonfinite)
     return {
@@ -188,7 +194,17 @@ def _cases(draw: st.DrawFn, observer: Observer, nonfinite: bool, dtypes: Sequenc
     }
 
 
-_SIGNS: Final = st.sampled_from([st.sampled_from([1.0, -1.0]), st.just(1.0), st.just(-1.0)])
+_BOOLEANS: Final = st.booleans()
+_EXPONENTS: Final = st.integers(-8, 8)
+_CUTS: Final = st.sampled_from([1, 2, 4])
+_SHAPES: Final = shapes()
+_DTYPES: Final = st.sampled_from(list(fsq.FORMATS))
+# float32's own; the smallest that is allowed; one that clamps ordinary data.
+_EPS: Final = st.sampled_from([torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny, 0.25])
+_SCALES: Final = st.sampled_from([torch.float32, torch.float64])
+_ZERO_POINTS: Final = st.sampled_from([torch.int32, torch.float32])
+_EITHER: Final = st.sampled_from([1.0, -1.0])
+_SIGNS: Final = st.sampled_from([_EITHER, st.just(1.0), st.just(-1.0)])
 # Ordinary values more often: only they have all bits of their mantissa, which shows sums that round.
 _KINDS: Final = st.sampled_from(["ordinary"] * 3 + ["ties", "zeros", "subnormal", "huge"])
 _ONE_BY_ONE: Final = 8
@@ -199,18 +215,20 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _bounds(format: Format) -> list[dict[str, int]]:
-    """Return the bounds to draw of a format: its own, and for integers narrower ones."""
-    low, high = format.bounds
-    if not (isinstance(low, int) and isinstance(high, int)):
-        return [{}]
-    narrower = [
-        {"quant_min": low + 1},
-        {"quant_max": high - 1},
-        {"quant_min": low // 2, "quant_max": high // 2},
-        {"quant_min": high - 1},
-    ]
-    return [{}] + [b for b in narrower if b.get("quant_min", low) < b.get("quant_max", high)]
+@functools.cache
+def _bounds(dtype: torch.dtype) -> SearchStrategy[tuple[dict[str, int], SearchStrategy[fsq.MappingType]]]:
+    """Draw bounds of a format, its own and for integers narrower ones, with the mappings that they allow."""
+    low, high = fsq.FORMATS[dtype].bounds
+    drawn: list[dict[str, int]] = [{}]
+    if isinstance(low, int) and isinstance(high, int):
+        narrower = [
+            {"quant_min": low + 1},
+            {"quant_max": high - 1},
+            {"quant_min": low // 2, "quant_max": high // 2},
+            {"quant_min": high - 1},
+        ]
+        drawn += [b for b in narrower if b.get("quant_min", low) < b.get("quant_max", high)]
+    return st.sampled_from([(bounds, st.sampled_from(_mappings(dtype, bounds))) for bounds in drawn])
 
 
 def _mappings(dtype: torch.dtype, bounds: Mapping[str, Any]) -> list[fsq.MappingType]:
