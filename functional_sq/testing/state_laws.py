@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import lookup_backend
 
 import functional_sq as fsq
 from functional_sq.observer import State
@@ -268,6 +267,8 @@ def compiled_equals_eager(
         >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
         >>> compiled_equals_eager(spec, (torch.ones(2), torch.zeros(2)), backend="aot_eager")
     """
+    from torch._dynamo import lookup_backend  # which takes a second to import
+
     graphs: list[torch.fx.GraphModule] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
