@@ -185,10 +185,11 @@ def _window_sums(
 
 def _together(channels: int, groups: int) -> int:
     """Return how many groups are put together: few, of which the channels fill steps, or are whole units and a step."""
-    full, whole = (size // math.gcd(channels, size) for size in (_STEP, _UNIT))
+    # Not by math.gcd, which Dynamo does not ask of a symbol.
+    full, whole = (next(n for n in (1, 2, 4, 8, 16, 32) if n * channels % size == 0) for size in (_STEP, _UNIT))
     if groups % full == 0:
         return full
-    return next((n for n in range(-(-_STEP // channels), groups) if n % whole == 0 == groups % n), groups)
+    return next((n for n in range(whole, groups, whole) if groups % n == 0 and n * channels >= _STEP), groups)
 
 
 def _loads(codes: Tensor, groups: int) -> bool:
