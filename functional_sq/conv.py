@@ -45,14 +45,13 @@ from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, computed_once, is_traced, looped
-from functional_sq.windows import Geometry, check_windows, flat, geometry_of, pad_codes, window_sizes, windows
+from functional_sq.windows import Geometry, check_windows, flat, geometry_of, laid_out, pad_codes, window_sizes, windows
 
 __all__ = [
     "check_channels",
     "check_conv",
     "conv",
     "conv_reference",
-    "is_channels_last",
     "is_tapped",
 ]
 
@@ -158,8 +157,7 @@ def conv(
             product = _gathered(spec, x, qp, weight, geometry, offset, fast_accum)
         along = (-1, *(1 for _ in shape[2:]))
         y = apply_epilogue(product, scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
-    if not is_channels_last(x):
-        y = y.contiguous()
+    y = laid_out(y, x)
     y = y if q.ndim == len(shape) else y[0]
     return y if then is None else requantize(y, then)
 
@@ -243,11 +241,6 @@ def check_channels(q: Sequence[int], weight: Sequence[int], groups: int) -> None
             f"activations of shape {tuple(q)} meet a weight of shape {tuple(weight)} in groups={groups}; "
             f"give (batch, {weight[1] * groups}, {space}), or without the batch"
         )
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether images lie so in memory. The strides say it under vmap too, where the format cannot be asked."""
-    return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
 
 
 def _padded(q: Tensor, zero_point: Tensor, geometry: Geometry) -> Tensor:

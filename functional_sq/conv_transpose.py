@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.conv import check_channels, check_conv, conv, is_channels_last
+from functional_sq.conv import check_channels, check_conv, conv
 from functional_sq.folded import Epilogue, FoldedWeight
 from functional_sq.formats import check_real
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization
 from functional_sq.spec import QuantSpec
-from functional_sq.windows import per_dimension
+from functional_sq.windows import laid_out, per_dimension
 
 __all__ = ["conv_transpose", "conv_transpose_reference", "transpose_weight"]
 
@@ -125,8 +125,7 @@ def conv_transpose(
         then=then,
         fast_accum=fast_accum,
     )
-    if not is_channels_last(x):
-        y = y.contiguous()
+    y = laid_out(y, x)
     return y if q.ndim == len(shape) else y[0]
 
 

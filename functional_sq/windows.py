@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Geometry", "check_windows", "flat", "geometry_of", "pad_codes", "per_dimension", "window_sizes", "windows"]
+__all__ = [
+    "Geometry",
+    "check_windows",
+    "flat",
+    "geometry_of",
+    "laid_out",
+    "pad_codes",
+    "per_dimension",
+    "window_sizes",
+    "windows",
+]
 
 
 class Geometry(NamedTuple):
@@ -96,3 +106,12 @@ def check_windows(q: Sequence[int], weight: Sequence[int], geometry: Geometry) -
 def flat(padding: Sequence[tuple[int, int]]) -> list[int]:
     """Return padding as `F.pad` takes it: the last axis first."""
     return [side for pair in reversed(padding) for side in pair]
+
+
+def laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """Return images as others lie in memory: channels last, or contiguous.
+
+    The strides say it under vmap too, where the format cannot be asked.
+    """
+    last = x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
+    return y.movedim(1, -1).contiguous().movedim(-1, 1) if last else y.contiguous()

@@ -262,6 +262,30 @@ def test_an_image_with_its_channels_last_gives_the_same_bits_in_that_order(name:
         assert torch.equal(case.conv(q=torch.cat([case.q, case.q], -1)[..., : case.q.shape[-1]]), y)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: nn.Conv2d(8, 8, 3), (6, 7)),
+        (lambda: nn.Conv2d(8, 8, 1), (6, 7)),
+        (lambda: nn.Conv2d(8, 8, 3, groups=8), (6, 7)),
+        (lambda: nn.ConvTranspose2d(8, 8, 3, stride=2), (6, 7)),
+        (lambda: nn.Conv3d(8, 8, 1, groups=8), (3, 2, 4)),
+    ],
+    ids=["3x3", "1x1", "depthwise", "transposed", "depthwise 3d"],
+)
+def test_one_image_lies_as_its_input_does_eager_and_compiled(
+    make: Callable[[], nn.Module], size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x = last(torch.randn(1, 8, *size))
+    model = bridge.prepare_(nn.Sequential(make()).eval(), StaticQuantConfig(dtype))
+    bridge.calibrate(model, [x])
+    bridge.convert_(model)
+    with torch.no_grad():
+        for y in (model(x), torch.compile(model, backend="aot_eager")(x)):
+            assert y.stride() == y.movedim(1, -1).contiguous().movedim(-1, 1).stride()
+
+
 @pytest.mark.parametrize(
     ("channels", "groups", "kernel"),
     [(57, 1, 3), (64, 1, 3), (12, 4, 9), (58, 2, 3), (7282, 2, 3), (3670, 1, 3), (14564, 1, 3)],
