@@ -110,9 +110,7 @@ def convolve(
     x = q.movedim(1, -1)
     if any(padding):
         x = pad_codes(x, zero_point, _sides(padding))
-    kernel = codes.shape[2:] if codes.ndim == 4 else (1, *codes.shape[2:])
-    row_sum = None if weight_zero_point is None else _window_sums(x, kernel, stride, dilation, groups)
-    of_weight = scale, offset, bias, weight_zero_point, row_sum
+    of_weight = scale, offset, bias, weight_zero_point
     return _call(x, codes, *of_weight, stride, dilation, groups, activation, to_scale, to_zero_point, dtype, False)
 
 
@@ -165,14 +163,13 @@ def float8_convolve(
     x = q.movedim(1, -1)
     if any(padding):
         x = F.pad(x.view(torch.int8), _sides(padding)).view(q.dtype)  # the byte 0 is 0
-    of_weight = scale, None, bias, None, None
+    of_weight = scale, None, bias, None
     return _call(x, codes, *of_weight, stride, dilation, groups, "none", None, None, dtype, fast_accum)
 
 
 def _sides(padding: Sequence[int]) -> list[int]:
     """Return padding as `F.pad` takes it for `(B, H, W, C)`."""
-    above, below, left, right = padding
-    return [0, 0, left, right, above, below]
+    return [0, 0, *padding[2:], *padding[:2]]
 
 
 def _window_sums(
@@ -215,7 +212,6 @@ def _call(
     offset: Tensor | None,
     bias: Tensor | None,
     weight_zero_point: Tensor | None,
-    row_sum: Tensor | None,
     stride: Sequence[int],
     dilation: Sequence[int],
     groups: int,
@@ -223,9 +219,10 @@ def _call(
 ) -> Tensor:
     """Return the convolution of padded images `(B, H, W, C)`: `(B, N, H', W')`."""
     _define()
+    w = (codes if codes.ndim == 4 else codes.unsqueeze(2)).movedim(1, -1)
+    row_sum = None if weight_zero_point is None else _window_sums(x, w.shape[1:3], stride, dilation, groups)
     together = _together(codes.shape[1], groups)
-    w = _joined((codes if codes.ndim == 4 else codes.unsqueeze(2)).movedim(1, -1), groups, together)
-    of_weight = w, scale, offset, bias, weight_zero_point, row_sum
+    of_weight = _joined(w, groups, together), scale, offset, bias, weight_zero_point, row_sum
     op = torch.ops.functional_sq.triton_convolution.default
     y: Tensor = op(x, *of_weight, [*stride, *dilation], groups // together, *rest)
     return y.movedim(-1, 1)
