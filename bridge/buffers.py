@@ -25,7 +25,10 @@ class Buffers(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 # From the old values, so that nothing was rounded on the way.
-                self._buffers[name] = old.to(device=new.device)
+                moved = old.to(device=new.device)
+                if moved.stride() != new.stride():  # a memory format was asked for too
+                    moved = torch.empty_like(new, dtype=old.dtype).copy_(moved)
+                self._buffers[name] = moved
         return self
 
 

@@ -286,6 +286,16 @@ def test_one_image_lies_as_its_input_does_eager_and_compiled(
             assert y.stride() == y.movedim(1, -1).contiguous().movedim(-1, 1).stride()
 
 
+@pytest.mark.parametrize("scheme", ["int8", "float8_e4m3fn"])
+def test_codes_take_the_memory_format_of_a_module_that_changes_its_dtype_too(scheme: str) -> None:
+    layer = quantized(SCHEMES[scheme], nn.Conv2d(6, 4, 3))
+    before = layer.weight_codes
+    layer.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+    assert layer.weight_codes.dtype is before.dtype
+    assert layer.weight_codes.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer.weight_codes.float(), before.float())
+
+
 @pytest.mark.parametrize(
     ("channels", "groups", "kernel"),
     [(57, 1, 3), (64, 1, 3), (12, 4, 9), (58, 2, 3), (7282, 2, 3), (3670, 1, 3), (14564, 1, 3)],
