@@ -40,7 +40,7 @@ from bridge.observed import (
 from bridge.observer import qparams_of, weight_qparams
 from functional_sq import backends, chains
 from functional_sq.compat import is_exporting
-from functional_sq.conv import is_tapped
+from functional_sq.conv import is_looped_first, is_tapped
 from functional_sq.formats import Float8
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import check_qparams
@@ -574,7 +574,7 @@ class _QuantizedConv(Quantized):
             if each.supports(*weight)
         }
         by = [f", by {name} from {least} windows on" for name, least in taken.items() if least < sys.maxsize]
-        if is_tapped(self.act_spec, self.weight_codes, self.groups) and (self.weight_zero_point is not None or not by):
+        if is_tapped(self.act_spec, self.weight_codes, self.groups) and (not by or is_looped_first(*weight)):
             by.append(", compiled to one loop")
         return "".join(by)
 

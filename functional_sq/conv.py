@@ -52,6 +52,7 @@ __all__ = [
     "check_conv",
     "conv",
     "conv_reference",
+    "is_looped_first",
     "is_tapped",
 ]
 
@@ -128,7 +129,8 @@ def conv(
     fits = fits_operator(scale, bias, wide)
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
     backend = None
-    if epilogue is not None and offset is not None and fits and not (tapped and weight.zero_point is not None):
+    looped_first = tapped and is_looped_first(weight.codes, weight.zero_point)
+    if epilogue is not None and offset is not None and fits and not looped_first:
         backend = convolution_for(count, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
     y: Tensor | None = None
     if backend is not None:
@@ -141,7 +143,7 @@ def conv(
             y, then = requantize_by(convolve, then, backend.CODES), None
         else:
             y = convolve(dtype=dtype)
-    elif offset is None and fits and triton_conv.convolves_float8(x, weight.codes, groups):
+    elif offset is None and fits and not looped_first and triton_conv.convolves_float8(x, weight.codes, groups):
         image, settings = _in_two(x, geometry)
         y = triton_conv.float8_convolve(image, weight.codes, scale, bias, *settings, groups, dtype, fast_accum)
         y = y if len(size) == 2 else y.squeeze(2)
@@ -252,9 +254,14 @@ def _padded(q: Tensor, zero_point: Tensor, geometry: Geometry) -> Tensor:
     return x.contiguous()
 
 
+def _bytes(q: Tensor) -> Tensor:
+    """Return codes of float8 as bytes, which are padded and copied as such; integers as they are."""
+    return q.view(torch.int8) if q.is_floating_point() else q
+
+
 def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     """Return the windows of codes `(B, C, *space)`, padded with the zero point: `(B, *size, *kernel * C)`."""
-    x = _padded(q.view(torch.int8) if q.is_floating_point() else q, zero_point, geometry)
+    x = _padded(_bytes(q), zero_point, geometry)
     view = windows(x, kernel, geometry.stride, geometry.dilation)
     # Of one channel, windows may be rows that overlap in memory, which no product of int8 takes.
     return view.flatten(-1 - len(kernel)).contiguous().view(q.dtype)
@@ -309,25 +316,34 @@ def _gathered(
 def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
     """Whether a weight's codes convolve each channel alone, in few elements, so that a loop of them is fast.
 
-    A compiled one is then such a loop where no backend takes it, or the weight has zero points: on a CPU the two
-    convolutions of a backend, and a pass over both, take 2 to 4 times as long.
+    A compiled one is then such a loop where no backend takes it, or the loop is the faster one.
     """
     outputs, channels, *kernel = codes.shape
     alone = outputs == groups > 1 == channels and math.prod(kernel) <= _TAPS
-    return alone and not isinstance(spec.format, Float8)
+    return alone and (codes.is_cuda or not isinstance(spec.format, Float8))
+
+
+def is_looped_first(codes: Tensor, zero_point: Tensor | None) -> bool:
+    """Whether a loop over the elements of a window is faster than any backend, for a weight that `is_tapped`.
+
+    On a CPU it is with zero points: the two convolutions of a backend, and a pass over both, take 2 to 4 times as long.
+    On a GPU it always is: a tensor core multiplies 32 channels, and 31 of them by 0.
+    """
+    return codes.is_cuda or zero_point is not None
 
 
 def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: Geometry) -> Tensor:
-    """Return `sum_k (q_x - z_x) (q_w - z_w)` over the windows of each channel alone, exact floats: `(B, N, *size)`.
+    """Return `sum_k (q_x - z_x) (q_w - z_w)` over the windows of each channel alone, as floats: `(B, N, *size)`.
 
-    A compiler makes one loop of it, with all that follows: no sum is written, whatever zero points there are.
+    Exact of integers. A compiler makes one loop of it, with all that follows: no sum is written, whatever zero points
+    there are.
     """
     codes = weight.codes.flatten(1).to(torch.float32)
     if weight.zero_point is not None:
         codes = codes - weight.zero_point.reshape(-1, 1).to(torch.float32)
     rows = codes.t().contiguous()
     offset = computed_once(qp.zero_point.reshape(()).to(torch.float32) * rows.sum(0))
-    x = _padded(q, qp.zero_point, geometry)
+    x = _padded(_bytes(q), qp.zero_point, geometry).view(q.dtype)
     kernel = weight.codes.shape[2:]
     batch, *space, channels = x.shape
     along, *step = x.stride()[:-1]
@@ -337,7 +353,7 @@ def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: Geometry) ->
     for i, place in enumerate(itertools.product(*map(range, kernel))):
         at = sum(map(mul, place, map(mul, step, geometry.dilation)))
         # Not slices, which Inductor would compute from what the codes are made of, once for each element of a window.
-        term = x.as_strided(shape, strides, at) * rows.as_strided((channels,), (1,), i * channels)
+        term = x.as_strided(shape, strides, at).to(torch.float32) * rows.as_strided((channels,), (1,), i * channels)
         y = term if y is None else y + term
     assert y is not None
     return (y - offset).movedim(-1, 1)

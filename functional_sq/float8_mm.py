@@ -46,10 +46,10 @@ def float8_linear(
 ) -> Tensor | None:
     """Return `float8_product(a, b) * scale + bias`, `(N,)` both, where one kernel does all of it faster, or None.
 
-    By Triton for at most 16 rows; on Hopper by `torch._scaled_mm`, which rounds to bfloat16: on an H200 that takes as
-    long as the bare product from 256 rows on (twice as long for fewer), and no float32 matrix is written or read.
+    By Triton for a few hundred rows at most; on Hopper by `torch._scaled_mm`, which rounds to bfloat16: no float32
+    matrix is written or read, and on an H200 that takes as long as the bare product where rows are many.
     """
-    few = triton_mm.float8_product(a, b, scale, bias, dtype)
+    few = triton_mm.float8_product(a, b, scale, bias, dtype, fast_accum)
     if few is not None:
         return few
     if not a.is_cuda or dtype is not torch.bfloat16 or (bias is not None and bias.dtype is not dtype):
@@ -57,7 +57,7 @@ def float8_linear(
     if (
         not _scaled_mm_takes(a, b)
         or torch.cuda.get_device_capability(a.device) < (9, 0)
-        or not reaches(a.shape[0], 256)
+        or not reaches(a.shape[0], 256)  # twice as long as the bare product for fewer
     ):
         return None
     ones = torch.ones((a.shape[0], 1), dtype=torch.float32, device=a.device)

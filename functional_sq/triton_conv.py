@@ -1,9 +1,10 @@
 """Convolution of codes by a kernel of Triton, for CUDA: windows are read where they lie, and none is written.
 
-The tiles and what is inside them are those of `functional_sq.triton_mm`: a row of the first matrix is a window, of
-which each step takes some channels of one pixel. Images are padded before. Groups of few channels are put together,
-with zeros in the weight for what does not mix, until a pixel has enough for a tensor core: 32 groups of 4 channels
-become 4 of 32.
+What is inside a tile is that of `functional_sq.triton_mm`: a row of the first matrix is a window, of which each step
+takes some channels of one pixel. Groups of few channels are put together, with zeros in the weight for what does not
+mix, until a pixel has enough for a tensor core: 32 groups of 4 channels become 4 of 32. Images of integers are padded
+before: with a kernel that loads the zero point where there is no pixel all took up to twice as long. Float8 is padded
+by zeros, which cost nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import sys
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq import triton_mm
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.tracing import asked_once, looped
-from functional_sq.triton_mm import CODES, key, requantizes
+from functional_sq.triton_mm import CODES, IMPRECISE, Tile, key, requantizes
 from functional_sq.windows import pad_codes, window_sizes, windows
 
 __all__ = [
@@ -43,8 +43,15 @@ _STEP = 32
 _UNIT = 8
 """What the channels of a pixel are a multiple of: bytes that a thread loads at once, so that it loads ahead."""
 
-_IMPRECISE = 128
-"""So many products of float8 a tensor core adds with fewer bits than float32 has, as cuBLAS lets it."""
+_TILES: tuple[Tile, ...] = (
+    (64, 128, 128, 3),
+    (128, 64, 128, 3),
+    (64, 64, 128, 3),
+    (128, 32, 128, 3),
+    (64, 32, 128, 3),
+)
+"""Three or four of them on a multiprocessor: the steps are few, so that some load and store while others multiply.
+Those were the fastest on an H200, for images of ResNets; of float8 all but the first."""
 
 
 def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
@@ -109,9 +116,10 @@ def convolve(
     q, zero_point, codes, weight_zero_point, scale, offset, bias = operands
     x = q.movedim(1, -1)
     if any(padding):
-        x = pad_codes(x, zero_point, _sides(padding))
+        x = pad_codes(x, zero_point, [0, 0, *padding[2:], *padding[:2]])
     of_weight = scale, offset, bias, weight_zero_point
-    return _call(x, codes, *of_weight, stride, dilation, groups, activation, to_scale, to_zero_point, dtype, False)
+    then = activation, to_scale, to_zero_point, dtype
+    return _call(x, codes, *of_weight, stride, [0, 0, 0, 0], dilation, groups, *then)
 
 
 def convolves_float8(q: Tensor, codes: Tensor, groups: int) -> bool:
@@ -160,24 +168,20 @@ def float8_convolve(
     Returns:
         `(B, N, H', W')` in `dtype`, channels last in memory.
     """
-    x = q.movedim(1, -1)
-    if any(padding):
-        x = F.pad(x.view(torch.int8), _sides(padding)).view(q.dtype)  # the byte 0 is 0
-    of_weight = scale, None, bias, None
-    return _call(x, codes, *of_weight, stride, dilation, groups, "none", None, None, dtype, fast_accum)
-
-
-def _sides(padding: Sequence[int]) -> list[int]:
-    """Return padding as `F.pad` takes it for `(B, H, W, C)`."""
-    return [0, 0, *padding[2:], *padding[:2]]
+    then = "none", None, None, dtype, fast_accum
+    return _call(q.movedim(1, -1), codes, scale, None, bias, None, stride, padding, dilation, groups, *then)
 
 
 def _window_sums(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
     """Return the sum of each group's codes in each window of `(B, H, W, C)`: `(B, H', W', groups)` int32."""
-    of_pixel = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).sum(-1, dtype=torch.int32).contiguous()
-    return windows(of_pixel, kernel, stride, dilation).sum((3, 4), dtype=torch.int32)
+    sums = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).sum(-1, dtype=torch.int32)
+    for i in (0, 1):  # one after the other: a compiler writes out short sums
+        along, *rest = ([n if i == j else 1 for j, n in enumerate(each)] for each in (kernel, stride, dilation))
+        if any(n > 1 for n in (*along, *rest[0])):
+            sums = windows(sums.contiguous(), along, *rest).sum((3, 4), dtype=torch.int32)
+    return sums
 
 
 def _together(channels: int, groups: int) -> int:
@@ -213,18 +217,21 @@ def _call(
     bias: Tensor | None,
     weight_zero_point: Tensor | None,
     stride: Sequence[int],
+    padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     *rest: object,
 ) -> Tensor:
-    """Return the convolution of padded images `(B, H, W, C)`: `(B, N, H', W')`."""
+    """Return the convolution of images `(B, H, W, C)`, with zeros around them: `(B, N, H', W')`."""
     _define()
     w = (codes if codes.ndim == 4 else codes.unsqueeze(2)).movedim(1, -1)
-    row_sum = None if weight_zero_point is None else _window_sums(x, w.shape[1:3], stride, dilation, groups)
     together = _together(codes.shape[1], groups)
+    row_sum = None
+    if weight_zero_point is not None and together == 1:
+        row_sum = _window_sums(x, w.shape[1:3], stride, dilation, groups)
     of_weight = _joined(w, groups, together), scale, offset, bias, weight_zero_point, row_sum
     op = torch.ops.functional_sq.triton_convolution.default
-    y: Tensor = op(x, *of_weight, [*stride, *dilation], groups // together, *rest)
+    y: Tensor = op(x, *of_weight, together, [*stride, *dilation], padding, groups // together, *rest)
     return y.movedim(-1, 1)
 
 
@@ -245,25 +252,27 @@ def _convolved(
     bias: Tensor | None,
     weight_zero_point: Tensor | None,
     row_sum: Tensor | None,
+    together: int,
     steps: Sequence[int],
+    padding: Sequence[int],
     groups: int,
     activation: str,
     to_scale: Tensor | None,
     to_zero_point: Tensor | None,
     dtype: torch.dtype,
-    fast_accum: bool,
+    fast_accum: bool = False,
 ) -> Tensor:
     from functional_sq import triton_kernel  # imports Triton
 
     images, *size, _ = x.shape
     n, *kernel, channels = w.shape
-    out = window_sizes(size, kernel, steps[:2], steps[2:])
+    out = window_sizes([size[i] + sum(padding[2 * i :][:2]) for i in (0, 1)], kernel, steps[:2], steps[2:])
     y = torch.empty((images, *out, n), dtype=dtype if to_scale is None else CODES, device=x.device)
     m = images * out[0] * out[1]
     if isinstance(m, int) and m == 0:
         return y
-    tile = triton_mm.tile(m * groups, n // groups, x.device)
-    height, width, depth, stages = _in_steps(tile, channels, adds=x.is_floating_point() and not fast_accum)
+    tiles = _TILES[1:] if x.is_floating_point() else _TILES
+    height, width, depth, stages = _in_steps(triton_mm.tile(tiles, m * groups, n // groups, x.device), channels)
     unit = math.gcd(channels, 16)
     given = scale, offset, bias, weight_zero_point, row_sum, to_scale, to_zero_point
     with triton_mm.device_of(x):
@@ -275,32 +284,31 @@ def _convolved(
             m,
             n // groups,
             groups,
-            math.prod(kernel),
             channels // unit,
             *size,
             *out,
-            kernel[1],
             *steps,
+            *padding[::2],
             ACTIVATION=activation,
+            TAPS=math.prod(kernel),
+            TAPS_IN_ROW=kernel[1],
+            STEPS=-(-channels // depth),
             HEIGHT=height,
             WIDTH=width,
             DEPTH=depth,
             UNIT=unit,
             WHOLE=channels % depth == 0,
-            TOGETHER=1 if row_sum is None else row_sum.shape[-1] // groups,
-            IMPRECISE=None if fast_accum else min(depth, _IMPRECISE),
+            ZEROS=any(padding),
+            TOGETHER=together,
+            IMPRECISE=None if fast_accum else min(depth, IMPRECISE),
             num_warps=4,
             num_stages=stages,
         )
     return y
 
 
-def _in_steps(tile: triton_mm.Tile, channels: int, *, adds: bool) -> triton_mm.Tile:
-    """Return a tile of which each step takes channels of one pixel: the fewest steps of those that are the fullest.
-
-    adds: it adds sums of float8 in float32; of 128 rows, tensor cores would wait for each.
-    """
+def _in_steps(tile: Tile, channels: int) -> Tile:
+    """Return a tile of which each step takes channels of one pixel: the fewest steps of those that are the fullest."""
     height, width, deepest, stages = tile
-    depths = [_STEP << i for i in range(5) if _STEP << i <= deepest]
-    depth = min(depths, key=lambda each: (-(-channels // each) * each, -each))
-    return min(height, 64) if adds else height, width, depth, min(8, stages * (deepest // depth))
+    depths = [_STEP << i for i in range(3) if _STEP << i <= deepest]
+    return height, width, min(depths, key=lambda each: (-(-channels // each) * each, -each)), stages

@@ -79,9 +79,10 @@ def _finish(
         x += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     x = _activated(x, ACTIVATION)
     if to_scale is not None:
-        # Within 2**21, so that adding 1.5 * 2**23 rounds to integers, half to even.
+        # Within 2**21, so that adding 1.5 * 2**23 rounds to integers, half to even, and leaves them in the last bits: a
+        # GPU converts a number to an integer in the time of eight additions.
         steps = tl.minimum(tl.maximum(x * tl.div_rn(1.0, tl.load(to_scale)), -2097152.0), 2097152.0)
-        code = ((steps + 12582912.0) - 12582912.0).to(tl.int32) + tl.load(to_zero_point)
+        code = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000 + tl.load(to_zero_point)
         tl.store(y + place, tl.minimum(tl.maximum(code, -128), 127).to(tl.int8), mask=inside)
     else:
         tl.store(y + place, x.to(y.dtype.element_ty), mask=inside)
@@ -108,11 +109,13 @@ def multiply(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,
+    IMPRECISE: tl.constexpr,
 ):
     """Write one tile, HEIGHT x WIDTH, of `q @ codes.T`, or with a scale what `_finish` makes of it.
 
     All are contiguous: q `(m, k)` and codes `(n, k)` int8 or float8, residual and y `(m, n)`; None is what is left out.
-    WHOLE: k is a multiple of DEPTH.
+    WHOLE: k is a multiple of DEPTH. IMPRECISE: so many products of float8 a tensor core adds, with fewer bits than
+    float32 has, before their sum is added in float32; None: all.
     """
     row, column = _place(m, n, HEIGHT, WIDTH)
     along = tl.arange(0, DEPTH)
@@ -134,7 +137,7 @@ def multiply(
             b = tl.load(of_codes, mask=in_columns, other=0.0)
         else:
             a, b = tl.load(of_q), tl.load(of_codes)
-        total = tl.dot(a, b.T, total, out_dtype=total.dtype)
+        total = tl.dot(a, b.T, total, out_dtype=total.dtype, max_num_imprecise_acc=IMPRECISE)
         of_q += DEPTH
         of_codes += DEPTH
     if scale is None:
@@ -179,63 +182,74 @@ def convolve(
     m,
     n,
     groups,
-    taps,
     units,
     height,
     width,
     out_height,
     out_width,
-    kernel_width,
     stride_y,
     stride_x,
     dilation_y,
     dilation_x,
+    above,
+    left,
     ACTIVATION: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAPS_IN_ROW: tl.constexpr,
+    STEPS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     UNIT: tl.constexpr,
     WHOLE: tl.constexpr,
+    ZEROS: tl.constexpr,
     TOGETHER: tl.constexpr,
     IMPRECISE: tl.constexpr,
 ):
     """As `multiply`, where a row of the first matrix is a window, read where it lies; of one group of channels.
 
-    q `(images, height, width, groups * channels)`, padded already, codes `(groups * n, *kernel, channels)` and y
-    `(images, out_height, out_width, groups * n)`, contiguous. There are `units * UNIT` channels in a group and `taps`
-    elements in a kernel. Each step takes DEPTH channels of one pixel; WHOLE: that divides them. Of a group's columns
-    TOGETHER parts have sums of their own, in row_sum `(m, groups * TOGETHER)`. IMPRECISE: how many products of float8 a
-    tensor core adds before their sum is added in float32.
+    q `(images, height, width, groups * channels)`, codes `(groups * n, *kernel, channels)` and y
+    `(images, out_height, out_width, groups * n)`, contiguous. There are `units * UNIT` channels in a group and TAPS
+    elements in a kernel. Each of STEPS takes DEPTH channels of one pixel; WHOLE: that divides them. ZEROS: windows
+    begin above and left of the image, and read 0 where there is no pixel. Of an asymmetric weight row_sum is
+    `(m, groups)`; or a group is TOGETHER groups, and the kernel sums the codes of each. IMPRECISE: as in `multiply`.
     """
     row, within = _place(m, n, HEIGHT, WIDTH)
     group = tl.program_id(1)
     along = tl.arange(0, DEPTH)
     window = row % m
-    x, above = window % out_width, window // out_width
-    place = (above // out_height * height + above % out_height * stride_y) * width + x * stride_x
+    over = window // out_width
+    top, side = over % out_height * stride_y - above, window % out_width * stride_x - left
+    place = (over // out_height * height + top) * width + side
     # Products with UNIT, a constant, so that the compiler knows how many bytes lie in a row from an even address on.
     of_q = q + (place[:, None].to(tl.int64) * (groups * units) + group * units) * UNIT + along[None, :]
-    of_codes = codes + (group * n + within % n)[:, None].to(tl.int64) * (taps * units) * UNIT + along[None, :]
+    of_codes = codes + (group * n + within % n)[:, None].to(tl.int64) * (TAPS * units) * UNIT + along[None, :]
     total = tl.zeros((HEIGHT, WIDTH), tl.int32 if codes.dtype.element_ty == tl.int8 else tl.float32)
-    of_tap = tl.cdiv(units * UNIT, DEPTH)
-    for step in range(taps * of_tap):
-        tap, start = step // of_tap, step % of_tap * DEPTH
-        pixels = tap // kernel_width * dilation_y * width + tap % kernel_width * dilation_x
-        in_q, in_codes = of_q + (pixels * (groups * units) * UNIT + start), of_codes + (tap * units * UNIT + start)
-        if WHOLE:
-            a, b = tl.load(in_q), tl.load(in_codes)
-        else:
-            left = along[None, :] < units * UNIT - start
-            a, b = tl.load(in_q, mask=left, other=0.0), tl.load(in_codes, mask=left, other=0.0)
+    SUMS: tl.constexpr = weight_zero_point is not None and row_sum is None
+    if SUMS:
+        sums = tl.zeros((HEIGHT, WIDTH), tl.int32)
+    for step in range(TAPS * STEPS):
+        tap, start = step // STEPS, step % STEPS * DEPTH
+        down, right = tap // TAPS_IN_ROW * dilation_y, tap % TAPS_IN_ROW * dilation_x
+        in_q = of_q + ((down * width + right) * (groups * units) * UNIT + start)
+        in_codes = of_codes + (tap * units * UNIT + start)
+        rest = along[None, :] < units * UNIT - start
+        in_image = rest
+        if ZEROS:
+            inside = (top + down >= 0) & (top + down < height) & (side + right >= 0) & (side + right < width)
+            in_image = inside[:, None] if WHOLE else inside[:, None] & rest
+        a = tl.load(in_q) if WHOLE and not ZEROS else tl.load(in_q, mask=in_image, other=0.0)
+        b = tl.load(in_codes) if WHOLE else tl.load(in_codes, mask=rest, other=0.0)
         total = tl.dot(a, b.T, total, out_dtype=total.dtype, max_num_imprecise_acc=IMPRECISE)
+        if SUMS:  # by a matrix of ones where a column and a channel are of one group
+            own = ((start + along) // (units * UNIT // TOGETHER))[None, :] == (within // (n // TOGETHER))[:, None]
+            sums = tl.dot(a, own.to(tl.int8).T, sums, out_dtype=tl.int32)
     column, in_columns = group * n + within, within < n
     of_row = None
-    if row_sum is not None:
-        # One of each window, if that is enough: for one of each column too, the addresses do not fit into registers.
-        of_row = row_sum + row[:, None].to(tl.int64) * (groups * TOGETHER) + group * TOGETHER
-        if TOGETHER > 1:
-            of_row = of_row + tl.minimum(within // (n // TOGETHER), TOGETHER - 1)[None, :]
-        of_row = tl.load(of_row, mask=(row < m)[:, None], other=0)
+    if SUMS:
+        of_row = sums
+    elif row_sum is not None:
+        of_row = tl.load(row_sum + row.to(tl.int64) * groups + group, mask=row < m, other=0)[:, None]
     _finish(
         total,
         row,

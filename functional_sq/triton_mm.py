@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,6 +25,7 @@ from functional_sq.tracing import asked_once, is_traced, looped, reaches
 
 __all__ = [
     "CODES",
+    "IMPRECISE",
     "NAME",
     "Tile",
     "bare_product",
@@ -53,6 +55,12 @@ DEVICE = "cuda"
 _ALIGNED = 16
 """What K is a multiple of: bytes that a thread loads at once."""
 
+IMPRECISE = 128
+"""So many products of float8 a tensor core adds with fewer bits than float32 has, as cuBLAS lets it."""
+
+_MOST_FLOAT8 = 256
+"""Up to so many rows of float8 the kernel is the faster one."""
+
 _WIDE = 128
 """How many columns of a weight, for each multiprocessor, make it a wide one where rows are few."""
 
@@ -63,11 +71,12 @@ below were the fastest on an H200, for K and N from 4096 to 28672."""
 _FEW: Tile = (16, 32, 512, 4)
 _FEW_WIDE: Tile = (16, 64, 256, 5)
 _FEW_FLOAT8: Tile = (16, 32, 256, 4)
+_SOME_FLOAT8: Tile = (64, 64, 128, 6)
 _MANY: tuple[Tile, ...] = (
     (128, 128, 128, 3),
     (64, 128, 128, 4),
     (128, 64, 128, 4),
-    (64, 64, 256, 3),
+    (64, 64, 128, 6),
     (64, 32, 256, 4),
 )
 """The fastest first, where there are enough of them for all multiprocessors, and columns enough for one."""
@@ -103,7 +112,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return AVAILABLE, _WIDE, _FEW, _FEW_WIDE, _FEW_FLOAT8, _MANY
+    return AVAILABLE, _WIDE, _FEW, _FEW_WIDE, _FEW_FLOAT8, _SOME_FLOAT8, _MANY
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
@@ -168,17 +177,20 @@ def _arguments(operands: Operands) -> tuple[Tensor | None, ...]:
     return q, codes, weight_zero_point, row_sum, scale, offset, bias
 
 
-def float8_product(q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return `q @ codes.T * scale + bias` of float8, 16 rows at most, summed in float32; None where it is not faster.
+def float8_product(
+    q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_accum: bool = False
+) -> Tensor | None:
+    """Return `q @ codes.T * scale + bias` of float8, 256 rows at most, summed in float32; None where it is not faster.
 
-    `torch._scaled_mm` has no scale for each column beside one for all rows, so it takes two more kernels. It streams a
-    large weight faster, and many rows.
+    `torch._scaled_mm` has no scale for each column beside one for all rows, so it takes one or two more kernels. It
+    streams a large weight faster, and many rows.
 
     Args:
         q, codes: `(M, K)` and `(N, K)`, on one device.
         scale: `(N,)` float32.
         bias: `(N,)` of any real dtype, or None.
         dtype: of the result.
+        fast_accum: a tensor core adds all products, not 128 of them, with fewer bits than float32 has.
 
     Example:
         >>> import torch
@@ -188,10 +200,10 @@ def float8_product(q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
         True
     """
     n, k = codes.shape
-    fits = is_capable_of_float8(q, codes) and k % _ALIGNED == 0 and not reaches(q.shape[0], 17)
+    fits = is_capable_of_float8(q, codes) and k % _ALIGNED == 0 and not reaches(q.shape[0], _MOST_FLOAT8 + 1)
     if not fits or n > _WIDE * _multiprocessors(q.device):
         return None
-    return _call(q, codes, None, None, scale, None, bias, None, "none", None, None, dtype)
+    return _call(q, codes, None, None, scale, None, bias, None, "none", None, None, dtype, fast_accum)
 
 
 def bare_product(a: Tensor, b: Tensor) -> Tensor:
@@ -257,10 +269,11 @@ def device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda and not is_traced(x) else nullcontext()
 
 
-def tile(m: int | torch.SymInt, n: int, device: torch.device) -> Tile:
-    """Return rows, columns and depth of a tile, and how many depths are loaded ahead.
+def tile(tiles: Sequence[Tile], m: int | torch.SymInt, n: int, device: torch.device) -> Tile:
+    """Return the first tile of which there are enough for all multiprocessors, and columns enough for one.
 
     Args:
+        tiles: the fastest first; the last is taken where there are not enough of any.
         m, n: rows and columns of the result; of unknown rows those of the input that a graph is compiled with, without
             a guard.
         device: that of the codes.
@@ -268,18 +281,28 @@ def tile(m: int | torch.SymInt, n: int, device: torch.device) -> Tile:
     Example:
         >>> import torch
         >>> from functional_sq import triton_mm
-        >>> triton_mm.tile(1, 4096, torch.device("cpu"))[:2], triton_mm.tile(4096, 4096, torch.device("cpu"))[:2]
-        ((16, 32), (128, 128))
+        >>> tiles = [(128, 128, 128, 3), (64, 32, 256, 4)]
+        >>> triton_mm.tile(tiles, 4096, 4096, torch.device("cpu")), triton_mm.tile(tiles, 17, 8, torch.device("cpu"))
+        ((128, 128, 128, 3), (64, 32, 256, 4))
     """
-    rows = m if isinstance(m, int) else m.node.hint
-    rows = rows if isinstance(rows, int) else 1024
-    processors = _multiprocessors(device)
-    if rows <= 16:
-        return _FEW if n <= _WIDE * processors else _FEW_WIDE
-    for each in _MANY:
-        if each[1] < 2 * n and 2 * -(-rows // each[0]) * -(-n // each[1]) >= 3 * processors:
+    rows = _known(m)
+    for each in tiles:
+        if each[1] < 2 * n and 2 * -(-rows // each[0]) * -(-n // each[1]) >= 3 * _multiprocessors(device):
             return each
-    return _MANY[-1]
+    return tiles[-1]
+
+
+def _known(m: int | torch.SymInt) -> int:
+    rows = m if isinstance(m, int) else m.node.hint
+    return rows if isinstance(rows, int) else 1024
+
+
+def _tile(m: int | torch.SymInt, n: int, codes: Tensor) -> Tile:
+    if codes.dtype.is_floating_point:
+        return _FEW_FLOAT8 if _known(m) <= 16 else _SOME_FLOAT8
+    if _known(m) <= 16:
+        return _FEW if n <= _WIDE * _multiprocessors(codes.device) else _FEW_WIDE
+    return tile(_MANY, m, n, codes.device)
 
 
 @asked_once
@@ -310,6 +333,7 @@ def _multiplied(
     to_scale: Tensor | None,
     to_zero_point: Tensor | None,
     dtype: torch.dtype,
+    fast_accum: bool = False,
 ) -> Tensor:
     from functional_sq import triton_kernel  # imports Triton
 
@@ -318,7 +342,7 @@ def _multiplied(
     if isinstance(m, int) and m == 0:
         return y
     given = scale, offset, bias, residual, weight_zero_point, row_sum, to_scale, to_zero_point
-    height, width, depth, stages = _FEW_FLOAT8 if codes.dtype.is_floating_point else tile(m, n, q.device)
+    height, width, depth, stages = _tile(m, n, codes)
     with device_of(q):
         torch.library.wrap_triton(triton_kernel.multiply)[(-(-m // height) * -(-n // width),)](
             q.contiguous(),
@@ -333,6 +357,7 @@ def _multiplied(
             WIDTH=width,
             DEPTH=depth,
             WHOLE=k % depth == 0,
+            IMPRECISE=None if fast_accum else min(depth, IMPRECISE),
             num_warps=4,
             num_stages=stages,
         )

@@ -604,9 +604,27 @@ def test_each_channel_alone_is_compiled_to_one_loop(
     with torch.no_grad():
         y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=dynamic), x)
         assert_same([y], [layer(x)])
+    assert_one_loop(source)
+
+
+def assert_one_loop(source: str) -> None:
     calls = source[source.index("def call(") :]
     assert "torch.ops." not in calls
     assert "extern_kernels." not in calls
+
+
+def test_float8_of_each_channel_alone_is_one_loop_where_a_gpu_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sums of at most 15 products, and those of the eager layer, are rounded to float32."""
+    monkeypatch.setattr(sys.modules["functional_sq.conv"], "is_tapped", lambda spec, codes, groups: True)
+    for _, float_layer, shape, last, _ in (param.values for param in TAPS[:3]):
+        layer = quantized(SCHEMES["float8_e4m3fn"], copy.deepcopy(float_layer))
+        x = 3 * torch.randn(shape)
+        if last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
+            assert (y - layer(x)).abs().le((16 + 2 * 15) * 2.0**-24 * magnitudes(layer, x)).all()
+        assert_one_loop(source)
 
 
 @needs_onednn
@@ -1601,13 +1619,16 @@ def test_cuda_compiled_is_the_cpu_product_within_the_roundings() -> None:
 
     The data lie on the grid of the codes, where Triton's division (2 ulp) changes no code.
     """
-    for name in ("2d", "2d-depthwise"):
-        layer = quantized(SCHEMES["uint8"], LAYERS[name]())
+    for scheme, name in (("uint8", "2d"), *((scheme, "2d-depthwise") for scheme in SCHEMES)):
+        layer = quantized(SCHEMES[scheme], LAYERS[name]())
         x = fsq.fake_quantize(layer.act_spec, images(layer), layer.act_qparams)
         on_cuda = torch.compile(copy.deepcopy(layer).cuda(), fullgraph=True)
         with torch.no_grad():
-            error = (on_cuda(x.cuda()).cpu().double() - layer(x).double()).abs()
-        assert (error <= 16 * 2.0**-24 * magnitudes(layer, x)).all()
+            y, (source,) = run_and_get_code(on_cuda, x.cuda())
+            error = (y.cpu().double() - layer(x).double()).abs()
+        assert name != "2d-depthwise" or "convolve_" not in source
+        # Of float8 both sums of 9 products are rounded too.
+        assert (error <= (16 + 2 * 9 * ("float8" in scheme)) * 2.0**-24 * magnitudes(layer, x)).all()
 
 
 # --- calibration of convolutions --------------------------------------------------------------------
