@@ -6,9 +6,10 @@ Each row is one shape of a bfloat16 model: rows x K x N of a square one and of t
 weights; images, channels, size, outputs and kernel of a ResNet's convolutions, and groups of a ResNeXt's and a
 MobileNet's. `product` is `torch._int_mm`, `float8 product` `torch._scaled_mm` to bfloat16, of codes that are there
 already; `int8`, `uint8`, `float8` and `float8 fast` are a compiled layer, the quantization of its input included;
-torchao's columns are those of `linear.py`. Calls are recorded in CUDA graphs, over as many weights as do not fit into
-the cache, and replayed in turn: no column waits for Python. A model of several layers is run as `torch.compile` alone
-runs it too. A cell is the median, and how many times as fast as bfloat16 it is. Below are the kernels that ran.
+torchao's columns are those of `linear.py`. Calls are recorded in CUDA graphs, over as many weights, or images, as do
+not fit into the cache, and replayed in turn: no column waits for Python. A model of several layers is run as
+`torch.compile` alone runs it too. A cell is the median, and how many times as fast as bfloat16 it is. Below are the
+kernels that ran.
 `--quick` takes small shapes. Without a GPU there is nothing to time.
 """
 
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -56,11 +59,15 @@ def compiled(made: Sequence[nn.Module], x: Tensor) -> list[Callable[[], object]]
     return [partial(forward, layer, x) for layer in made]
 
 
+def beyond_the_cache(size: int) -> range:
+    """Return a range of as many copies, of so many bytes each, as do not fit into the cache."""
+    return range(min(16, -(-(2**28) // size)))
+
+
 def columns(rows: int, k: int, n: int) -> Calls:
     torch.compiler.reset()
     x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
-    copies = min(16, -(-(2**28) // (k * n)))
-    linears = [on_gpu(k, n) for _ in range(copies)]
+    linears = [on_gpu(k, n) for _ in beyond_the_cache(k * n)]
     ours = {name: layers(linears, x, name) for name in DTYPES}
     q, q8 = (fsq.quantize(ours[name][0].act_spec, x, ours[name][0].act_qparams) for name in ("int8", "float8"))
     q = torch.cat([q, q.new_zeros(max(rows, 17) - rows, k)])  # what torch._int_mm takes
@@ -87,43 +94,54 @@ def chain(rows: int, k: int, n: int) -> Calls:
     """Return linear, GELU, linear."""
     torch.compiler.reset()
     x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
-    model = nn.Sequential(on_gpu(k, n), nn.GELU(), on_gpu(n, k)).eval()
-    calls: Calls = {"bfloat16": [partial(torch.compile(model, dynamic=False), x)]}
+    models = [nn.Sequential(on_gpu(k, n), nn.GELU(), on_gpu(n, k)).eval() for _ in beyond_the_cache(2 * k * n)]
+    calls: Calls = {"bfloat16": [partial(torch.compile(model, dynamic=False), x) for model in models]}
     for name, dtype in DTYPES.items():
-        quantized = calibrated(copy.deepcopy(model), x[:64], dtype)
-        for layer in (quantized[0], quantized[2]):
-            layer.fast_accum = name == "float8 fast"
-        calls[name] = [partial(torch.compile(quantized, dynamic=False), x)]
+        calls[name] = []
+        for model in models:
+            quantized = calibrated(copy.deepcopy(model), x[:64], dtype)
+            for layer in (quantized[0], quantized[2]):
+                layer.fast_accum = name == "float8 fast"
+            calls[name].append(partial(torch.compile(quantized, dynamic=False), x))
     return calls
+
+
+def of_images(model: nn.Module, *shape: int) -> Calls:
+    """Return calls of a model of convolutions, and of it quantized, with all channels last."""
+    torch.compiler.reset()
+    last = {"dtype": torch.bfloat16, "device": "cuda", "memory_format": torch.channels_last}
+    xs = [torch.randn(shape).to(**last) for _ in beyond_the_cache(2 * math.prod(shape))]
+    model = nn.Sequential(model).eval().to(**last)
+    models = {"bfloat16": model}
+    for name in ("int8", "uint8", "float8"):
+        models[name] = calibrated(copy.deepcopy(model), xs[0], DTYPES[name]).to(**last)
+    runs = {name: torch.compile(each, dynamic=False) for name, each in models.items()}
+    return {name: [partial(run, x) for x in xs] for name, run in runs.items()}
 
 
 def convolution(images: int, channels: int, size: int, outputs: int, kernel: int, groups: int = 1) -> Calls:
-    torch.compiler.reset()
-    last = {"dtype": torch.bfloat16, "device": "cuda", "memory_format": torch.channels_last}
-    x = torch.randn(images, channels, size, size).to(**last)
-    conv = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, groups=groups).eval().to(**last)
-    calls: Calls = {"bfloat16": [partial(torch.compile(conv, dynamic=False), x)]}
-    for name in ("int8", "uint8", "float8"):
-        layer = calibrated(nn.Sequential(copy.deepcopy(conv)).eval(), x, DTYPES[name])[0].to(**last)
-        calls[name] = [partial(torch.compile(layer, dynamic=False), x)]
-    return calls
+    conv = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, groups=groups)
+    return of_images(conv, images, channels, size, size)
+
+
+class Bottleneck(nn.Sequential):
+    """A ResNet's block: three convolutions with batch norms and ReLUs, beside which its input is added."""
+
+    def __init__(self, channels: int) -> None:
+        widths = ((4 * channels, channels, 1), (channels, channels, 3), (channels, 4 * channels, 1))
+        parts = [(nn.Conv2d(c, n, k, padding=k // 2, bias=False), nn.BatchNorm2d(n), nn.ReLU()) for c, n, k in widths]
+        super().__init__(*itertools.chain(*parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *body, relu = self
+        y = x
+        for layer in body:
+            y = layer(y)
+        return relu(y + x)
 
 
 def bottleneck(images: int, channels: int, size: int) -> Calls:
-    """Return the three convolutions of a ResNet's block, with their batch norms and ReLUs."""
-    torch.compiler.reset()
-    last = {"dtype": torch.bfloat16, "device": "cuda", "memory_format": torch.channels_last}
-    x = torch.randn(images, 4 * channels, size, size).to(**last)
-    widths = ((4 * channels, channels, 1), (channels, channels, 3), (channels, 4 * channels, 1))
-    parts = [
-        (nn.Conv2d(c, n, k, padding=k // 2, bias=False), nn.BatchNorm2d(n), nn.ReLU(inplace=True)) for c, n, k in widths
-    ]
-    model = nn.Sequential(*(layer for part in parts for layer in part)).eval().to(**last)
-    calls: Calls = {"bfloat16": [partial(torch.compile(model, dynamic=False), x)]}
-    for name in ("int8", "uint8", "float8"):
-        quantized = calibrated(copy.deepcopy(model), x, DTYPES[name]).to(**last)
-        calls[name] = [partial(torch.compile(quantized, dynamic=False), x)]
-    return calls
+    return of_images(Bottleneck(channels), images, 4 * channels, size, size)
 
 
 def recorded(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -205,8 +223,8 @@ def kernels(calls: Calls) -> None:
         with torch.profiler.profile(activities=[activity]) as seen:
             each[0]()
             torch.cuda.synchronize()
-        names = [event.key[:100] for event in seen.key_averages() if event.device_time_total]
-        print(f"{name}: {'; '.join(names)}")
+        ran = [event for event in seen.key_averages() if event.device_time_total]
+        print(f"{name}: {'; '.join(f'{event.key[:100]} {event.device_time_total:.1f}' for event in ran)}")
 
 
 @torch.no_grad()
@@ -234,15 +252,15 @@ def main() -> None:
     last = table(f"many rows: {title}", many, columns, repeats)
     chained = table(f"linear, GELU, linear: {title}", chains, chain, repeats)
     table(f"convolution, channels last: {title}", convolutions, convolution, repeats)
-    block = table(f"1x1, 3x3, 1x1, with batch norms and ReLUs: {title}", blocks, bottleneck, repeats)
+    block = table(f"a ResNet's block, 1x1, 3x3, 1x1: {title}", blocks, bottleneck, repeats)
     print()
     for rows in (1, 16):
         whole(rows, 512 if args.quick else 4096, 8)
-    print("\nkernels of one call:")
+    print("\nkernels of one call, us of each, which a profiler makes longer:")
     kernels(last)
     print("\nof linear, GELU, linear:")
     kernels(chained)
-    print("\nof 1x1, 3x3, 1x1:")
+    print("\nof a ResNet's block:")
     kernels(block)
 
 
