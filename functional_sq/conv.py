@@ -44,7 +44,7 @@ from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
 from functional_sq.spec import QuantSpec
-from functional_sq.tracing import always, computed_once, is_traced, looped
+from functional_sq.tracing import always, computed_once, define_operator, is_traced
 from functional_sq.windows import Geometry, check_windows, flat, geometry_of, laid_out, pad_codes, window_sizes, windows
 
 __all__ = [
@@ -375,24 +375,37 @@ def _direct(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight, geome
     for _ in range(extra):
         x, w = x.unsqueeze(2), w.unsqueeze(2)
     x, (stride, padding, dilation) = _evenly_padded(x, geometry)
-    op = F.conv3d if is_exporting() else torch.ops.functional_sq.conv3d.default
+    op = _conv3d if is_exporting() else torch.ops.functional_sq.conv3d.default
     with as_written(q.device):
-        y: Tensor = op(x, w, None, stride, padding, dilation, groups)
+        y: Tensor = op(x, w, stride, padding, dilation, groups)
     for _ in range(extra):
         y = y.squeeze(2)
     return y.round() if integer and q.is_cuda else y
 
 
-# An operator of its own: Inductor takes no torch.conv3d of images whose sizes are symbols (torch 2.13).
-_NAME = "functional_sq::conv3d"
-torch.library.define(
-    _NAME,
-    "(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) "
-    "-> Tensor",
+def _conv3d(
+    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    return laid_out(F.conv3d(x, w, None, stride, padding, dilation, groups), x)
+
+
+def _empty_conv3d(
+    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    space = [n + 2 * side for n, side in zip(x.shape[2:], padding, strict=True)]
+    size = window_sizes(space, w.shape[2:], stride, dilation)
+    return laid_out(x.new_empty((x.shape[0], w.shape[0], *size)), x)
+
+
+# An operator of its own: Inductor takes no torch.conv3d of images whose sizes are symbols (torch 2.13), and that asks
+# whether there are 16 images or more, on which its result's layout depends.
+define_operator(
+    "conv3d",
+    "(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    _conv3d,
+    _empty_conv3d,
+    device="default",
 )
-torch.library.impl(_NAME, "default", F.conv3d)
-torch.library.register_fake(_NAME, F.conv3d)
-torch.library.register_vmap(_NAME, looped(torch.ops.functional_sq.conv3d.default))
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor:

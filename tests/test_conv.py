@@ -1369,20 +1369,19 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor], *, of_any_stride: Sequ
 
 
 @pytest.mark.parametrize(
-    ("make", "rank", "channels_last", "compilations"),
+    ("make", "rank", "channels_last"),
     [
-        pytest.param(partial(windows, 1), 1, False, 1, id="1d"),
-        pytest.param(partial(windows, 2), 2, False, 1, id="2d"),
-        pytest.param(partial(windows, 2), 2, True, 1, id="2d-channels-last"),
-        pytest.param(partial(windows, 3), 3, False, 1, id="3d"),
-        pytest.param(partial(windows, 3), 3, True, 1, id="3d-channels-last"),
-        # torch chooses another convolution of floats from a batch of 16 on, for a float layer too.
-        pytest.param(directs, 2, False, 2, id="directs"),
-        pytest.param(directs, 2, True, 2, id="directs-channels-last"),
+        pytest.param(partial(windows, 1), 1, False, id="1d"),
+        pytest.param(partial(windows, 2), 2, False, id="2d"),
+        pytest.param(partial(windows, 2), 2, True, id="2d-channels-last"),
+        pytest.param(partial(windows, 3), 3, False, id="3d"),
+        pytest.param(partial(windows, 3), 3, True, id="3d-channels-last"),
+        pytest.param(directs, 2, False, id="directs"),
+        pytest.param(directs, 2, True, id="directs-channels-last"),
     ],
 )
 def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_batch(
-    make: Callable[[], Every], rank: int, channels_last: bool, compilations: int
+    make: Callable[[], Every], rank: int, channels_last: bool
 ) -> None:
     model, counter = make(), CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -1395,7 +1394,7 @@ def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_batch(
         torch._dynamo.mark_dynamic(x, 0)
         with torch.no_grad():
             assert_same(compiled(x), model(x), of_any_stride=reflecting)
-    assert counter.frame_count == compilations
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
