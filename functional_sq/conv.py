@@ -126,11 +126,11 @@ def conv(
     x = q if q.ndim == len(shape) else q[None]
     count = x.shape[0] * math.prod(size)
     scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
-    fits = fits_operator(scale, bias, wide)
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
-    backend = None
     looped_first = tapped and is_looped_first(weight.codes, weight.zero_point)
-    if epilogue is not None and offset is not None and fits and not looped_first:
+    fits = fits_operator(scale, bias, wide) and not looped_first
+    backend = None
+    if epilogue is not None and offset is not None and fits:
         backend = convolution_for(count, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
     y: Tensor | None = None
     if backend is not None:
@@ -143,7 +143,7 @@ def conv(
             y, then = requantize_by(convolve, then, backend.CODES), None
         else:
             y = convolve(dtype=dtype)
-    elif offset is None and fits and not looped_first and triton_conv.convolves_float8(x, weight.codes, groups):
+    elif offset is None and fits and triton_conv.convolves_float8(x, weight.codes, groups):
         image, settings = _in_two(x, geometry)
         y = triton_conv.float8_convolve(image, weight.codes, scale, bias, *settings, groups, dtype, fast_accum)
         y = y if len(size) == 2 else y.squeeze(2)

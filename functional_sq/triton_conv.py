@@ -20,7 +20,7 @@ from functional_sq import triton_mm
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.tracing import asked_once, looped
-from functional_sq.triton_mm import CODES, IMPRECISE, Tile, key, requantizes
+from functional_sq.triton_mm import CODES, IMPRECISE, Tile, requantizes
 from functional_sq.windows import pad_codes, window_sizes, windows
 
 __all__ = [
@@ -68,6 +68,11 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         False
     """
     return codes.ndim in (3, 4) and math.prod(codes.shape[1:]) <= INT32_TERMS and triton_mm.is_capable(codes)
+
+
+def key() -> tuple[object, ...]:
+    """Return what the answers here depend on, beside their arguments."""
+    return triton_mm.AVAILABLE, _TILES
 
 
 def least_windows(

@@ -9,8 +9,7 @@ already; `int8`, `uint8`, `float8` and `float8 fast` are a compiled layer, the q
 torchao's columns are those of `linear.py`. Calls are recorded in CUDA graphs, over as many weights, or images, as do
 not fit into the cache, and replayed in turn: no column waits for Python. A model of several layers is run as
 `torch.compile` alone runs it too. A cell is the median, and how many times as fast as bfloat16 it is. Below are the
-kernels that ran.
-`--quick` takes small shapes. Without a GPU there is nothing to time.
+kernels that ran. `--quick` takes small shapes. Without a GPU there is nothing to time.
 """
 
 from __future__ import annotations
