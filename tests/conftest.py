@@ -24,6 +24,10 @@ logging.getLogger("torch.__trace").addFilter(lambda record: False)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Several processes (-n 2) have more threads than the machine has cores: one that spins while it waits keeps those
+    # that it waits for from running, and a test takes up to 18 times as long. Read when a process loads torch.
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torchao 0.16 warns, when it is imported, of its own moved modules, and torch's compiler instantiates
     # torch.autograd.Function where it compiles one.
     config.addinivalue_line("filterwarnings", "ignore:Importing .*torchao:DeprecationWarning")
