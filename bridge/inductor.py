@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -18,7 +19,7 @@ from bridge.arguments import check_module
 from bridge.observed import Observed
 from bridge.swapping import choose_paths, module_names
 from functional_sq import backends
-from functional_sq.chains import hand_on
+from functional_sq.chains import CODES, hand_on
 
 __all__ = ["Chain", "HandOn", "capture", "chains", "install", "uncompiled"]
 
@@ -137,16 +138,25 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def capture(run: Callable[[], object], names: Mapping[nn.Module, str]) -> tuple[Chain, ...]:
     """Return which layers hand codes on in what `run()` computes, compiled; `names` are those of the layers."""
-    # Dynamo notes the identity of the modules that a node is from.
+    # Dynamo notes the identity of the modules that a node is from, but for one that is called as layer.forward(x).
     known = {str(id(module)): name for module, name in names.items()}
+    owners: dict[int, list[str]] = defaultdict(list)
+    for module, owner in names.items():
+        for buffer in module.buffers(recurse=False):
+            owners[id(buffer)].append(owner)
     found: list[Chain] = []
 
-    def name(node: fx.Node) -> str:
-        return known[next(reversed(node.meta["nn_module_stack"])).partition("@")[0]]
+    def backend(graph: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+        changed, copies = fx.Graph(), dict[Any, fx.Node]()
+        changed.output(changed.graph_copy(graph.graph, copies))
+        taken = (copies[node] for node in graph.graph.find_nodes(op="placeholder"))
+        values: dict[Any, object] = dict(zip(taken, inputs, strict=True))
 
-    def backend(graph: fx.GraphModule, inputs: object) -> Callable[..., Any]:
-        changed = fx.Graph()
-        changed.output(changed.graph_copy(graph.graph, {}))
+        def name(node: fx.Node) -> str:
+            caller = known[next(reversed(node.meta["nn_module_stack"])).partition("@")[0]]
+            holding = owners.get(id(values.get(node.args[CODES])), [caller])
+            return caller if caller in holding else holding[0]
+
         for link in hand_on(changed):
             found.append(Chain(name(link.producer), link.activation, tuple(map(name, link.consumers))))
         return graph.forward

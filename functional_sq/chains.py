@@ -38,7 +38,7 @@ from functional_sq.serialize import spec_from_json, spec_to_json
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, computed_once, hide_from_dynamo
 
-__all__ = ["Link", "describe", "hand_on", "layer"]
+__all__ = ["CODES", "Link", "describe", "hand_on", "layer"]
 
 
 @cache
@@ -156,10 +156,11 @@ for _name, (_schema, _function) in _SCHEMAS.items():
 _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default
 _BATCH_NORM = torch.ops.functional_sq.batch_norm.default
-_CODES, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL = (
+CODES, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL = (
     [argument.name for argument in _PRODUCT._schema.arguments].index(name)
     for name in ("codes", "bias", "product_scale", "geometry", "residual")
 )
+"""Where the arguments of a `functional_sq::product` are."""
 
 
 class Link(NamedTuple):
@@ -320,7 +321,7 @@ def _normed(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
     producer, activation, passed = source
     plain = activation == "none" and not passed and producer.args[_RESIDUAL] is None
     # The channels are axis 1: of images with a batch, and of rows without another axis.
-    y, codes, result = _example(producer), _example(producer.args[_CODES]), _example(node)
+    y, codes, result = _example(producer), _example(producer.args[CODES]), _example(node)
     if not plain or y is None or codes is None or result is None or y.ndim != codes.ndim:
         return None
     if result.requires_grad and not _is_quantized(node):
@@ -464,7 +465,7 @@ def _handed(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> tuple[Any, Any
     """
     _, scale, zero_point, text = node.args
     assert isinstance(text, str)
-    spec, codes = _spec(text), _example(producer.args[_CODES])
+    spec, codes = _spec(text), _example(producer.args[CODES])
     dtype = torch.uint8 if codes is None else codes_dtype(codes)
     multiplied = all(user.target is _PRODUCT and user.args[0] is node for user in node.users)
     eight = spec.format.bounds[1] == 255  # what `operand` shifts

@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -873,6 +874,30 @@ def test_what_is_no_switch_and_no_model_is_refused() -> None:
             StaticQuantConfig(torch.int8, **{name: "no"})
     with pytest.raises(TypeError, match=r"model is a str; give a torch\.nn\.Module"):
         bridge.chains("model", torch.ones(1))
+
+
+class CallsForward(nn.Module):
+    """Layers that are not called but by their method; two have one weight, and so the codes of each its own."""
+
+    def __init__(self, one: nn.Module, two: nn.Module, three: nn.Module) -> None:
+        super().__init__()
+        self.one, self.rest = one, nn.Sequential(two, three)
+
+    def forward(self, x: Tensor) -> Tensor:
+        two, three = self.rest
+        return three.forward(F.relu(two(F.gelu(self.one.forward(x)))))
+
+
+@pytest.mark.parametrize("kind", [partial(nn.Linear, 16, 16), partial(nn.Conv1d, 16, 16, 1)], ids=["linear", "conv"])
+def test_a_layer_that_is_called_by_its_method_has_its_own_name(kind: Callable[[], nn.Module]) -> None:
+    """Dynamo's record of such a layer names the module that calls it."""
+    layers = [kind() for _ in range(3)]
+    layers[2].weight = layers[1].weight
+    model, x = CallsForward(*layers).eval(), torch.randn(4, 16, 16)
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, x[None])
+    bridge.convert_(model)
+    assert list(map(str, bridge.chains(model, x))) == ["one -> gelu rest.0", "rest.0 -> relu rest.1"]
 
 
 def test_the_report_tells() -> None:
