@@ -37,7 +37,7 @@ from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
 from functional_sq.folded import Epilogue, FoldedWeight, backend_codes, check_epilogue, operand
 from functional_sq.formats import Float8, check_real, check_real_dtype
-from functional_sq.int_mm import as_written, integer_product
+from functional_sq.int_mm import as_written, integer_product, less, less_product
 from functional_sq.linear import bracket, check_operands, fits_operator, requantize_by
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
@@ -309,7 +309,7 @@ def _gathered(
         assert offset is not None
         # A row of ones sums each window: cheaper than to read all windows a second time.
         product = integer_product(rows, torch.cat([codes, torch.ones_like(codes[:1])]))
-        product = product[:, :-1] - weight.zero_point.reshape(-1) * product[:, -1:] - offset
+        product = less(less_product(product[:, :-1], product[:, -1:], weight.zero_point.reshape(-1)), offset)
     return product.reshape(*gathered.shape[:-1], len(codes)).movedim(-1, 1)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq.granularity import PerTensor
-from functional_sq.int_mm import INT32_TERMS, plain
+from functional_sq.int_mm import INT32_TERMS, less_product, plain
 from functional_sq.operands import Operands
 from functional_sq.qparams import MappingType, QParams
 from functional_sq.requantize import Requantization, apply_epilogue, fills_a_byte, requantize
@@ -248,7 +248,7 @@ def _corrected(operands: Operands, weight_zero_point: Tensor) -> Tensor:
     q, zero_point, codes, *_ = operands
     product: Tensor = torch.ops.functional_sq.onednn_sums.default(q, zero_point, codes)
     token_sum = q.sum(1, keepdim=True, dtype=torch.int32) - codes.shape[1] * zero_point
-    return product - weight_zero_point * token_sum
+    return less_product(product, weight_zero_point, token_sum)
 
 
 def finish(

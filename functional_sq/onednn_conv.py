@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
-from functional_sq.int_mm import INT32_TERMS
+from functional_sq.int_mm import INT32_TERMS, less_product
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import define_operator
@@ -189,7 +189,7 @@ def _corrected(operands: Operands, weight_zero_point: Tensor, settings: tuple[An
     # The outputs of a group have an axis of their own, along which a compiler reads one sum of a window for all.
     each, (batch, _, *size) = len(codes) // groups, of_windows.shape
     of_weight = weight_zero_point.reshape(groups, each, 1, 1)
-    total: Tensor = of_codes.reshape(batch, groups, each, *size) - of_weight * of_windows.unsqueeze(2)
+    total = less_product(of_codes.reshape(batch, groups, each, *size), of_windows.unsqueeze(2), of_weight)
     return total.flatten(1, 2)
 
 
