@@ -877,7 +877,7 @@ def test_what_is_no_switch_and_no_model_is_refused() -> None:
 
 
 class CallsForward(nn.Module):
-    """Layers that are not called but by their method; two have one weight, and so the codes of each its own."""
+    """Its first and last layer are not called, but their method is."""
 
     def __init__(self, one: nn.Module, two: nn.Module, three: nn.Module) -> None:
         super().__init__()
@@ -890,7 +890,7 @@ class CallsForward(nn.Module):
 
 @pytest.mark.parametrize("kind", [partial(nn.Linear, 16, 16), partial(nn.Conv1d, 16, 16, 1)], ids=["linear", "conv"])
 def test_a_layer_that_is_called_by_its_method_has_its_own_name(kind: Callable[[], nn.Module]) -> None:
-    """Dynamo's record of such a layer names the module that calls it."""
+    """Dynamo's record of such a layer names the module that calls it. Of a shared weight each layer has codes."""
     layers = [kind() for _ in range(3)]
     layers[2].weight = layers[1].weight
     model, x = CallsForward(*layers).eval(), torch.randn(4, 16, 16)
