@@ -1,4 +1,4 @@
-"""The bare product of int8 codes, exact, on every device.
+"""The bare product of int8 codes, exact, on every device, and what is subtracted from it.
 
 By `torch._int_mm`; on CUDA by a kernel of Triton, where it is installed; in floats on a CPU where oneDNN saturates.
 """
