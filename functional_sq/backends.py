@@ -104,8 +104,13 @@ class Convolution(_Backend, Protocol):
         to_zero_point: Tensor | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Return the sums over windows, scaled, in `dtype`; with `to_scale` codes of them, after the activation."""
+        """Return the sums over windows, scaled, in `dtype`; with `to_scale` codes of them, after the activation.
+
+        A residual is of `dtype` and the result's shape, and has no gradient; the sum with it, or what "relu" leaves of
+        that, is rounded once. The real values of `Operands` may be read, and need not be.
+        """
 
 
 PRODUCTS: list[Product] = [onednn, triton_mm]

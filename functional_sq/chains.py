@@ -3,7 +3,7 @@
 Between two layers with static ranges there is an activation, or nothing, and the second one's quantization
 is known before any input: `requantize` is one more step on each result of the first layer. `hand_on` finds
 such layers in a graph and gives them that step; it also lets layers that quantize one input alike share
-its codes, linear layers add the residual that goes around them, and a batch norm is part of a layer's epilogue.
+its codes, layers add the residual that goes around them, and a batch norm is part of a layer's epilogue.
 
 In the graph that `torch.compile` captures, a layer is two operators: `functional_sq::quantize` and
 `functional_sq::product`. They are composed of other operators, so a compiler that knows nothing of them sees
@@ -104,7 +104,7 @@ def layer(
     q = torch.ops.functional_sq.quantize.default(x, *qp, spec)
     product = torch.ops.functional_sq.product.default
     how = geometry, dtype, fast_accum, known_by
-    y: Tensor = product(q, *qp, spec, codes, zero_point, bias, *epilogue, *how, None, "none", None, None, "")
+    y: Tensor = product(q, *qp, spec, codes, zero_point, bias, *epilogue, *how, None, "none", None, None, "", None)
     return y
 
 
@@ -114,7 +114,7 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: str) -> Tensor
 
 def _product(*given: Any) -> Tensor:
     q, scale, zero_point, spec, codes, weight_zero_point, bias, s, offset, *how = given
-    geometry, dtype, fast_accum, _, residual, activation, to_s, to_z, to_spec = how
+    geometry, dtype, fast_accum, _, residual, activation, to_s, to_z, to_spec, x = how
     weight = FoldedWeight(codes, s, weight_zero_point, None)  # scale and sum are not read
     arguments = _spec(spec), q, QParams(scale, zero_point), weight, bias
     then = None
@@ -124,8 +124,10 @@ def _product(*given: Any) -> Tensor:
     settings = json.loads(geometry) if geometry else {}
     function = conv_transpose if "output_padding" in settings else conv if settings else linear
     multiply: Callable[..., Tensor] = partial(function, **settings)
-    if residual is not None:  # of linear layers alone
+    if residual is not None:
         multiply = partial(multiply, residual=residual)
+    if function is conv:
+        multiply = partial(multiply, relu=activation == "relu" and then is None, x=x)
     return multiply(*arguments, dtype=dtype, epilogue=Epilogue(s, offset), then=then, fast_accum=fast_accum)
 
 
@@ -145,7 +147,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor q, Tensor scale, Tensor zero_point, str spec, Tensor codes, Tensor? weight_zero_point, "
         "Tensor? bias, Tensor product_scale, Tensor? product_offset, "
         "str geometry, ScalarType dtype, bool fast_accum, str known_by, Tensor? residual, "
-        "str activation, Tensor? to_scale, Tensor? to_zero_point, str to_spec) -> Tensor",
+        "str activation, Tensor? to_scale, Tensor? to_zero_point, str to_spec, Tensor? x) -> Tensor",
         _product,
     ),
 }
@@ -156,9 +158,9 @@ for _name, (_schema, _function) in _SCHEMAS.items():
 _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default
 _BATCH_NORM = torch.ops.functional_sq.batch_norm.default
-CODES, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL = (
+CODES, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL, _ACTIVATION, _X = (
     [argument.name for argument in _PRODUCT._schema.arguments].index(name)
-    for name in ("codes", "bias", "product_scale", "geometry", "residual")
+    for name in ("codes", "bias", "product_scale", "geometry", "residual", "activation", "x")
 )
 """Where the arguments of a `functional_sq::product` are."""
 
@@ -185,8 +187,9 @@ def hand_on(graph: fx.Graph) -> list[Link]:
     result, through dropouts, goes only into a sum of its shape and dtype adds the other term itself, in the dtype in
     which it scales, and the sum is rounded once. A batch norm in evaluation, of one layer's result alone, becomes part
     of that layer's scale and bias, as if folded into the weight before quantization, unless its gradient is asked for.
-    A residual of a convolution is left to Inductor: oneDNN takes longer to add it than a pass that adds it, applies the
-    activation and makes the next codes (8 images of 256 x 56 x 56: 3.6 against 3.2 ms).
+    A convolution adds a residual on CUDA alone, and a ReLU after it is part of that: oneDNN takes longer than a pass
+    that adds it, applies the activation and makes the next codes (8 images of 256 x 56 x 56: 3.6 against 3.2 ms).
+    There it is also given what it convolves the codes of, where that is written anyway.
 
     Args:
         graph: as Dynamo captures it: functions of torch, in-place ones too, and the operators of `layer`.
@@ -205,6 +208,7 @@ def hand_on(graph: fx.Graph) -> list[Link]:
     _fold_batch_norms(graph, before)
     links = _requantize(graph, before)
     _add_residuals(graph, before)
+    _give_floats(graph, before)
     return sorted(links, key=lambda link: before.order[link.producer])
 
 
@@ -258,13 +262,13 @@ def _requantize(graph: fx.Graph, before: _Captured) -> list[Link]:
         if before.writes_between(producer, node, passed):
             continue
         links.append(Link(producer, activation, tuple(node.users)))
-        producer.args = (*producer.args[: _RESIDUAL + 1], activation, *_handed(graph, producer, node))
+        producer.args = (*producer.args[:_ACTIVATION], activation, *_handed(graph, producer, node), None)
         _replace(graph, node, producer, passed)
     return links
 
 
 def _add_residuals(graph: fx.Graph, before: _Captured) -> None:
-    """Let a linear layer add what its result is added to."""
+    """Let a layer add what its result is added to, and a convolution apply a ReLU after that."""
     for node in before.order:
         term = _addition(node) if node.target in _ADDITIONS else None
         if term is None:
@@ -274,6 +278,25 @@ def _add_residuals(graph: fx.Graph, before: _Captured) -> None:
             continue
         producer.update_arg(_RESIDUAL, residual)
         _replace(graph, node, producer, passed)
+        users = [*producer.users]
+        if producer.args[_GEOMETRY] == "" or len(users) != 1 or _activation(users[0]) != "relu":
+            continue
+        if not before.writes_between(node, users[0]):
+            producer.update_arg(_ACTIVATION, "relu")
+            _replace(graph, users[0], producer)
+
+
+def _give_floats(graph: fx.Graph, before: _Captured) -> None:
+    """Give a convolution what its codes are made of, which it may read instead: in memory, and its codes for it alone.
+
+    What is computed for codes alone is not in memory, if a compiler makes the codes where it computes it.
+    """
+    for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
+        x, users = node.args[0], [*node.users]
+        if len(users) != 1 or not _is_cuda_conv(users[0]) or before.writes_between(node, users[0]):
+            continue
+        if x.op == "placeholder" or x.target is _PRODUCT or any(user.target is not _QUANTIZE for user in x.users):
+            users[0].update_arg(_X, x)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, producer: fx.Node, passed: tuple[fx.Node, ...] = ()) -> None:
@@ -338,7 +361,7 @@ def _is_quantized(node: fx.Node) -> bool:
 
 
 def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | None:
-    """Return the linear layer whose result is a term of a sum, the nodes between, and the other term: of one kind."""
+    """Return the layer whose result is a term of a sum that it can add, the nodes between, and the other term."""
     if len(node.args) != 2 or node.kwargs:
         return None
     first, second = node.args
@@ -349,9 +372,18 @@ def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | N
         if source is None or not isinstance(residual, fx.Node) or residual is x or not _alike(x, residual):
             continue
         producer, activation, passed = source
-        if activation == "none" and producer.args[_GEOMETRY] == "" and producer.args[_RESIDUAL] is None:
+        adds = producer.args[_GEOMETRY] == "" or _is_cuda_conv(producer)
+        if activation == "none" and adds and producer.args[_RESIDUAL] is None:
             return producer, passed, residual
     return None
+
+
+def _is_cuda_conv(node: fx.Node) -> bool:
+    """Whether a node is a convolution on CUDA, not a transposed one."""
+    if node.target is not _PRODUCT or node.args[_GEOMETRY] == "":
+        return False
+    codes = _example(node.args[CODES])
+    return codes is not None and codes.is_cuda and "output_padding" not in json.loads(str(node.args[_GEOMETRY]))
 
 
 def _alike(x: object, y: object) -> bool:

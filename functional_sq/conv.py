@@ -15,8 +15,8 @@ rounds to the integer. So such groups are exact, and no faster than floats.
 
 A weight that is used again (`epilogue=`) is convolved by a backend where that is faster, with groups too: neither
 windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's sum; and where
-each channel is convolved alone, compiled code is one loop over the elements of a window instead, fused with all that
-follows. Triton convolves float8 alike. No backend takes three dimensions.
+each channel is convolved alone, compiled code for a CPU is one loop over the elements of a window instead, fused with
+all that follows. Triton convolves float8 alike. No backend takes three dimensions.
 """
 
 from __future__ import annotations
@@ -38,11 +38,18 @@ from functional_sq.compat import is_exporting
 from functional_sq.folded import Epilogue, FoldedWeight, backend_codes, check_epilogue, operand
 from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.int_mm import as_written, integer_product, less, less_product
-from functional_sq.linear import bracket, check_operands, fits_operator, requantize_by
+from functional_sq.linear import bracket, check_operands, check_residual, fits_operator, requantize_by
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
-from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
+from functional_sq.requantize import (
+    Requantization,
+    apply_epilogue,
+    check_requantization,
+    fills_a_byte,
+    has_one_scale,
+    requantize,
+)
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, computed_once, define_operator, is_traced
 from functional_sq.windows import Geometry, check_windows, flat, geometry_of, laid_out, pad_codes, window_sizes, windows
@@ -76,12 +83,15 @@ def conv(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
     epilogue: Epilogue | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
     then: Requantization | None = None,
     fast_accum: bool = False,
+    x: Tensor | None = None,
 ) -> Tensor:
     """Convolve the codes of activations with a folded weight, in one to three dimensions.
 
-    Integers: exact for every code, size and device, converted to float32 once, scaled, the bias
+    Integers: exact for every code, size and device, converted to float32 once, scaled, bias and residual
     added, rounded to `dtype`. Float8: products exact, accumulated in float32, then the same. Fastest
     on codes that lie `channels_last`.
 
@@ -98,14 +108,19 @@ def conv(
         groups: the channels are cut into so many groups that do not mix.
         dtype: dtype of the result.
         epilogue: as `linear`.
+        residual: shape and `dtype` of the result, or None: what is added before the result is rounded to `dtype`.
+        relu: what is negative becomes 0, after the residual is added.
         then: return the next layer's codes, `requantize(conv(...), then)`, as `linear` does.
         fast_accum: as `linear`.
+        x: what `q` are the codes of, or None. A kernel that quantizes as it loads reads these instead, if they lie
+            in memory anyway and the codes do not.
 
     Returns:
         `(B, N, *size)` in `dtype`, or without B; `channels_last` in memory where `q` is.
 
     Raises:
-        TypeError: integer codes meet float8 codes, or `dtype` holds no real values.
+        TypeError: integer codes meet float8 codes, `dtype` holds no real values, or `residual` or `epilogue` has
+            another dtype.
         ValueError: shapes or settings do not fit, or the activations have several scales.
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), equation 7; settings as `torch.nn.functional.conv2d`.
@@ -123,44 +138,62 @@ def conv(
     check_epilogue(epilogue, bias, weight, wide)
     geometry = geometry_of(shape[2:], stride, padding, dilation)
     size = check_windows(q.shape, shape, geometry)
-    x = q if q.ndim == len(shape) else q[None]
-    count = x.shape[0] * math.prod(size)
+    batch = q.shape[: q.ndim - len(shape) + 1]
+    check_residual(residual, (*batch, shape[0], *size), dtype)
+    if x is not None:
+        check_real(x, "conv (x)")
+    if x is not None and x.shape != q.shape:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, and its codes {tuple(q.shape)}; give what they are the codes of"
+        )
+    images, added, real = (each if each is None or batch else each[None] for each in (q, residual, x))
+    assert images is not None
     scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
     looped_first = tapped and is_looped_first(weight.codes, weight.zero_point)
     fits = fits_operator(scale, bias, wide) and not looped_first
-    backend = None
-    if epilogue is not None and offset is not None and fits:
-        backend = convolution_for(count, weight.codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
-    y: Tensor | None = None
+    backend: Convolution | triton_conv.Float8 | None = None
+    if offset is None and fits:
+        backend = triton_conv.float8(images, weight.codes, groups, fast_accum)
+    elif epilogue is not None and fits:
+        count, of_weight = images.shape[0] * math.prod(size), (weight.codes, weight.zero_point)
+        backend = convolution_for(count, *of_weight, geometry.stride, geometry.dilation, groups)
     if backend is not None:
-        assert offset is not None
-        taken = backend_codes(backend.CODES, spec, x, qp)
         zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(shape[0])
-        operands = Operands(*taken, weight.codes, zero_point, scale, offset, bias)
+        operands = Operands(images, None, weight.codes, zero_point, scale, offset, bias)
+        if offset is not None:
+            taken, z_x = backend_codes(backend.CODES, spec, images, qp)
+            operands = operands._replace(q=taken, zero_point=z_x)
+        if real is not None and (has_one_scale if offset is None else fills_a_byte)(spec, qp.scale):
+            operands = operands._replace(x=real.detach(), x_scale=qp.scale.reshape(1))
         convolve = partial(_convolve_by, backend, operands, geometry, groups)
-        if then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
+        if added is not None and added.requires_grad:  # which an operator of a backend would not hand on
+            y = (convolve(dtype=torch.float32) + added.to(torch.float32)).to(dtype)
+            y = y.relu() if relu else y
+        elif added is not None:
+            y = convolve("relu" if relu else "none", dtype=dtype, residual=added)
+        elif relu:
+            y = convolve(dtype=dtype).relu()
+        elif then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
             y, then = requantize_by(convolve, then, backend.CODES), None
         else:
             y = convolve(dtype=dtype)
-    elif offset is None and fits and triton_conv.convolves_float8(x, weight.codes, groups):
-        image, settings = _in_two(x, geometry)
-        y = triton_conv.float8_convolve(image, weight.codes, scale, bias, *settings, groups, dtype, fast_accum)
-        y = y if len(size) == 2 else y.squeeze(2)
-    if y is None:
-        if always(x.shape[0] == 0):
-            product = x.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
+    else:
+        if always(images.shape[0] == 0):
+            product = images.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
         elif tapped:
-            product = _tapped(x, qp, weight, geometry)
+            product = _tapped(images, qp, weight, geometry)
         elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
             # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
-            product = _direct(spec, x, qp, weight, geometry, groups)
+            product = _direct(spec, images, qp, weight, geometry, groups)
         else:
-            product = _gathered(spec, x, qp, weight, geometry, offset, fast_accum)
+            product = _gathered(spec, images, qp, weight, geometry, offset, fast_accum)
         along = (-1, *(1 for _ in shape[2:]))
-        y = apply_epilogue(product, scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
-    y = laid_out(y, x)
-    y = y if q.ndim == len(shape) else y[0]
+        of_output = scale.reshape(along), None if bias is None else bias.reshape(along)
+        y = apply_epilogue(product, *of_output, dtype, added)
+        y = y.relu() if relu else y
+    y = laid_out(y, images)
+    y = y if batch else y[0]
     return y if then is None else requantize(y, then)
 
 
@@ -268,27 +301,26 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: Geo
 
 
 def _convolve_by(
-    backend: Convolution,
+    backend: Convolution | triton_conv.Float8,
     operands: Operands,
     geometry: Geometry,
     groups: int,
     *then: Any,
-    dtype: torch.dtype = torch.float32,
+    **rest: Any,
 ) -> Tensor:
-    """Return the convolution with a kept weight, by a backend: `(B, N, *size)` in `dtype`, or codes."""
-    q, settings = _in_two(operands.q, geometry)
-    y = backend.convolve(operands._replace(q=q), *settings, groups, *then, dtype=dtype)
-    return y if len(geometry.stride) == 2 else y.squeeze(2)
-
-
-def _in_two(q: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
-    """Return codes in two dimensions, channels last in memory, and stride, padding (four numbers) and dilation."""
+    """Return the convolution with a kept weight, by a backend that knows two dimensions: `(B, N, *size)`, or codes."""
     # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
-    q = q.movedim(1, -1).contiguous().movedim(-1, 1)
+    operands = operands._replace(q=operands.q.movedim(1, -1).contiguous().movedim(-1, 1))
     stride, padding, dilation = geometry
     if len(stride) == 2:
-        return q, (stride, [*itertools.chain(*padding)], dilation)
-    return q.unsqueeze(2), ((1, *stride), [0, 0, *padding[0]], (1, *dilation))
+        settings = stride, [*itertools.chain(*padding)], dilation
+        return backend.convolve(operands, *settings, groups, *then, **rest)
+    x = None if operands.x is None else operands.x.unsqueeze(2)
+    operands = operands._replace(q=operands.q.unsqueeze(2), x=x)
+    if "residual" in rest:
+        rest["residual"] = rest["residual"].unsqueeze(2)
+    along = (1, *stride), [0, 0, *padding[0]], (1, *dilation)
+    return backend.convolve(operands, *along, groups, *then, **rest).squeeze(2)
 
 
 def _gathered(
@@ -327,9 +359,8 @@ def is_looped_first(codes: Tensor, zero_point: Tensor | None) -> bool:
     """Whether a loop over the elements of a window is faster than any backend, for a weight that `is_tapped`.
 
     On a CPU it is with zero points: the two convolutions of a backend, and a pass over both, take 2 to 4 times as long.
-    On a GPU it always is: a tensor core multiplies 32 channels, and 31 of them by 0.
     """
-    return codes.is_cuda or zero_point is not None
+    return zero_point is not None and not codes.is_cuda
 
 
 def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: Geometry) -> Tensor:

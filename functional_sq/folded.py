@@ -27,7 +27,9 @@ __all__ = [
     "check_folded",
     "check_product",
     "check_storage",
+    "check_zero_point",
     "epilogue",
+    "fixed_zero_point",
     "fold",
     "operand",
     "unfold",
@@ -90,15 +92,9 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
     scale, zero_point = qp.scale.reshape(shape), qp.zero_point.to(torch.int32).reshape(shape) - shift
     if isinstance(spec.format, Float8):
         return FoldedWeight(codes.contiguous(), scale, None, None)
-    fixed = _fixed_zero_point(spec)
-    readable = not (torch.compiler.is_compiling() or zero_point.is_meta or is_batched(zero_point))
-    if fixed is not None and readable and bool((zero_point + shift != fixed).any()):
-        raise ValueError(
-            f"{spec} has the zero point {fixed}, got {qp.zero_point.flatten()[:4].tolist()} ...; "
-            f"use MappingType.ASYMMETRIC for other zero points"
-        )
+    check_zero_point(spec, qp.zero_point)
     total = codes.flatten(1).sum(1, dtype=torch.int32)
-    return FoldedWeight(codes.contiguous(), scale, None if fixed == shift else zero_point, total)
+    return FoldedWeight(codes.contiguous(), scale, None if fixed_zero_point(spec) == shift else zero_point, total)
 
 
 def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
@@ -269,11 +265,13 @@ def operand(spec: QuantSpec, q: Tensor) -> Tensor:
     return (q ^ 128 if _shift(spec) else q).view(torch.int8)
 
 
-def backend_codes(dtype: torch.dtype, spec: QuantSpec, q: Tensor, qp: QParams) -> tuple[Tensor, Tensor]:
-    """Return codes of at most 8 bits in the dtype of a backend, and the int32 zero point of one element for them."""
+def backend_codes(dtype: torch.dtype, spec: QuantSpec, q: Tensor, qp: QParams) -> tuple[Tensor, Tensor | None]:
+    """Return codes of at most 8 bits in the dtype of a backend, and the int32 zero point of one element for them; None
+    where the spec fixes it at 0."""
     zero_point = qp.zero_point.reshape(1).to(torch.int32)
     if dtype is torch.int8:
-        return operand(spec, q), zero_point - _shift(spec)
+        fixed = fixed_zero_point(spec) == _shift(spec)
+        return operand(spec, q), None if fixed else zero_point - _shift(spec)
     return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
 
 
@@ -298,10 +296,21 @@ def _shift(spec: QuantSpec) -> int:
     return 128 if spec.format.bounds[1] == 255 else 0
 
 
-def _fixed_zero_point(spec: QuantSpec) -> int | None:
-    """The zero point that a symmetric mapping gives every block; None for ASYMMETRIC."""
+def fixed_zero_point(spec: QuantSpec) -> int | None:
+    """Return the zero point that a symmetric mapping gives every block; None for ASYMMETRIC."""
     qmin, qmax = spec.bounds
     return None if spec.mapping is MappingType.ASYMMETRIC else int((qmax + qmin + 1) / 2)
+
+
+def check_zero_point(spec: QuantSpec, zero_point: Tensor) -> None:
+    """Raise ValueError unless zero points are those that a symmetric spec fixes; what cannot be read passes."""
+    fixed = fixed_zero_point(spec)
+    readable = not (torch.compiler.is_compiling() or zero_point.is_meta or is_batched(zero_point))
+    if fixed is not None and readable and bool((zero_point != fixed).any()):
+        raise ValueError(
+            f"{spec} has the zero point {fixed}, got {zero_point.flatten()[:4].tolist()} ...; "
+            f"use MappingType.ASYMMETRIC for other zero points"
+        )
 
 
 def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:

@@ -52,6 +52,7 @@ from functional_sq.spec import QuantSpec, check_spec
 __all__ = [
     "bracket",
     "check_operands",
+    "check_residual",
     "fits_operator",
     "linear",
     "linear_reference",
@@ -123,7 +124,7 @@ def linear(
     check_real_dtype(dtype, "linear to ")
     if then is not None:
         then = check_requantization(then)
-    _check_residual(residual, (*lead, n), dtype)
+    check_residual(residual, (*lead, n), dtype)
     wide = torch.promote_types(dtype, torch.float32)
     check_epilogue(epilogue, bias, weight, wide)
     scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
@@ -231,7 +232,7 @@ def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool
     return scale.dtype is wide is torch.float32 and not learned and not is_exporting()
 
 
-def _check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
+def check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless what is added to a result has its shape and dtype."""
     if residual is None:
         return

@@ -246,6 +246,7 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
 def _corrected(operands: Operands, weight_zero_point: Tensor) -> Tensor:
     """Return the exact product with a weight that has zero points, int32; a compiler sums a token as it makes it."""
     q, zero_point, codes, *_ = operands
+    assert zero_point is not None
     product: Tensor = torch.ops.functional_sq.onednn_sums.default(q, zero_point, codes)
     token_sum = q.sum(1, keepdim=True, dtype=torch.int32) - codes.shape[1] * zero_point
     return less_product(product, weight_zero_point, token_sum)
@@ -272,7 +273,8 @@ def finish(
 
 def arguments(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return the operands that oneDNN reads: codes, zero point, the weight's codes, scale, and the bias as float32."""
-    q, zero_point, codes, _, scale, _, bias = operands
+    q, zero_point, codes, _, scale, _, bias, *_ = operands
+    assert zero_point is not None  # that of float8 is
     return q, zero_point, codes, scale, None if bias is None else bias.to(torch.float32)
 
 

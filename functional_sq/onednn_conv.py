@@ -138,6 +138,7 @@ def convolve(
     to_zero_point: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Return the sums of `(q - zero_point) codes` over windows, times `scale`, plus `bias`; each rounded as written.
 
@@ -147,8 +148,11 @@ def convolve(
         stride, dilation: along height and width.
         padding: above, below, left and right; the zero point is what is there.
         groups: as `functional_sq.conv`.
-        activation: what `requantizes` takes, applied before codes are made; "none" without `to_scale`.
+        activation: what `requantizes` takes, applied before codes are made; without `to_scale` "none", or "relu" with
+            a residual.
         to_scale, to_zero_point, dtype: as `functional_sq.onednn.product`.
+        residual: `(B, N, height, width)` of `dtype`, without a gradient, or None: what is added before the activation,
+            by a pass that oneDNN would not save.
 
     Returns:
         `(B, N, height, width)` in `dtype`, or uint8 with `to_scale`; the channels last in memory.
@@ -163,6 +167,9 @@ def convolve(
         >>> onednn_conv.convolve(operands, (1, 1), (0, 0, 0, 1), (1, 1), 1)
         tensor([[[[2., 1., 0.]]]])
     """
+    if residual is not None:
+        total = convolve(operands, stride, padding, dilation, groups) + residual.to(torch.float32)
+        return (total.relu() if activation == "relu" else total).to(dtype)
     if operands.weight_zero_point is not None:
         total = _corrected(operands, operands.weight_zero_point, (stride, padding, dilation, groups))
         return onednn.finish(total, operands.scale, operands.bias, activation, to_scale, to_zero_point, dtype)

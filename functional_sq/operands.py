@@ -15,13 +15,16 @@ class Operands(NamedTuple):
     Attributes:
         q: codes of the activations, of the dtype that the backend's `CODES` names: `(M, K)`; of a convolution
             `(B, C, H, W)`, the channels last in memory.
-        zero_point: int32, one element: of `q`, and for a convolution a code.
+        zero_point: int32, one element: of `q`, and for a convolution a code; None where it is known to be 0.
         codes: int8, the weight's: `(N, K)`; of a convolution `(N, C / groups, *kernel)`, whose one dimension is W.
         weight_zero_point: `(N,)` int32; None where it is 0.
         scale: `(N,)` float32.
         offset: `(N,)` int32, above K = 33025 int64, for backends of int8 codes: `zero_point` times the sum of
-            `codes - weight_zero_point`. Not to be read by those of uint8.
+            `codes - weight_zero_point`. Not to be read by those of uint8. None for float8.
         bias: `(N,)` of any real dtype, or None.
+        x: of a convolution, or None: what `q` are the codes of, for a backend that would rather read these. Real
+            values, shape of `q`, without a gradient.
+        x_scale: float32, one element: `q` is `x` in its steps, plus `zero_point`, rounded and limited to 8 bits.
 
     Example:
         >>> import torch
@@ -33,9 +36,11 @@ class Operands(NamedTuple):
     """
 
     q: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
     codes: Tensor
     weight_zero_point: Tensor | None
     scale: Tensor
-    offset: Tensor
+    offset: Tensor | None
     bias: Tensor | None
+    x: Tensor | None = None
+    x_scale: Tensor | None = None

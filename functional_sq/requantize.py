@@ -23,6 +23,7 @@ __all__ = [
     "apply_epilogue",
     "check_requantization",
     "fills_a_byte",
+    "has_one_scale",
     "requantize",
 ]
 
@@ -99,9 +100,13 @@ def apply_epilogue(
 
 
 def fills_a_byte(spec: QuantSpec, scale: Tensor) -> bool:
-    """Whether codes use all 8 bits and have one float32 scale, as those that a backend can make do."""
-    one = isinstance(spec.granularity, PerTensor) and scale.numel() == 1 and scale.dtype is torch.float32
-    return one and spec.bounds in ((-128, 127), (0, 255))
+    """Whether codes are integers of all 8 bits and have one float32 scale, as those that a backend can make do."""
+    return has_one_scale(spec, scale) and spec.bounds in ((-128, 127), (0, 255))
+
+
+def has_one_scale(spec: QuantSpec, scale: Tensor) -> bool:
+    """Whether codes have one float32 scale, which a kernel reads as such."""
+    return isinstance(spec.granularity, PerTensor) and scale.numel() == 1 and scale.dtype is torch.float32
 
 
 def check_requantization(then: object) -> Requantization:

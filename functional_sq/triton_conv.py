@@ -2,9 +2,12 @@
 
 What is inside a tile is that of `functional_sq.triton_mm`: a row of the first matrix is a window, of which each step
 takes some channels of one pixel. Groups of few channels are put together, with zeros in the weight for what does not
-mix, until a pixel has enough for a tensor core: 32 groups of 4 channels become 4 of 32. Images of integers are padded
-before: with a kernel that loads the zero point where there is no pixel all took up to twice as long. Float8 is padded
-by zeros, which cost nothing.
+mix, until a pixel has enough for a tensor core: 32 groups of 4 channels become 4 of 32. Float8, and integers whose zero
+point is known to be 0, are padded by zeros, which cost nothing; other integers before: with a kernel that loads the
+zero point where there is no pixel all took up to twice as long.
+
+Where each pixel is a window, and few outputs are made of it, the codes need not be written: the kernel quantizes what
+it loads. Where each channel is convolved alone there is nothing for a tensor core, and another kernel sums.
 """
 
 from __future__ import annotations
@@ -12,23 +15,27 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq import triton_mm
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
-from functional_sq.tracing import asked_once, looped
+from functional_sq.requantize import ACTIVATIONS, has_one_scale
+from functional_sq.spec import QuantSpec
+from functional_sq.tracing import always, asked_once, looped
 from functional_sq.triton_mm import CODES, IMPRECISE, Tile, requantizes
 from functional_sq.windows import pad_codes, window_sizes, windows
 
 __all__ = [
     "CODES",
     "NAME",
+    "Float8",
     "convolve",
-    "convolves_float8",
-    "float8_convolve",
+    "float8",
     "key",
     "least_windows",
     "requantizes",
@@ -43,15 +50,27 @@ _STEP = 32
 _UNIT = 8
 """What the channels of a pixel are a multiple of: bytes that a thread loads at once, so that it loads ahead."""
 
+_NARROW = 128
+"""Up to so many outputs floats are read rather than codes: what one tile of them takes is quantized once."""
+
+_OF_FLOATS: tuple[Tile, ...] = ((64, 128, 64, 3), (128, 64, 64, 3), (64, 64, 64, 3))
+"""As `_TILES`, where floats are read."""
+
+_ALONE, _ALONE_FLOAT8 = (128, 32), (256, 16)
+"""Rows and columns of a tile where each channel is convolved alone."""
+
+_TAPS = 25
+"""The largest kernel with which it may be: so many sums of int8 are exact in float32."""
+
 _TILES: tuple[Tile, ...] = (
     (64, 128, 128, 3),
     (128, 64, 128, 3),
-    (64, 64, 128, 3),
+    (64, 64, 128, 4),
     (128, 32, 128, 3),
     (64, 32, 128, 3),
 )
 """Three or four of them on a multiprocessor: the steps are few, so that some load and store while others multiply.
-Those were the fastest on an H200, for images of ResNets; of float8 all but the first."""
+Those were the fastest on an H200, for images of ResNets; of float8, and with a residual, all but the first."""
 
 
 def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
@@ -72,7 +91,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return triton_mm.AVAILABLE, _TILES
+    return triton_mm.AVAILABLE, _TILES, _OF_FLOATS, _ALONE, _ALONE_FLOAT8, _NARROW
 
 
 def least_windows(
@@ -105,76 +124,93 @@ def convolve(
     to_zero_point: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    residual: Tensor | None = None,
+    fast_accum: bool = False,
 ) -> Tensor:
     """Return the sums of windows over `q - zero_point`, times `scale`, plus `bias`: rounded as by `triton_mm.product`.
 
+    Those of float8 are summed in float32.
+
     Args:
-        operands: int8 codes, and a weight that `supports` takes.
+        operands: int8 codes, and a weight that `supports` takes; or those that `float8` takes. `x` is read where
+            each pixel is a window, and few outputs are made of it.
         stride, dilation: along H and W.
         padding: above, below, left and right; the zero point is what is there.
         groups: the channels are cut into so many.
-        activation, to_scale, to_zero_point, dtype: as `triton_mm.product`.
+        activation, to_scale, to_zero_point, dtype: as `triton_mm.product`; "relu" with a residual too. Codes are of the
+            weight's dtype.
+        residual: `(B, N, H', W')` of `dtype`, without a gradient, or None: what is added before the activation.
+        fast_accum: a tensor core adds all products of float8, not 128 of them, with fewer bits than float32 has.
 
     Returns:
-        `(B, N, H', W')` in `dtype`, or int8 with `to_scale`; channels last in memory.
+        `(B, N, H', W')` in `dtype`, or codes with `to_scale`; channels last in memory.
     """
-    q, zero_point, codes, weight_zero_point, scale, offset, bias = operands
-    x = q.movedim(1, -1)
-    if any(padding):
-        x = pad_codes(x, zero_point, [0, 0, *padding[2:], *padding[:2]])
-    of_weight = scale, offset, bias, weight_zero_point
-    then = activation, to_scale, to_zero_point, dtype
-    return _call(x, codes, *of_weight, stride, [0, 0, 0, 0], dilation, groups, *then)
+    _define()
+    q, zero_point, codes, weight_zero_point, scale, offset, bias, x, x_scale = operands
+    image = q.movedim(1, -1)
+    w = (codes if codes.ndim == 4 else codes.unsqueeze(2)).movedim(1, -1)
+    alone, row_sum = _is_alone(codes, groups), None
+    together = 1 if alone else _together(codes.shape[1], groups)
+    if x is not None and _quantizes(x, codes, groups):
+        image = x.movedim(1, -1)
+    else:
+        x_scale = None
+        summed = weight_zero_point is not None and together == 1 and not alone
+        if any(padding) and not alone and (summed or zero_point is not None):
+            image, padding = pad_codes(image, zero_point, [0, 0, *padding[2:], *padding[:2]]), [0, 0, 0, 0]
+        if summed:
+            row_sum = _window_sums(image, w.shape[1:3], stride, dilation, groups)
+    added = None if residual is None else residual.movedim(1, -1)
+    of_weight = _joined(w, groups, together), scale, offset, bias, added, weight_zero_point, row_sum
+    op = torch.ops.functional_sq.triton_convolution.default
+    of_x = image, x_scale, zero_point
+    settings = together, [*stride, *dilation], padding, groups // together
+    y: Tensor = op(*of_x, *of_weight, *settings, activation, to_scale, to_zero_point, dtype, fast_accum)
+    return y.movedim(-1, 1)
 
 
-def convolves_float8(q: Tensor, codes: Tensor, groups: int) -> bool:
-    """Whether the kernel convolves codes of float8 with those of a weight: as it does int8, from Ada on.
+class Float8:
+    """The kernel as `conv` asks it for codes of float8, of which the codes that it makes are too.
+
+    Attributes:
+        fast_accum: as `convolve`.
+    """
+
+    CODES: torch.dtype = torch.float8_e4m3fn
+
+    def __init__(self, fast_accum: bool) -> None:
+        self.fast_accum = fast_accum
+
+    def requantizes(self, spec: QuantSpec, scale: Tensor, activation: str) -> bool:
+        """As a backend's."""
+        return spec.dtype is self.CODES and has_one_scale(spec, scale) and activation in ACTIVATIONS
+
+    def convolve(self, *operands: Any, **rest: Any) -> Tensor:
+        """As `triton_conv.convolve`."""
+        return convolve(*operands, **rest, fast_accum=self.fast_accum)
+
+
+_FLOAT8 = {fast_accum: Float8(fast_accum) for fast_accum in (False, True)}
+
+
+def float8(q: Tensor, codes: Tensor, groups: int, fast_accum: bool) -> Float8 | None:
+    """Return the kernel for codes of float8 and those of a weight, from Ada on, where it would convolve int8; or None.
 
     Args:
         q: `(B, C, *size)`.
         codes: `(N, C / groups, *kernel)`.
         groups: the channels are cut into so many.
+        fast_accum: as `convolve`.
 
     Example:
         >>> import torch
         >>> from functional_sq import triton_conv
         >>> codes = torch.ones(1, 32, 1, 1).to(torch.float8_e4m3fn)
-        >>> triton_conv.convolves_float8(codes, codes, 1)  # not on a GPU
-        False
+        >>> triton_conv.float8(codes, codes, 1, False) is None  # not on a GPU
+        True
     """
-    if codes.ndim not in (3, 4) or not triton_mm.is_capable_of_float8(q, codes):
-        return False
-    return _loads(codes, groups)
-
-
-def float8_convolve(
-    q: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
-    fast_accum: bool,
-) -> Tensor:
-    """Return the sums of windows, times `scale`, plus `bias`, of codes that `convolves_float8`; summed in float32.
-
-    Args:
-        q: `(B, C, H, W)`, channels last in memory.
-        codes: `(N, C / groups, *kernel)`, of one or two dimensions.
-        scale: `(N,)` float32.
-        bias: `(N,)` of any real dtype, or None.
-        stride, padding, dilation, groups: as `convolve`.
-        dtype: of the result.
-        fast_accum: a tensor core adds all products, not 128 of them, with fewer bits than float32 has.
-
-    Returns:
-        `(B, N, H', W')` in `dtype`, channels last in memory.
-    """
-    then = "none", None, None, dtype, fast_accum
-    return _call(q.movedim(1, -1), codes, scale, None, bias, None, stride, padding, dilation, groups, *then)
+    fits = codes.ndim in (3, 4) and triton_mm.is_capable_of_float8(q, codes) and _loads(codes, groups)
+    return _FLOAT8[fast_accum] if fits else None
 
 
 def _window_sums(
@@ -198,10 +234,23 @@ def _together(channels: int, groups: int) -> int:
     return next((n for n in range(whole, groups, whole) if groups % n == 0 and n * channels >= _STEP), groups)
 
 
+def _is_alone(codes: Tensor, groups: int) -> bool:
+    """Whether each channel is convolved alone, in few elements, whose sum is exact in float32."""
+    return len(codes) == groups and codes.shape[1] == 1 and math.prod(codes.shape[2:]) <= _TAPS
+
+
 def _loads(codes: Tensor, groups: int) -> bool:
-    """Whether a pixel has whole units of channels in each group."""
+    """Whether a kernel takes the channels: those of a pixel are whole units in each group, or alone."""
     channels = codes.shape[1]
+    if _is_alone(codes, groups):
+        return True
     return channels * _together(channels, groups) % _UNIT == 0
+
+
+def _quantizes(x: Tensor, codes: Tensor, groups: int) -> bool:
+    """Whether real values are read rather than their codes."""
+    few = math.prod(codes.shape[2:]) == groups == 1 and len(codes) <= _NARROW
+    return few and x.dtype is not torch.float64 and always(x.stride(1) == 1)
 
 
 def _joined(w: Tensor, groups: int, together: int) -> Tensor:
@@ -212,32 +261,6 @@ def _joined(w: Tensor, groups: int, together: int) -> Tensor:
     parts = w.view(torch.int8).reshape(groups // together, together, n // groups, *kernel, 1, channels)
     own = torch.eye(together, dtype=torch.int8, device=w.device).reshape(together, 1, 1, 1, together, 1)
     return (parts * own).reshape(n, *kernel, together * channels).view(w.dtype)
-
-
-def _call(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    weight_zero_point: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *rest: object,
-) -> Tensor:
-    """Return the convolution of images `(B, H, W, C)`, with zeros around them: `(B, N, H', W')`."""
-    _define()
-    w = (codes if codes.ndim == 4 else codes.unsqueeze(2)).movedim(1, -1)
-    together = _together(codes.shape[1], groups)
-    row_sum = None
-    if weight_zero_point is not None and together == 1:
-        row_sum = _window_sums(x, w.shape[1:3], stride, dilation, groups)
-    of_weight = _joined(w, groups, together), scale, offset, bias, weight_zero_point, row_sum
-    op = torch.ops.functional_sq.triton_convolution.default
-    y: Tensor = op(x, *of_weight, together, [*stride, *dilation], padding, groups // together, *rest)
-    return y.movedim(-1, 1)
 
 
 @asked_once
@@ -251,10 +274,13 @@ def _define() -> None:
 
 def _convolved(
     x: Tensor,
+    x_scale: Tensor | None,
+    zero_point: Tensor | None,
     w: Tensor,
     scale: Tensor,
     offset: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     weight_zero_point: Tensor | None,
     row_sum: Tensor | None,
     together: int,
@@ -265,38 +291,62 @@ def _convolved(
     to_scale: Tensor | None,
     to_zero_point: Tensor | None,
     dtype: torch.dtype,
-    fast_accum: bool = False,
+    fast_accum: bool,
 ) -> Tensor:
     from functional_sq import triton_kernel  # imports Triton
 
     images, *size, _ = x.shape
     n, *kernel, channels = w.shape
     out = window_sizes([size[i] + sum(padding[2 * i :][:2]) for i in (0, 1)], kernel, steps[:2], steps[2:])
-    y = torch.empty((images, *out, n), dtype=dtype if to_scale is None else CODES, device=x.device)
+    y = torch.empty((images, *out, n), dtype=dtype if to_scale is None else w.dtype, device=x.device)
     m = images * out[0] * out[1]
     if isinstance(m, int) and m == 0:
         return y
-    tiles = _TILES[1:] if x.is_floating_point() else _TILES
+    images_and_windows = *size, *out, *steps, *padding[::2]
+    taps: dict[str, Any] = {"ACTIVATION": activation, "TAPS": math.prod(kernel), "TAPS_IN_ROW": kernel[1]}
+
+    def ready(*operands: Tensor | None) -> list[Tensor | None]:
+        return [None if t is None else t.contiguous() for t in operands]
+
+    if channels == 1 and groups == n:
+        dots = w.dtype is torch.int8 and x.is_cuda  # no interpreter knows them
+        height, width = _ALONE if dots else _ALONE_FLOAT8
+        unit = math.gcd(n, 16)
+        of_w = _by_fours(w) if dots else w.flatten(1).t()
+        given = ready(zero_point, of_w, scale, offset, bias, residual, weight_zero_point)
+        with triton_mm.device_of(x):
+            torch.library.wrap_triton(triton_kernel.convolve_alone)[(-(-m // height), -(-n // width))](
+                *ready(x),
+                *given,
+                *ready(to_scale, to_zero_point),
+                y,
+                m,
+                n // unit,
+                *images_and_windows,
+                HEIGHT=height,
+                WIDTH=width,
+                UNIT=unit,
+                DOTS=dots,
+                **taps,
+                num_warps=4,
+            )
+        return y
+    of_codes = _TILES if residual is None and not w.is_floating_point() else _TILES[1:]
+    tiles = of_codes if x_scale is None else _OF_FLOATS
     height, width, depth, stages = _in_steps(triton_mm.tile(tiles, m * groups, n // groups, x.device), channels)
     unit = math.gcd(channels, 16)
-    given = scale, offset, bias, weight_zero_point, row_sum, to_scale, to_zero_point
+    given = ready(x_scale, zero_point, w, scale, offset, bias, residual, weight_zero_point, row_sum)
     with triton_mm.device_of(x):
         torch.library.wrap_triton(triton_kernel.convolve)[(-(-m // height) * -(-(n // groups) // width), groups)](
-            x.contiguous(),
-            w.contiguous(),
-            *(None if t is None else t.contiguous() for t in given),
+            *ready(x),
+            *given,
+            *ready(to_scale, to_zero_point),
             y,
             m,
             n // groups,
             groups,
             channels // unit,
-            *size,
-            *out,
-            *steps,
-            *padding[::2],
-            ACTIVATION=activation,
-            TAPS=math.prod(kernel),
-            TAPS_IN_ROW=kernel[1],
+            *images_and_windows,
             STEPS=-(-channels // depth),
             HEIGHT=height,
             WIDTH=width,
@@ -306,10 +356,17 @@ def _convolved(
             ZEROS=any(padding),
             TOGETHER=together,
             IMPRECISE=None if fast_accum else min(depth, IMPRECISE),
+            **taps,
             num_warps=4,
             num_stages=stages,
         )
     return y
+
+
+def _by_fours(w: Tensor) -> Tensor:
+    """Return a weight `(N, *kernel, 1)` as `(fours, N, 4)`, with zeros after the last element."""
+    rows = w.flatten(1)
+    return F.pad(rows, [0, -rows.shape[1] % 4]).reshape(len(rows), -1, 4).movedim(1, 0)
 
 
 def _in_steps(tile: Tile, channels: int) -> Tile:

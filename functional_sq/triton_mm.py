@@ -172,7 +172,7 @@ def _arguments(operands: Operands) -> tuple[Tensor | None, ...]:
 
     A compiler sums where it makes the codes.
     """
-    q, _, codes, weight_zero_point, scale, offset, bias = operands
+    q, _, codes, weight_zero_point, scale, offset, bias, *_ = operands
     row_sum = None if weight_zero_point is None else q.sum(1, dtype=torch.int32)
     return q, codes, weight_zero_point, row_sum, scale, offset, bias
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import functional_sq as fsq
 from functional_sq import backends, triton_conv, triton_mm
+from functional_sq.operands import Operands
 from functional_sq.testing import check_convolution_backend, check_product_backend, convolution_is_exact
 
 
@@ -55,8 +56,8 @@ class Interpreted:
     def plus(self, residual: Tensor, *operands: Any) -> Tensor:
         return self.backend.plus(residual.float(), *operands).to(residual.dtype)
 
-    def convolve(self, *operands: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        y = self.backend.convolve(*operands)
+    def convolve(self, *operands: Any, dtype: torch.dtype = torch.float32, residual: Tensor | None = None) -> Tensor:
+        y = self.backend.convolve(*operands, residual=None if residual is None else residual.float())
         return y.to(dtype) if y.is_floating_point() else y
 
 
@@ -93,8 +94,9 @@ def check_groups() -> None:
         q, w = torch.randn(2, channels * groups, 5, 6), torch.randn(outputs * groups, channels, *kernel)
         q, w = (t.to(torch.float8_e4m3fn) for t in (q, w))
         scale, bias = torch.rand(len(w)), torch.randn(len(w))
-        assert triton_conv.convolves_float8(q, w, groups)
-        y = triton_conv.float8_convolve(q, w, scale, bias, **settings, dtype=torch.float32, fast_accum=False)
+        kernel = triton_conv.float8(q, w, groups, False)
+        assert kernel is not None
+        y = kernel.convolve(Operands(q, None, w, None, scale, None, bias), **settings)
         x, along = F.pad(q.double(), (2, 1, 1, 0)), (-1, 1, 1)
         right, most = (
             F.conv2d(a, b, None, (2, 1), 0, (1, 2), groups) * scale.double().reshape(along)
@@ -102,6 +104,27 @@ def check_groups() -> None:
         )
         bound = 2.0**-15 * (most + bias.abs().reshape(along))
         assert ((y - (right + bias.double().reshape(along))).abs() <= bound).all()
+
+
+def check_floats() -> None:
+    """Codes that the kernel makes as it loads, with rows and columns past the end and steps that are not full."""
+    geometry: Any = {"kernel": (1, 1), "stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 1), "groups": 1}
+    for channels, asymmetric, real in ((48, True, torch.float32), (64, False, torch.float16), (8, True, torch.float32)):
+        layer: Any = {"images": 2, "size": (5, 6), "channels": channels, "outputs": 20, "asymmetric": asymmetric}
+        rest: Any = {"zero_point": 100, "fill": "ends", "seed": 0, "residual": True, "activation": "relu"}
+        convolution_is_exact(triton_conv, real=real, **layer, **geometry, **rest)
+    # Values of codes, for the interpreter cuts float8 off too, and some beyond the largest.
+    scale, w = torch.tensor([0.5]), torch.randn(20, 48, 1, 1).to(torch.float8_e4m3fn)
+    q = (200 * torch.randn(2, 48, 5, 6)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    x = torch.where(q.float().abs() == 448, 2.0, 0.5) * q.float()
+    x, q = (each.contiguous(memory_format=torch.channels_last) for each in (x, q))
+    settings: Any = {"stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 1), "groups": 1}
+    one = torch.ones(20)
+    codes, floats = (
+        triton_conv.convolve(Operands(each, None, w, None, one, None, None, given, scale), **settings)
+        for each, given in ((q, None), (torch.zeros_like(q), x))
+    )
+    assert torch.equal(codes, floats)
 
 
 def check_compiled() -> None:
@@ -131,5 +154,6 @@ if __name__ == "__main__":
     check_convolution_backend(Interpreted(triton_conv), max_examples=20)
     check_bare()
     check_groups()
+    check_floats()
     check_compiled()
     print("right")

@@ -108,13 +108,18 @@ class Int64:
         to_zero_point: Tensor | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        q, zero_point, codes, of_weight, scale, _, bias = operands
+        q, zero_point, codes, of_weight, scale, _, bias, *_ = operands
+        zero_point = torch.zeros(1, dtype=torch.int32) if zero_point is None else zero_point
         if of_weight is not None:
             codes = codes.short() - of_weight.reshape(-1, *(1,) * (codes.ndim - 1))
         total = self.sums(q, zero_point, codes, stride, padding, dilation, groups)
         along = (-1, 1, 1)
-        y = apply_epilogue(total, scale.reshape(along), None if bias is None else bias.reshape(along), dtype)
+        of_output = scale.reshape(along), None if bias is None else bias.reshape(along)
+        y = apply_epilogue(total, *of_output, dtype, residual)
+        if residual is not None:
+            return y.relu() if activation == "relu" else y
         return self.then(y, activation, to_scale, to_zero_point)
 
 
@@ -154,10 +159,12 @@ def test_the_kernels_of_triton_obey_where_they_are_interpreted() -> None:
 
 
 OF_PRODUCT = {"residual", "weight_zero_point", "row_sum", "to_scale", "to_zero_point"}
-INT32 = ("offset", "weight_zero_point", "row_sum", "to_zero_point")
+INT32 = ("offset", "zero_point", "from_zero_point", "weight_zero_point", "row_sum", "to_zero_point")
 
 
-def for_a_gpu(kernel: str, codes: str, left_out: set[str], tile: triton_mm.Tile, **constants: Any) -> str:
+def for_a_gpu(
+    kernel: str, codes: str, left_out: set[str], tile: triton_mm.Tile, q: str | None = None, **constants: Any
+) -> str:
     """Return the assembly of a kernel for an H100, on any machine: operands are loaded ahead, and fit twice on it."""
     pytest.importorskip("triton", reason="the CPU builds of torch come without Triton")
     from triton.backends.compiler import GPUTarget
@@ -169,18 +176,22 @@ def for_a_gpu(kernel: str, codes: str, left_out: set[str], tile: triton_mm.Tile,
     made = "to_scale" not in left_out
     height, width, depth, stages = tile
     constants |= {"HEIGHT": height, "WIDTH": width, "DEPTH": depth, "ACTIVATION": "gelu" if made else "none"}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     constants |= dict.fromkeys(left_out & {*function.arg_names})
     types = {"scale": "*fp32", "to_scale": "*fp32", "bias": "*bf16", "residual": "*bf16"} | dict.fromkeys(INT32, "*i32")
-    types |= {"q": codes, "codes": codes, "y": "*i8" if made else "*i32" if "scale" in left_out else "*bf16"}
+    types |= {"from_scale": "*fp32", "q": q or codes, "codes": codes}
+    types["y"] = codes if made else "*i32" if "scale" in left_out else "*bf16"
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
     even = [i for i, name in enumerate(signature) if signature[name][0] == "*" or name in ("n", "k")]
     options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}  # Triton 3.9 warns of its default
     source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in even})
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    # Fewer stages are held at once where operands of a few rows are read to registers.
-    held = stages if height > 16 else stages - 1
-    ones = width if "row_sum" in left_out and "weight_zero_point" not in left_out else 0
-    assert compiled.metadata.shared == (held * (height + width) + ones) * depth <= 98 * 1024
+    if q is None and kernel != "convolve_alone":
+        # Fewer stages are held at once where operands of a few rows are read to registers.
+        held = stages if height > 16 else stages - 1
+        ones = width if "row_sum" in left_out and "weight_zero_point" not in left_out else 0
+        assert compiled.metadata.shared == (held * (height + width) + ones) * depth
+    assert compiled.metadata.shared <= 98 * 1024
     assembly: str = compiled.asm["ptx"]
     return assembly
 
@@ -213,7 +224,7 @@ def test_the_product_of_triton_compiles_for_a_gpu(tile: triton_mm.Tile, codes: s
     [
         *((triton_conv._TILES[0], channels, "*i8", OF_PRODUCT, 1) for channels in (128, 64, 32)),
         *((triton_conv._TILES[-1], channels, "*i8", OF_PRODUCT, 1) for channels in (144, 48, 24)),
-        *((tile, 128, "*i8", {"to_scale", "to_zero_point"}, 1) for tile in triton_conv._TILES[:3]),
+        *((tile, 128, "*i8", {"residual", "to_scale", "to_zero_point"}, 1) for tile in triton_conv._TILES[:3]),
         *((tile, 32, "*i8", {"to_scale", "to_zero_point", "row_sum"}, 8) for tile in triton_conv._TILES[1::2]),
         (triton_conv._TILES[-2], 32, "*i8", {"weight_zero_point", "row_sum"}, 1),
         *((triton_conv._TILES[1], channels, "*fp8e4nv", {*OF_PRODUCT, "offset"}, 1) for channels in (128, 48)),
@@ -226,10 +237,36 @@ def test_the_convolution_of_triton_compiles_for_a_gpu(
     tile = triton_conv._in_steps(tile, channels)
     constants = {"UNIT": math.gcd(channels, 16), "WHOLE": channels % tile[2] == 0, "TOGETHER": together}
     constants |= {"TAPS": 9, "TAPS_IN_ROW": 3, "STEPS": -(-channels // tile[2]), "ZEROS": codes != "*i8"}
+    left_out = left_out | {"from_scale", "from_zero_point"}
     assembly = for_a_gpu("convolve", codes, left_out, tile, **constants, IMPRECISE=32)
     # A thread of 64 x 32 codes and less has fewer to load.
     assert loads_ahead(assembly) <= {math.gcd(channels, 16), 8}
     assert "wgmma" in assembly
+
+
+@pytest.mark.parametrize("codes", ["*i8", "*fp8e4nv"])
+@pytest.mark.parametrize("tile", triton_conv._OF_FLOATS, ids=str)
+def test_the_convolution_of_floats_compiles_for_a_gpu(tile: triton_mm.Tile, codes: str) -> None:
+    """What is quantized goes from registers to the tensor cores."""
+    _, width, depth, _ = tile
+    constants = {"UNIT": 16, "WHOLE": True, "TOGETHER": 1, "TAPS": 1, "TAPS_IN_ROW": 1, "STEPS": 4, "ZEROS": False}
+    left_out = {"weight_zero_point", "row_sum", "residual"} | ({"offset"} if codes != "*i8" else set())
+    assembly = for_a_gpu("convolve", codes, left_out, tile, **constants, IMPRECISE=depth, q="*bf16")
+    assert loads_ahead(assembly) == {16}
+    assert re.search(rf"wgmma\.mma_async\S+m64n{width}k32\S+ \{{[^}}]*\}}, \{{%r", assembly)
+
+
+@pytest.mark.parametrize(("codes", "dots"), [("*i8", True), ("*i8", False), ("*fp8e4nv", False)])
+@pytest.mark.parametrize("taps", [9, 25])
+def test_the_convolution_of_channels_alone_compiles_for_a_gpu(codes: str, dots: bool, taps: int) -> None:
+    """A thread loads 16 bytes at once, and adds products of int8 by fours."""
+    height, width = triton_conv._ALONE if dots else triton_conv._ALONE_FLOAT8
+    tile = height, width, 0, 1
+    constants = {"UNIT": 16, "TAPS": taps, "TAPS_IN_ROW": math.isqrt(taps), "DOTS": dots}
+    left_out = {"weight_zero_point", "residual"} | ({"offset", "zero_point"} if codes != "*i8" else set())
+    assembly = for_a_gpu("convolve_alone", codes, left_out, tile, **constants)
+    assert assembly.count("ld.global.v4") >= taps
+    assert assembly.count("dp4a") == (height * width // 128 * -(-taps // 4) if dots else 0)
 
 
 @pytest.mark.cuda
@@ -239,7 +276,7 @@ def test_triton_obeys() -> None:
 
 @pytest.mark.cuda
 def test_triton_obeys_as_a_convolution() -> None:
-    check_convolution_backend(triton_conv, device="cuda", max_examples=150)
+    check_convolution_backend(triton_conv, device="cuda", max_examples=60)
 
 
 @pytest.mark.cuda
@@ -249,7 +286,7 @@ def test_triton_obeys_as_a_convolution() -> None:
         *((channels, 1, 200, size) for channels, size in ((32, 7), (64, 30), (96, 15), (128, 56), (512, 7))),
         *((channels, 1, 40, 30) for channels in (24, 48, 144)),
         (4, 32, 6, 30),
-        (1, 48, 1, 30),
+        *((1, groups, 1, size) for groups, size in ((48, 30), (37, 15), (144, 14))),
         (48, 2, 40, 15),
         (16, 4, 150, 15),
     ],
@@ -259,8 +296,45 @@ def test_triton_convolves_exactly_with_every_tile_and_step(channels: int, groups
     layer = {"images": 3, "size": (size, size + 3), "channels": channels, "outputs": outputs, **geometry}
     settings = {"zero_point": 3, "fill": "all", "seed": 0, "bias": torch.bfloat16, "device": "cuda"}
     for asymmetric in (False, True):
-        rest = {"dtype": torch.bfloat16, "activation": "relu", "asymmetric": asymmetric}
+        rest = {"dtype": torch.bfloat16, "activation": "relu", "asymmetric": asymmetric, "residual": not asymmetric}
         convolution_is_exact(triton_conv, **layer, **rest, **settings)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("outputs", [20, 64, 128])
+@pytest.mark.parametrize("channels", [8, 64, 144, 256])
+def test_triton_quantizes_what_it_convolves(channels: int, outputs: int) -> None:
+    """Padded with zeros, past the end of rows and columns, and with the sums of an asymmetric weight."""
+    geometry = {"kernel": (1, 1), "stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 1), "groups": 1}
+    layer = {"images": 3, "size": (30, 33), "channels": channels, "outputs": outputs, **geometry}
+    settings = {"zero_point": 100, "fill": "ends", "bias": torch.bfloat16, "device": "cuda", "activation": "relu"}
+    for seed, real in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        for asymmetric in (False, True):
+            rest = {"dtype": real, "asymmetric": asymmetric, "residual": asymmetric, "real": real, "seed": seed}
+            convolution_is_exact(triton_conv, **layer, **settings, **rest)
+
+
+@pytest.mark.cuda
+def test_triton_makes_and_takes_float8() -> None:
+    """Codes that the kernel makes of what it loads, and of its result: those of `quantize`."""
+    spec = fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor())
+    zero = torch.zeros(1, dtype=torch.int32, device="cuda")
+    one, qp, to = (fsq.QParams(torch.tensor([s], device="cuda"), zero) for s in (1.0, 0.013, 0.7))
+    x = torch.randn(2, 64, 20, 20, device="cuda").contiguous(memory_format=torch.channels_last)
+    x[0, 0] *= 100
+    q = fsq.quantize(spec, x, qp)
+    weight = fsq.fold(spec, torch.randn(48, 64, 1, 1, device="cuda").to(torch.float8_e4m3fn), one)
+    given = spec, q, qp, weight, None
+    known = fsq.epilogue(spec, qp, weight)
+    bound = 2.0**-12 * F.conv2d(q.double().abs() * 0.013, weight.codes.double().abs())
+    y = fsq.conv(*given, epilogue=known)
+    assert ((fsq.conv(*given, epilogue=known, x=x) - y).abs() <= bound).all()
+    residual = torch.randn_like(y)
+    added = fsq.conv(*given, epilogue=known, residual=residual, relu=True)
+    assert torch.equal(added, (y + residual).relu())
+    codes = fsq.conv(*given, epilogue=known, then=fsq.Requantization(spec, to, "relu"))
+    right = fsq.quantize(spec, y.relu(), to)
+    assert torch.equal(codes.float(), right.float())
 
 
 @pytest.mark.cuda
@@ -280,6 +354,43 @@ def test_triton_convolves_in_compiled_code_whatever_the_codes_and_groups() -> No
                 assert source.count("convolve_") >= 2
                 assert "float64" not in source
                 torch.testing.assert_close(y, model(x), rtol=0, atol=2.0**-20 * float(y.abs().max()))
+
+
+class Block(nn.Module):
+    """As a ResNet's, with a layer of channels alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(64, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.c, self.norm = nn.Conv2d(32, 64, 1, bias=False), nn.BatchNorm2d(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.b(F.relu(self.a(x))))
+        return F.relu(self.norm(self.c(y)) + x)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_triton_runs_a_block_in_three_kernels(dtype: torch.dtype) -> None:
+    """Nothing but constants and copies of weights is computed beside them. Codes may differ by one, which is a step."""
+    model = Block().eval()
+    model.norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(4, 64, 12, 12).contiguous(memory_format=torch.channels_last)
+    bridge.prepare_(model, StaticQuantConfig(dtype))
+    bridge.calibrate(model, x[None])
+    bridge.convert_(model).cuda()
+    with torch.no_grad():
+        y, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x.cuda())
+        eager = model(x.cuda())
+    assert (y - eager).abs().max() < (0.1 if dtype.is_floating_point else 0.02) * eager.abs().max()
+    calls = re.findall(r"^    +(\w+)\.run\((.*)\)$", source, re.MULTILINE)
+    convolutions = [name for name, _ in calls if name.startswith("convolve")]
+    assert len(convolutions) == 3
+    # The results of the others are not as large as an image.
+    numbers = [
+        int(number) for name, rest in calls if name not in convolutions for number in re.findall(r" (\d+),", rest)
+    ]
+    assert dtype is torch.uint8 or max(numbers, default=0) < 4 * 12 * 12 * 32
 
 
 @pytest.mark.cuda
@@ -395,8 +506,8 @@ class Changed(Int64):
     def plus(self, residual: Tensor, operands: Operands) -> Tensor:
         return self.after(super().plus(residual, self.before(operands, residual.dtype)), operands)
 
-    def convolve(self, operands: Operands, *given: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.after(super().convolve(self.before(operands, dtype), *given, dtype=dtype), operands)
+    def convolve(self, operands: Operands, *given: Any, dtype: torch.dtype = torch.float32, **rest: Any) -> Tensor:
+        return self.after(super().convolve(self.before(operands, dtype), *given, dtype=dtype, **rest), operands)
 
 
 class WritesToTheCodes(Changed):
@@ -603,6 +714,55 @@ class OneScaleAGroup(Int64):
         return super().convolve(operands._replace(scale=first), *given, **to)
 
 
+class NoResidual(Int64):
+    def convolve(self, *given: Any, residual: Tensor | None = None, **to: Any) -> Tensor:
+        return super().convolve(*given, residual=None if residual is None else torch.zeros_like(residual), **to)
+
+
+class RoundsBeforeTheResidual(Int64):
+    def convolve(self, *given: Any, residual: Tensor | None = None, **to: Any) -> Tensor:
+        if residual is None:
+            return super().convolve(*given, **to)
+        y = super().convolve(*given[:5], **to) + residual
+        return y.relu() if "relu" in given else y
+
+
+class ReluBeforeTheResidual(Int64):
+    def convolve(self, *given: Any, residual: Tensor | None = None, **to: Any) -> Tensor:
+        y = super().convolve(*given, residual=residual, **to)
+        return super().convolve(*given[:5], **to).relu() + residual if residual is not None and "relu" in given else y
+
+
+class ReadsFloats(Int64):
+    """Codes anew, rounded by `round`, limited or not."""
+
+    limits: tuple[int, int] = (0, 255)
+
+    def round(self, steps: Tensor) -> Tensor:
+        return steps.round()
+
+    def convolve(self, operands: Operands, *given: Any, **to: Any) -> Tensor:
+        if operands.x is not None:
+            codes = self.round(operands.x.float() / operands.x_scale) + operands.zero_point
+            codes = codes.clamp(*self.limits).to(torch.int32).to(torch.uint8)
+            operands = operands._replace(q=torch.empty_like(operands.q).copy_(codes))
+        return super().convolve(operands, *given, **to)
+
+
+class TruncatesFloats(ReadsFloats):
+    def round(self, steps: Tensor) -> Tensor:
+        return steps.trunc()
+
+
+class WrapsFloats(ReadsFloats):
+    limits = (-1000, 1000)
+
+
+@pytest.mark.usefixtures("as_found")
+def test_a_backend_may_read_floats() -> None:
+    check_convolution_backend(ReadsFloats(), max_examples=60)
+
+
 @pytest.mark.usefixtures("as_found")
 @pytest.mark.parametrize(
     ("check", "law", "wrong"),
@@ -658,6 +818,11 @@ class OneScaleAGroup(Int64):
                 Narrow,
                 SymmetricWindows,
                 OneZeroPointForAll,
+                NoResidual,
+                RoundsBeforeTheResidual,
+                ReluBeforeTheResidual,
+                TruncatesFloats,
+                WrapsFloats,
             )
         ),
     ],

@@ -849,6 +849,97 @@ def test_an_exported_program_has_operators_of_torch_alone() -> None:
     assert torch.equal(exported.module()(x), model(x))
 
 
+# --- convolutions as on CUDA -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decided by the device of a weight alone, and computed on any."""
+
+    def is_conv(node: torch.fx.Node) -> bool:
+        is_layer = node.target is torch.ops.functional_sq.product.default
+        return is_layer and '"output_padding"' not in (geometry := str(node.args[chains._GEOMETRY])) and geometry != ""
+
+    monkeypatch.setattr(chains, "_is_cuda_conv", is_conv)
+
+
+class Convs(nn.Module):
+    """Three layers of images, a batch norm, and what a test puts between them."""
+
+    def __init__(self, between: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.between(self, x)
+
+
+def fused(between: Callable[[Any, Tensor], Tensor], dtype: torch.dtype = torch.int8) -> list[str]:
+    """Say of each layer of a compiled model whether it adds, applies, and is given floats; it computes the same."""
+    torch.manual_seed(0)
+    model, x = Convs(between).eval(), torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    model.norm.running_mean.normal_()
+    bridge.prepare_(model, StaticQuantConfig(dtype))
+    bridge.calibrate(model, [x.clone()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that the test does not use
+        bridge.convert_(model, on_unfit="float")
+    told: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        chains.hand_on(graph.graph)
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.functional_sq.product.default):
+            _, residual, activation, _, _, codes, floats = node.args[chains._RESIDUAL - 1 :]
+            words = (("plus", residual), (activation, activation != "none"), ("codes", codes), ("of floats", floats))
+            told.append(" ".join(word for word, there in words if there))
+        graph.recompile()
+        return graph.forward
+
+    with torch.no_grad():
+        eager = model(x.clone())
+        torch.compiler.reset()
+        y = torch.compile(model, backend=backend, fullgraph=True)(x.clone())
+    step = eager.abs().max() * (0.1 if dtype.is_floating_point else 0.02)
+    assert (y - eager).abs().max() < step
+    return told
+
+
+FUSED: dict[str, tuple[list[str], Callable[[Any, Tensor], Tensor]]] = {
+    "a block": (
+        ["relu codes of floats", "relu codes", "plus relu"],
+        lambda m, x: F.relu(inplace(m.norm(m.c(F.relu(m.b(F.relu(m.a(x)))))), x), inplace=True),
+    ),
+    "the residual first": (["plus relu of floats"], lambda m, x: (x + m.a(x)).relu_()),
+    "no ReLU": (["plus of floats"], lambda m, x: x + m.a(x)),
+    "another activation": (["plus of floats"], lambda m, x: F.silu(x + m.a(x))),
+    "two ReLUs of one sum": (["plus of floats"], lambda m, x: F.relu(y := x + m.a(x)) + 2 * F.relu(y)),
+    "a sum that is read later": (["plus of floats"], lambda m, x: F.relu(y := x + m.a(x)) * y),
+    "a ReLU without a sum": (["of floats"], lambda m, x: F.relu(m.a(x))),
+    "two blocks": (
+        ["plus relu of floats", "plus relu of floats"],
+        lambda m, x: F.relu((y := F.relu(m.a(x) + x)) + m.c(y)),
+    ),
+    "two layers of one input, which share codes": (["", ""], lambda m, x: m.a(x) * m.c(x)),
+    "what is computed for codes alone": ([""], lambda m, x: m.a(x.cos())),
+    "what is computed and read later": (["of floats"], lambda m, x: m.a(y := x.cos()) * y),
+    "a sum that is written to": (["plus of floats"], lambda m, x: F.relu((x + m.a(x)).mul_(2))),
+}
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("case", FUSED)
+def test_a_convolution_adds_and_reads_floats_as_on_cuda(case: str, dtype: torch.dtype) -> None:
+    told, between = FUSED[case]
+    assert fused(between, dtype) == told
+
+
+def test_a_convolution_on_a_cpu_leaves_the_sum_and_the_floats() -> None:
+    assert fused(FUSED["a block"][1]) == ["relu codes", "relu codes", ""]
+
+
 # --- the switch, and what tells --------------------------------------------------------------------
 
 

@@ -168,13 +168,13 @@ class Case:
         self,
         dtype: torch.dtype = torch.float32,
         q: Tensor | None = None,
-        then: fsq.Requantization | None = None,
+        **more: Any,
     ) -> Tensor:
         """Convolve as a layer does that keeps its weight: with the epilogue computed before."""
         folded, q = self.folded(), self.q if q is None else q
         known = fsq.epilogue(self.act, self.qp, folded, dtype=torch.promote_types(dtype, torch.float32))
         settings = self.geometry.settings()
-        return fsq.conv(self.act, q, self.qp, folded, self.bias, **settings, dtype=dtype, epilogue=known, then=then)
+        return fsq.conv(self.act, q, self.qp, folded, self.bias, **settings, dtype=dtype, epilogue=known, **more)
 
     def to(self, device: str) -> Case:
         moved = {"q": self.q.to(device), "w": self.w.to(device), "bias": self.bias.to(device)}
@@ -1581,6 +1581,63 @@ def test_a_layer_is_refused_with_value_rule_and_remedy(
 # --- CUDA ------------------------------------------------------------------------------------------
 
 
+# --- residuals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["1d", "1d-unbatched", "2d-padded", "2d-pointwise", "2d-groups", "3d"])
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_a_residual_is_added_before_the_one_rounding_and_a_relu_after(
+    name: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn_conv, "WORTH", 0 if by_onednn else 10**18)
+    wide = torch.promote_types(dtype, torch.float32)
+    for formats in ("uint8-uint8", "int8-tensor"):
+        case = draw(GEOMETRIES[name], *FORMATS[formats])
+        plain = case.kept(wide)
+        residual = (plain.abs().mean() * torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+        before = residual.clone()
+        right = (plain + residual.to(wide)).to(dtype)
+        assert torch.equal(case.kept(dtype, residual=residual), right)
+        assert torch.equal(case.kept(dtype, residual=residual, relu=True), right.relu())
+        assert torch.equal(case.kept(dtype, relu=True), case.kept(dtype).relu())
+        assert torch.equal(residual, before)
+        qp = QParams(plain.abs().max().float().reshape(1) / 100, case.qp.zero_point.reshape(1))
+        then = fsq.Requantization(case.act, qp)
+        assert torch.equal(case.kept(dtype, residual=residual, then=then), fsq.requantize(right, then))
+        assert torch.equal(case.kept(dtype, relu=True, then=then), fsq.requantize(case.kept(dtype).relu(), then))
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_a_residual_of_any_stride_with_a_gradient_and_under_vmap(
+    by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn_conv, "WORTH", 0 if by_onednn else 10**18)
+    case = draw(GEOMETRIES["2d-padded"], *FORMATS["int8-int8"])
+    plain = case.kept()
+    residual = torch.randn(plain.shape[::-1]).permute(3, 2, 1, 0)
+    assert torch.equal(case.kept(residual=residual), plain + residual)
+    learned = residual.clone().requires_grad_()
+    y = case.kept(residual=learned, relu=True)
+    y.sum().backward()
+    assert torch.equal(learned.grad, (y > 0).to(torch.float32))
+    both = torch.stack([residual, -residual])
+    y = torch.vmap(lambda each: case.kept(residual=each))(both)
+    assert torch.equal(y, torch.stack([plain + each for each in both]))
+
+
+@pytest.mark.parametrize("formats", ["uint8-int8", "int8-tensor", "float8"])
+def test_floats_beside_their_codes_change_nothing(formats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend may read them; none on a CPU does, eager or compiled."""
+    monkeypatch.setattr(onednn_conv, "WORTH", 0)
+    act, weight = FORMATS.get(formats, (QuantSpec(torch.float8_e4m3fn, PER_TENSOR),) * 2)
+    case = draw(GEOMETRIES["2d-pointwise"], act, weight)
+    x = fsq.dequantize(case.act, case.q, case.qp).requires_grad_()
+    right = case.kept()
+    assert torch.equal(case.kept(x=x), right)
+    assert torch.equal(torch.compile(case.kept, fullgraph=True)(x=x), right)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -1625,7 +1682,7 @@ def test_cuda_compiled_is_the_cpu_product_within_the_roundings() -> None:
         with torch.no_grad():
             y, (source,) = run_and_get_code(on_cuda, x.cuda())
             error = (y.cpu().double() - layer(x).double()).abs()
-        assert name != "2d-depthwise" or "convolve_" not in source
+        assert ("convolve_alone_" in source) == (name == "2d-depthwise")
         # Of float8 both sums of 9 products are rounded too.
         assert (error <= (16 + 2 * 9 * ("float8" in scheme)) * 2.0**-24 * magnitudes(layer, x)).all()
 

@@ -483,6 +483,22 @@ INVALID: dict[str, tuple[object, ...]] = {
     "conv(tensor, q, qp, windows, padding=None)": (ValueError, "padding=None", "give an int from 0"),
     "conv(tensor, q, qp, windows, groups='2')": (ValueError, "groups='2' and 4 output channels", "use a divisor of 4"),
     "conv(tensor, q, qp, windows, groups=1.0)": (ValueError, "groups=1.0 and 4 output channels", "use a divisor of 4"),
+    "conv(tensor, q, qp, windows, residual=torch.ones(4, 4))": (
+        ValueError,
+        "residual has shape (4, 4), and the result (4, 6)",
+        "expand it",
+    ),
+    "conv(tensor, q, qp, windows, residual=torch.ones(4, 6).half())": (
+        TypeError,
+        "residual is torch.float16, and the result torch.float32",
+        "cast it, or ask for dtype=torch.float16",
+    ),
+    "conv(tensor, q, qp, windows, x=x[:2])": (
+        ValueError,
+        "x has shape (2, 8), and its codes (4, 8)",
+        "give what they are the codes of",
+    ),
+    "conv(tensor, q, qp, windows, x=[1])": (TypeError, "conv (x) got a list", "give a tensor"),
     "conv(tensor, q, qp, windows, x[:1, 0])": (
         ValueError,
         "bias has shape (1,), and the weight 4 outputs",

@@ -119,6 +119,8 @@ def convolution_is_exact(
     bias: torch.dtype | None = None,
     strided: bool = False,
     asymmetric: bool = False,
+    residual: bool = False,
+    real: torch.dtype | None = None,
     last: bool = True,
     activation: str | None = None,
     step: float = 0.25,
@@ -135,6 +137,8 @@ def convolution_is_exact(
         stride, dilation: along height and width.
         padding: above, below, left and right; what is there has the code `zero_point`.
         zero_point, fill, seed, dtype, bias, strided, asymmetric, activation, step, device: as `product_is_exact`.
+        residual: whether one is added, in `dtype`, and what is positive of the sum is asked for too.
+        real: dtype of the values that the codes are made of, where a backend is given these beside the codes.
         last: whether the channels of the images lie last in memory, as those that `conv` gives.
 
     Example:
@@ -176,8 +180,32 @@ def convolution_is_exact(
         _write(written_to, w, z, scale, b)
         offset = _offset(z, w, of_weight)
         operands = Operands(*_taken(backend, q, z), w, of_weight, scale, offset, b)
-        results.append(_assert_rounded(backend, convolved, operands, sums(), dtype, activation, step))
+        if real is not None:
+            x, x_scale = _drawn_real(draw, q, z, real)
+            operands = operands._replace(x=x, x_scale=x_scale)
+        total = sums()
+        results.append(_assert_rounded(backend, convolved, operands, total, dtype, activation, step))
+        if residual:
+            added = torch.randn(total.shape, generator=draw).to(device, dtype)
+            before, of_scale, of_bias = _on_cpu(added, scale, b)
+            plain = apply_epilogue(total, of_scale, of_bias, dtype, before)
+            for name, exact in (("none", plain), ("relu", plain.relu())):
+                y = convolved(operands, name, dtype=dtype, residual=added.movedim(-1, 1))
+                assert_same_bits(f"convolve({name!r}, residual=...)", "exact", y.cpu(), exact)
+            assert_same_bits("residual after the call", "residual", added.cpu(), before)
     _assert_kept(results)
+
+
+def _drawn_real(draw: torch.Generator, q: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return values that have codes of uint8, near them or beyond the last ones, and their scale."""
+    near = torch.randint(-1, 2, q.shape, generator=draw) / (1 if dtype is torch.bfloat16 else 4)
+    codes = q.cpu().float()
+    codes += torch.where(
+        (codes + near.sign()).clamp(0, 255) == codes, 100 * near, 0 if dtype is torch.bfloat16 else near
+    )
+    x = (codes - z.cpu()) * 0.125
+    layout = torch.empty_strided(q.shape, q.stride(), dtype=dtype, device=q.device)
+    return layout.copy_(x), torch.tensor([0.125], device=q.device)
 
 
 def _write(what: str, codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Tensor | None) -> None:
@@ -231,9 +259,10 @@ def _assert_kept(results: Sequence[tuple[Tensor, Tensor]]) -> None:
         assert_same_bits(f"result of call {i} after the others", "exact", y.cpu(), right)
 
 
-def _taken(backend: Product | Convolution, q: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes of uint8, and their zero point, as `linear` and `conv` give them to a backend."""
-    return backend_codes(backend.CODES, _UINT8, q, QParams(torch.ones(1), z))
+def _taken(backend: Product | Convolution, q: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return codes of uint8, and their zero point, as `linear` and `conv` give them to a backend; 128 as known."""
+    spec = dataclasses.replace(_UINT8, mapping=fsq.MappingType.SYMMETRIC) if int(z) == 128 else _UINT8
+    return backend_codes(backend.CODES, spec, q, QParams(torch.ones(1), z))
 
 
 def _drawn_codes(

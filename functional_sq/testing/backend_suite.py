@@ -78,6 +78,8 @@ def _convolutions(draw: st.DrawFn, backend: Convolution, device: str) -> dict[st
         "padding": tuple(padding),
         "dilation": tuple(dilation),
         "last": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "real": draw(st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16])),
         **_roundings(draw, device, channels * math.prod(kernel)),
     }
 
@@ -86,7 +88,7 @@ def _roundings(draw: st.DrawFn, device: str, k: int) -> dict[str, Any]:
     """Return what the laws of backends have in common, for sums of `k` products."""
     # Above 2**24 sums in float32 are wrong in their last bits, which a float32 alone shows.
     largest = k == _WIDE or (k > 2**24 // (192 * 64) and draw(st.booleans()))
-    ends = st.sampled_from([0, 255])
+    ends = st.sampled_from([0, 128, 255])
     return {
         "device": device,
         "zero_point": draw(ends if largest else st.one_of(st.integers(0, 255), ends)),
