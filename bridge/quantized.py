@@ -41,6 +41,7 @@ from bridge.observer import qparams_of, weight_qparams
 from functional_sq import backends, chains
 from functional_sq.compat import is_exporting
 from functional_sq.conv import is_looped_first, is_tapped
+from functional_sq.folded import check_zero_point, fixed_zero_point
 from functional_sq.formats import Float8
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import check_qparams
@@ -285,7 +286,7 @@ class Quantized(Buffers):
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """Say which codes and zero points of a state are none of this layer's formats."""
-        found = []
+        found, fixed = [], fixed_zero_point(self.act_spec)
         for name, spec in (("weight_codes", self.weight_spec), ("act_zero_point", self.act_spec)):
             value, own = state_dict.get(prefix + name), getattr(self, name)
             if not isinstance(value, Tensor) or value.is_meta or value.numel() == 0:
@@ -293,6 +294,8 @@ class Quantized(Buffers):
             held = spec.format.storage if name == "weight_codes" else value.dtype
             if value.dtype is not own.dtype:
                 found.append(f"{prefix}{name} is {value.dtype}, and a layer of {spec.dtype} has {own.dtype}")
+            elif name == "act_zero_point" and fixed is not None and bool((value != fixed).any()):
+                found.append(f"{prefix}{name} is {value.flatten().tolist()}, and that of {spec} {fixed}")
             elif not value.is_floating_point() and spec.bounds != (torch.iinfo(held).min, torch.iinfo(held).max):
                 codes = fsq.unfold(spec, self.folded._replace(codes=value))[0] if name == "weight_codes" else value
                 (low, high), (least, most) = spec.bounds, (int(codes.min()), int(codes.max()))
@@ -734,6 +737,7 @@ def _fitted(act: fsq.QuantSpec, qp: fsq.QParams, shape: tuple[int, ...]) -> fsq.
     check_qparams(qp)
     scale, zero_point = qp
     fits = check_stats(act, "the input's scale", scale.shape, shape[1:2])
+    check_zero_point(act, zero_point)
     return fsq.QParams(scale.reshape(fits).to(act.scale_dtype), zero_point.reshape(fits).to(act.zero_point_dtype))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bridge
+import functional_sq as fsq
 from bridge import PRESETS, StaticQuantConfig
 from bridge.torchao import compute_error
 
@@ -491,6 +492,19 @@ def test_the_state_of_another_format_is_refused(source: torch.dtype, target: tor
     for name, value in models[1].state_dict().items():
         assert torch.equal(value, before[name])
     models[1].load_state_dict(before)
+
+
+def test_a_zero_point_that_a_symmetric_format_has_not_is_refused() -> None:
+    """Kernels that know it to be 0 do not read it."""
+    spec, linear = fsq.QuantSpec(torch.int8, fsq.PerTensor()), nn.Linear(4, 4)
+    qps = [fsq.QParams(torch.ones(1), torch.tensor([z], dtype=torch.int32)) for z in (0, 3)]
+    layer = bridge.QuantizedLinear.from_float(linear, spec, qps[0], spec)
+    with pytest.raises(ValueError, match=r"has the zero point 0, got \[3\] .*; use MappingType.ASYMMETRIC"):
+        bridge.QuantizedLinear.from_float(linear, spec, qps[1], spec)
+    state = layer.state_dict() | {"act_zero_point": torch.full_like(layer.act_zero_point, 3)}
+    with pytest.raises(RuntimeError, match=r"act_zero_point is \[3\], and that of .* 0; load the state of a layer"):
+        layer.load_state_dict(state)
+    assert int(layer.act_zero_point) == 0
 
 
 def test_all_layers_that_cannot_be_prepared_are_named_at_once() -> None:
