@@ -347,6 +347,7 @@ def test_operators_traced_without_word_of_it_are_traced_whole(monkeypatch: pytes
     """torch before 2.13 does not say that it compiles while it takes a composed operator apart."""
     monkeypatch.setattr(torch.compiler, "_compile_session_context", nullcontext, raising=False)
     monkeypatch.setattr(sys.modules["functional_sq.quantize"], "_PIECE", 64)
+    monkeypatch.setattr(sys.modules["functional_sq.quantize"], "_LARGE", 64)
     model, _ = converted(HANDS_ON["gelu"][1])
     seen: list[bool] = []
     rows_of = onednn.rows

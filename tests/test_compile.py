@@ -246,6 +246,7 @@ def test_large_tensors_are_quantized_in_pieces_of_the_same_bits(
         batch = one_scale_each(x)
         with monkeypatch.context() as patch, torch.no_grad():  # vmap hides whether a scale has a gradient
             patch.setattr(sys.modules["functional_sq.quantize"], "_PIECE", 4)
+            patch.setattr(sys.modules["functional_sq.quantize"], "_LARGE", 4)
             pieces = codes_and_values(x)
             torch.manual_seed(0)
             assert bits(batch) == bits(one_scale_each(x)), name
@@ -284,6 +285,7 @@ def test_16_bit_scales_and_a_float32_zero_point_give_the_same_codes_one_by_one()
 def test_the_gradient_of_qparams_of_a_large_tensor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """`dequantize` is `(q - z) s`: the derivative by the scale is `q - z`, and by the zero point `-s`."""
     monkeypatch.setattr(sys.modules["functional_sq.quantize"], "_PIECE", 4)
+    monkeypatch.setattr(sys.modules["functional_sq.quantize"], "_LARGE", 4)
     spec = fsq.QuantSpec(dtype, fsq.PerTensor(), zero_point_dtype=torch.float32)
     scale, zero_point, weight = torch.tensor([0.25]), torch.tensor([0.0]), torch.randn(64)
     codes = fsq.quantize(spec, torch.randn(64), fsq.QParams(scale, zero_point))
