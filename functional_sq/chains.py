@@ -187,9 +187,10 @@ def hand_on(graph: fx.Graph) -> list[Link]:
     result, through dropouts, goes only into a sum of its shape and dtype adds the other term itself, in the dtype in
     which it scales, and the sum is rounded once. A batch norm in evaluation, of one layer's result alone, becomes part
     of that layer's scale and bias, as if folded into the weight before quantization, unless its gradient is asked for.
-    A convolution adds a residual on CUDA alone, and a ReLU after it is part of that: oneDNN takes longer than a pass
-    that adds it, applies the activation and makes the next codes (8 images of 256 x 56 x 56: 3.6 against 3.2 ms).
-    There it is also given what it convolves the codes of, where that is written anyway.
+    A convolution adds a residual on CUDA alone, with the channels last in memory, and a ReLU after it is part of that:
+    oneDNN takes longer than a pass that adds it, applies the activation and makes the next codes (8 images of
+    256 x 56 x 56: 3.6 against 3.2 ms). There it is also given what it convolves the codes of, where that is written
+    anyway.
 
     Args:
         graph: as Dynamo captures it: functions of torch, in-place ones too, and the operators of `layer`.
@@ -372,7 +373,7 @@ def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | N
         if source is None or not isinstance(residual, fx.Node) or residual is x or not _alike(x, residual):
             continue
         producer, activation, passed = source
-        adds = producer.args[_GEOMETRY] == "" or _is_cuda_conv(producer)
+        adds = producer.args[_GEOMETRY] == "" or (_is_cuda_conv(producer) and _is_channels_last(producer, residual))
         if activation == "none" and adds and producer.args[_RESIDUAL] is None:
             return producer, passed, residual
     return None
@@ -384,6 +385,12 @@ def _is_cuda_conv(node: fx.Node) -> bool:
         return False
     codes = _example(node.args[CODES])
     return codes is not None and codes.is_cuda and "output_padding" not in json.loads(str(node.args[_GEOMETRY]))
+
+
+def _is_channels_last(producer: fx.Node, x: fx.Node) -> bool:
+    """Whether a value of the shape of a convolution's result lies as kernels write that, so that none copies it."""
+    y, codes = _example(x), _example(producer.args[CODES])
+    return y is not None and codes is not None and always(y.stride(y.ndim - codes.ndim + 1) == 1)
 
 
 def _alike(x: object, y: object) -> bool:

@@ -877,10 +877,14 @@ class Convs(nn.Module):
         return self.between(self, x)
 
 
-def fused(between: Callable[[Any, Tensor], Tensor], dtype: torch.dtype = torch.int8) -> list[str]:
+def fused(
+    between: Callable[[Any, Tensor], Tensor],
+    dtype: torch.dtype = torch.int8,
+    layout: torch.memory_format = torch.channels_last,
+) -> list[str]:
     """Say of each layer of a compiled model whether it adds, applies, and is given floats; it computes the same."""
     torch.manual_seed(0)
-    model, x = Convs(between).eval(), torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    model, x = Convs(between).eval(), torch.randn(2, 8, 5, 5).contiguous(memory_format=layout)
     model.norm.running_mean.normal_()
     bridge.prepare_(model, StaticQuantConfig(dtype))
     bridge.calibrate(model, [x.clone()])
@@ -935,6 +939,11 @@ FUSED: dict[str, tuple[list[str], Callable[[Any, Tensor], Tensor]]] = {
 def test_a_convolution_adds_and_reads_floats_as_on_cuda(case: str, dtype: torch.dtype) -> None:
     told, between = FUSED[case]
     assert fused(between, dtype) == told
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_a_convolution_adds_no_residual_that_would_be_copied() -> None:
+    assert fused(FUSED["no ReLU"][1], layout=torch.contiguous_format) == ["of floats"]
 
 
 def test_a_convolution_on_a_cpu_leaves_the_sum_and_the_floats() -> None:
