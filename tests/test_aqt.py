@@ -1165,8 +1165,12 @@ def test_the_keywords_of_a_partial_are_those_of_the_function() -> None:
 def test_export(module: torch.nn.Module) -> None:
     x = torch.randn(5, 16)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    x = torch.randn(9, 16)
-    check_bits(program.module()(x), module(x))
+    x = torch.randn(999, 16)
+    y, eager = program.module()(x), module(x)
+    if getattr(module, "target", None) is not FLOAT8:
+        check_bits(y, eager)
+    else:  # An operator of torch adds the 16 products in another order than oneDNN; the weights are at most 1/4.
+        assert (y - eager).abs().max() <= 2 * 19 * U * (16 * 0.27 * x.abs().max() + 0.25)
 
 
 def users_function(x: Tensor, *, scale: Tensor, version: str) -> Tensor:
