@@ -121,14 +121,19 @@ def _product(*given: Any) -> Tensor:
     if to_spec:
         then = Requantization(_spec(to_spec), QParams(to_s, to_z), activation)
         s, bias = s.detach(), None if bias is None else bias.detach()  # codes have no gradient
-    settings = json.loads(geometry) if geometry else {}
-    function = conv_transpose if "output_padding" in settings else conv if settings else linear
+    function, settings = _function_of(geometry)
     multiply: Callable[..., Tensor] = partial(function, **settings)
     if residual is not None:
         multiply = partial(multiply, residual=residual)
     if function is conv:
         multiply = partial(multiply, relu=activation == "relu" and then is None, x=x)
     return multiply(*arguments, dtype=dtype, epilogue=Epilogue(s, offset), then=then, fast_accum=fast_accum)
+
+
+def _function_of(geometry: str) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """Return which function a `functional_sq::product` is, and its settings."""
+    settings = json.loads(geometry) if geometry else {}
+    return conv_transpose if "output_padding" in settings else conv if settings else linear, settings
 
 
 def _batch_norm(scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -381,10 +386,10 @@ def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | N
 
 def _is_cuda_conv(node: fx.Node) -> bool:
     """Whether a node is a convolution on CUDA, not a transposed one."""
-    if node.target is not _PRODUCT or node.args[_GEOMETRY] == "":
+    if node.target is not _PRODUCT or _function_of(str(node.args[_GEOMETRY]))[0] is not conv:
         return False
     codes = _example(node.args[CODES])
-    return codes is not None and codes.is_cuda and "output_padding" not in json.loads(str(node.args[_GEOMETRY]))
+    return codes is not None and codes.is_cuda
 
 
 def _is_channels_last(producer: fx.Node, x: fx.Node) -> bool:

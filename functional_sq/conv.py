@@ -52,7 +52,17 @@ from functional_sq.requantize import (
 )
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, computed_once, define_operator, is_traced
-from functional_sq.windows import Geometry, check_windows, flat, geometry_of, laid_out, pad_codes, window_sizes, windows
+from functional_sq.windows import (
+    Geometry,
+    are_alone,
+    check_windows,
+    flat,
+    geometry_of,
+    laid_out,
+    pad_codes,
+    window_sizes,
+    windows,
+)
 
 __all__ = [
     "check_channels",
@@ -65,9 +75,6 @@ __all__ = [
 
 _FLOAT32_TERMS = 2**24 // 255**2
 """The largest K for which a sum of products of differences stays exact in float32: 258."""
-
-_TAPS = 25
-"""The largest window whose elements `_tapped` writes out one after the other."""
 
 
 def conv(
@@ -169,12 +176,9 @@ def conv(
         convolve = partial(_convolve_by, backend, operands, geometry, groups)
         if added is not None and added.requires_grad:  # which an operator of a backend would not hand on
             y = (convolve(dtype=torch.float32) + added.to(torch.float32)).to(dtype)
-            y = y.relu() if relu else y
         elif added is not None:
-            y = convolve("relu" if relu else "none", dtype=dtype, residual=added)
-        elif relu:
-            y = convolve(dtype=dtype).relu()
-        elif then is not None and backend.requantizes(then.spec, then.qp.scale, then.activation):
+            y, relu = convolve("relu" if relu else "none", dtype=dtype, residual=added), False
+        elif then is not None and not relu and backend.requantizes(then.spec, then.qp.scale, then.activation):
             y, then = requantize_by(convolve, then, backend.CODES), None
         else:
             y = convolve(dtype=dtype)
@@ -191,8 +195,7 @@ def conv(
         along = (-1, *(1 for _ in shape[2:]))
         of_output = scale.reshape(along), None if bias is None else bias.reshape(along)
         y = apply_epilogue(product, *of_output, dtype, added)
-        y = y.relu() if relu else y
-    y = laid_out(y, images)
+    y = laid_out(y.relu() if relu else y, images)
     y = y if batch else y[0]
     return y if then is None else requantize(y, then)
 
@@ -350,9 +353,7 @@ def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
 
     A compiled one is then such a loop where no backend takes it, or the loop is the faster one.
     """
-    outputs, channels, *kernel = codes.shape
-    alone = outputs == groups > 1 == channels and math.prod(kernel) <= _TAPS
-    return alone and (codes.is_cuda or not isinstance(spec.format, Float8))
+    return groups > 1 and are_alone(codes, groups) and (codes.is_cuda or not isinstance(spec.format, Float8))
 
 
 def is_looped_first(codes: Tensor, zero_point: Tensor | None) -> bool:

@@ -28,7 +28,7 @@ from functional_sq.requantize import ACTIVATIONS, has_one_scale
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, asked_once, looped
 from functional_sq.triton_mm import CODES, IMPRECISE, Tile, requantizes
-from functional_sq.windows import pad_codes, window_sizes, windows
+from functional_sq.windows import are_alone, pad_codes, window_sizes, windows
 
 __all__ = [
     "CODES",
@@ -58,9 +58,6 @@ _OF_FLOATS: tuple[Tile, ...] = ((64, 128, 64, 3), (128, 64, 64, 3), (64, 64, 64,
 
 _ALONE, _ALONE_FLOAT8 = (128, 32), (256, 16)
 """Rows and columns of a tile where each channel is convolved alone."""
-
-_TAPS = 25
-"""The largest kernel with which it may be: so many sums of int8 are exact in float32."""
 
 _TILES: tuple[Tile, ...] = (
     (64, 128, 128, 3),
@@ -149,7 +146,7 @@ def convolve(
     q, zero_point, codes, weight_zero_point, scale, offset, bias, x, x_scale = operands
     image = q.movedim(1, -1)
     w = (codes if codes.ndim == 4 else codes.unsqueeze(2)).movedim(1, -1)
-    alone, row_sum = _is_alone(codes, groups), None
+    alone, row_sum = are_alone(codes, groups), None
     together = 1 if alone else _together(codes.shape[1], groups)
     if x is not None and _quantizes(x, codes, groups):
         image = x.movedim(1, -1)
@@ -234,17 +231,10 @@ def _together(channels: int, groups: int) -> int:
     return next((n for n in range(whole, groups, whole) if groups % n == 0 and n * channels >= _STEP), groups)
 
 
-def _is_alone(codes: Tensor, groups: int) -> bool:
-    """Whether each channel is convolved alone, in few elements, whose sum is exact in float32."""
-    return len(codes) == groups and codes.shape[1] == 1 and math.prod(codes.shape[2:]) <= _TAPS
-
-
 def _loads(codes: Tensor, groups: int) -> bool:
     """Whether a kernel takes the channels: those of a pixel are whole units in each group, or alone."""
     channels = codes.shape[1]
-    if _is_alone(codes, groups):
-        return True
-    return channels * _together(channels, groups) % _UNIT == 0
+    return are_alone(codes, groups) or channels * _together(channels, groups) % _UNIT == 0
 
 
 def _quantizes(x: Tensor, codes: Tensor, groups: int) -> bool:
@@ -308,7 +298,7 @@ def _convolved(
     def ready(*operands: Tensor | None) -> list[Tensor | None]:
         return [None if t is None else t.contiguous() for t in operands]
 
-    if channels == 1 and groups == n:
+    if are_alone(w.movedim(-1, 1), groups):
         dots = w.dtype is torch.int8 and x.is_cuda  # no interpreter knows them
         height, width = _ALONE if dots else _ALONE_FLOAT8
         unit = math.gcd(n, 16)

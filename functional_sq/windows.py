@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import mul
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "Geometry",
+    "are_alone",
     "check_windows",
     "flat",
     "geometry_of",
@@ -21,6 +23,10 @@ __all__ = [
     "window_sizes",
     "windows",
 ]
+
+
+_TAPS = 25
+"""The largest window whose elements are written out one after the other; so many sums of int8 are exact in float32."""
 
 
 class Geometry(NamedTuple):
@@ -48,6 +54,12 @@ def geometry_of(
         return Geometry(steps, tuple((m // 2, m - m // 2) for m in missing), gaps)
     sides = per_dimension("padding", 0 if padding == "valid" else padding, rank, 0, " or 'same' or 'valid'")
     return Geometry(steps, tuple((side, side) for side in sides), gaps)
+
+
+def are_alone(codes: Tensor, groups: int) -> bool:
+    """Whether a weight `(N, C / groups, *kernel)` convolves each channel alone, in few elements."""
+    outputs, channels, *kernel = codes.shape
+    return outputs == groups and channels == 1 and math.prod(kernel) <= _TAPS
 
 
 def per_dimension(name: str, value: object, rank: int, least: int, words: str = "") -> tuple[int, ...]:

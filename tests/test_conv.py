@@ -1578,9 +1578,6 @@ def test_a_layer_is_refused_with_value_rule_and_remedy(
         call()
 
 
-# --- CUDA ------------------------------------------------------------------------------------------
-
-
 # --- residuals -------------------------------------------------------------------------------------
 
 
@@ -1636,6 +1633,9 @@ def test_floats_beside_their_codes_change_nothing(formats: str, monkeypatch: pyt
     right = case.kept()
     assert torch.equal(case.kept(x=x), right)
     assert torch.equal(torch.compile(case.kept, fullgraph=True)(x=x), right)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda
