@@ -2,9 +2,12 @@
 
 What is inside a tile is that of `functional_sq.triton_mm`: a row of the first matrix is a window, of which each step
 takes some channels of one pixel. Groups of few channels are put together, with zeros in the weight for what does not
-mix, until a pixel has enough for a tensor core: 32 groups of 4 channels become 4 of 32. Float8, and integers whose zero
-point is known to be 0, are padded by zeros, which cost nothing; other integers before: with a kernel that loads the
-zero point where there is no pixel all took up to twice as long.
+mix, until a pixel has enough for a tensor core: 32 groups of 4 channels become 4 of 32. Where all have not enough, as
+the colours of an image, a step takes pixels that lie side by side: a row of the kernel is one row in memory. Channels
+that are no multiple of what is loaded at once are made one, by zeros in the codes and in the weight.
+
+Where there is no pixel zeros are loaded, which costs nothing, or codes of the zero point, from a few rows of them. A
+kernel that put it between what it loaded took up to twice as long.
 
 Where each pixel is a window, and few outputs are made of it, the codes need not be written: the kernel quantizes what
 it loads. Where each channel is convolved alone there is nothing for a tensor core, and another kernel sums.
@@ -13,7 +16,6 @@ it loads. Where each channel is convolved alone there is nothing for a tensor co
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +30,7 @@ from functional_sq.requantize import ACTIVATIONS, has_one_scale
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, asked_once, looped
 from functional_sq.triton_mm import CODES, IMPRECISE, Tile, requantizes
-from functional_sq.windows import are_alone, pad_codes, window_sizes, windows
+from functional_sq.windows import are_alone, pad_codes, window_sizes
 
 __all__ = [
     "CODES",
@@ -38,16 +40,21 @@ __all__ = [
     "float8",
     "key",
     "least_windows",
+    "reads_real",
     "requantizes",
     "supports",
 ]
 
 NAME: str = triton_mm.NAME
 
-_STEP = 32
-"""The smallest number of codes that a tensor core takes of each row."""
+_STEP, _DEEPEST = 32, 128
+"""The smallest number of codes that a tensor core takes of each row, and how many a step takes at most."""
 
-_UNIT = 8
+_ROWS = 512
+"""Of how many rows of the zero point programs read one each, where there is no pixel. With one for all of them a layer
+of 7 x 7 pixels took twice as long: they waited for the same bytes."""
+
+_UNIT, _UNIT_OF_ROWS = 8, 4
 """What the channels of a pixel are a multiple of: bytes that a thread loads at once, so that it loads ahead."""
 
 _NARROW = 128
@@ -55,6 +62,12 @@ _NARROW = 128
 
 _OF_FLOATS: tuple[Tile, ...] = ((64, 128, 64, 3), (128, 64, 64, 3), (64, 64, 64, 3))
 """As `_TILES`, where floats are read."""
+
+_SHALLOW: tuple[Tile, ...] = ((128, 32, 32, 3),)
+"""As `_TILES`, where one step takes all that there is: 1 x 1 of few channels."""
+
+_LEAST = 1.25
+"""Of how many tiles for each multiprocessor larger ones are the faster ones, of int8."""
 
 _ALONE, _ALONE_FLOAT8 = (128, 32), (256, 16)
 """Rows and columns of a tile where each channel is convolved alone."""
@@ -67,7 +80,8 @@ _TILES: tuple[Tile, ...] = (
     (64, 32, 128, 3),
 )
 """Three or four of them on a multiprocessor: the steps are few, so that some load and store while others multiply.
-Those were the fastest on an H200, for images of ResNets; of float8, and with a residual, all but the first."""
+Those were the fastest on an H200, for images of ResNets; of float8, and with a residual, all but the first, and with a
+residual and sums of codes all but two, which take so many registers that one less fits."""
 
 
 def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
@@ -88,13 +102,13 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return triton_mm.AVAILABLE, _TILES, _OF_FLOATS, _ALONE, _ALONE_FLOAT8, _NARROW
+    return triton_mm.AVAILABLE, _TILES, _OF_FLOATS, _SHALLOW, _LEAST, _ALONE, _ALONE_FLOAT8, _NARROW
 
 
 def least_windows(
     codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> int:
-    """Return from how many windows on the kernel is the faster one: from the first, if 8 bytes are loaded at once.
+    """Return from how many windows on the kernel is the faster one: from the first.
 
     Args:
         codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
@@ -107,7 +121,7 @@ def least_windows(
         >>> triton_conv.least_windows(torch.empty(64, 4, 3), None, (1,), (1,), 16)
         1
     """
-    return 1 if _loads(codes, groups) else sys.maxsize
+    return 1
 
 
 def convolve(
@@ -146,22 +160,34 @@ def convolve(
     q, zero_point, codes, weight_zero_point, scale, offset, bias, x, x_scale = operands
     image = q.movedim(1, -1)
     w = (codes if codes.ndim == 4 else codes.unsqueeze(2)).movedim(1, -1)
-    alone, row_sum = are_alone(codes, groups), None
-    together = 1 if alone else _together(codes.shape[1], groups)
-    if x is not None and _quantizes(x, codes, groups):
+    alone, each, zeros = are_alone(codes, groups), codes.shape[1], None
+    together = 1 if alone else _together(each, groups)
+    pixel, in_rows = (each, False) if alone else _pixel(together * each, w.shape[2], dilation[1], groups // together)
+    w = _joined(w, groups, together, pixel)
+    if x is not None and reads_real(x, codes, stride, groups):
         image = x.movedim(1, -1)
     else:
-        x_scale = None
-        summed = weight_zero_point is not None and together == 1 and not alone
-        if any(padding) and not alone and (summed or zero_point is not None):
-            image, padding = pad_codes(image, zero_point, [0, 0, *padding[2:], *padding[:2]]), [0, 0, 0, 0]
-        if summed:
-            row_sum = _window_sums(image, w.shape[1:3], stride, dilation, groups)
+        x_scale, added_channels, step = None, pixel - together * each, stride[1]
+        # Beyond the kernel are pixels, times 0: among float8 may be NaNs, and others would be part of the sum of codes.
+        merged = in_rows and step > 1 and weight_zero_point is None and (offset is not None or w.shape[2] % step == 0)
+        if merged:
+            padding = [*padding[:3], _last_side(image.shape[2] + padding[2], padding[3], w.shape[2], step)]
+        if merged or (any(padding) and zero_point is not None and (in_rows or added_channels)):
+            sides = [0, 0, *padding[2:], *padding[:2]]
+            image, padding = pad_codes(_bytes(image), zero_point, sides).view(q.dtype), [0, 0, 0, 0]
+        image = _with_zeros(image, added_channels)
+        if merged:
+            wide = F.pad(_bytes(w), [0, 0, 0, -w.shape[2] % step]).view(w.dtype)
+            image, w, stride = _side_by_side(image, step), _side_by_side(wide, step), [stride[0], 1]
+        if not (alone or any(padding)):
+            zero_point = None  # nothing reads it
+        elif zero_point is not None and not alone:
+            zeros = zero_point.to(torch.int8).repeat(_ROWS * _DEEPEST)
     added = None if residual is None else residual.movedim(1, -1)
-    of_weight = _joined(w, groups, together), scale, offset, bias, added, weight_zero_point, row_sum
+    of_weight = w, scale, offset, bias, added, weight_zero_point
     op = torch.ops.functional_sq.triton_convolution.default
-    of_x = image, x_scale, zero_point
-    settings = together, [*stride, *dilation], padding, groups // together
+    of_x = image, x_scale, zero_point, zeros
+    settings = in_rows, together, each, [*stride, *dilation], padding, groups // together
     y: Tensor = op(*of_x, *of_weight, *settings, activation, to_scale, to_zero_point, dtype, fast_accum)
     return y.movedim(-1, 1)
 
@@ -206,20 +232,8 @@ def float8(q: Tensor, codes: Tensor, groups: int, fast_accum: bool) -> Float8 | 
         >>> triton_conv.float8(codes, codes, 1, False) is None  # not on a GPU
         True
     """
-    fits = codes.ndim in (3, 4) and triton_mm.is_capable_of_float8(q, codes) and _loads(codes, groups)
+    fits = codes.ndim in (3, 4) and triton_mm.is_capable_of_float8(q, codes)
     return _FLOAT8[fast_accum] if fits else None
-
-
-def _window_sums(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor:
-    """Return the sum of each group's codes in each window of `(B, H, W, C)`: `(B, H', W', groups)` int32."""
-    sums = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).sum(-1, dtype=torch.int32)
-    for i in (0, 1):  # one after the other: a compiler writes out short sums
-        along, *rest = ([n if i == j else 1 for j, n in enumerate(each)] for each in (kernel, stride, dilation))
-        if any(n > 1 for n in (*along, *rest[0])):
-            sums = windows(sums.contiguous(), along, *rest).sum((3, 4), dtype=torch.int32)
-    return sums
 
 
 def _together(channels: int, groups: int) -> int:
@@ -231,26 +245,75 @@ def _together(channels: int, groups: int) -> int:
     return next((n for n in range(whole, groups, whole) if groups % n == 0 and n * channels >= _STEP), groups)
 
 
-def _loads(codes: Tensor, groups: int) -> bool:
-    """Whether a kernel takes the channels: those of a pixel are whole units in each group, or alone."""
-    channels = codes.shape[1]
-    return are_alone(codes, groups) or channels * _together(channels, groups) % _UNIT == 0
+def _pixel(channels: int, kernel: int, dilation: int, groups: int) -> tuple[int, bool]:
+    """Return how many channels a pixel gets, and whether pixels side by side are one step: if those are fewer.
+
+    Args:
+        channels: of a group.
+        kernel, dilation: along the width.
+        groups: of so many channels.
+    """
+    pixel, in_rows = (channels + -channels % unit for unit in (_UNIT, _UNIT_OF_ROWS))
+    if groups == dilation == 1 and 2 * in_rows <= _STEP and -(-kernel * in_rows // _STEP) < kernel:
+        return in_rows, True
+    return pixel, False
 
 
-def _quantizes(x: Tensor, codes: Tensor, groups: int) -> bool:
-    """Whether real values are read rather than their codes."""
-    few = math.prod(codes.shape[2:]) == groups == 1 and len(codes) <= _NARROW
-    return few and x.dtype is not torch.float64 and always(x.stride(1) == 1)
+def _last_side(size: int, side: int, kernel: int, step: int) -> int:
+    """Return the padding at the right with which pixels are whole steps, and windows of such as many as before."""
+    out = (size + side - kernel) // step + 1
+    return step * (out - 1 - -kernel // step) - size
 
 
-def _joined(w: Tensor, groups: int, together: int) -> Tensor:
-    """Return a weight `(N, *kernel, C)` of groups as one of `groups / together`, with zeros for what does not mix."""
-    if together == 1:
-        return w
+def _side_by_side(x: Tensor, step: int) -> Tensor:
+    """Return `(B, H, W, C)` where each pixel is `step` of them."""
+    x = x.contiguous()
+    (images, height, width, channels), (*strides, along, one) = x.shape, x.stride()
+    # Not a shape of the same elements, by whose indices a compiler would compute the codes.
+    return x.as_strided((images, height, width // step, step * channels), (*strides, step * along, one))
+
+
+def _with_zeros(x: Tensor, channels: int) -> Tensor:
+    """Return codes `(..., C)` with so many channels more, of zeros."""
+    return F.pad(_bytes(x), [0, channels]).view(x.dtype) if channels else x
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Return codes of float8 as int8, which is padded."""
+    return x.view(torch.int8) if x.is_floating_point() else x
+
+
+def reads_real(x: Tensor, codes: Tensor, stride: Sequence[int], groups: int) -> bool:
+    """Whether the kernel reads real values rather than their codes, which a pass makes of what strides leave out too.
+
+    Args:
+        x: `(B, C, *size)`, what codes are made of.
+        codes: `(N, C / groups, *kernel)`, the weight's, that the kernel takes.
+        stride: of each dimension.
+        groups: the channels are cut into so many.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import triton_conv
+        >>> x = torch.empty(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+        >>> [triton_conv.reads_real(x, torch.empty(n, 64, 1, 1), (1, 1), 1) for n in (32, 512)]
+        [True, False]
+    """
+    few = math.prod(codes.shape[2:]) == groups == 1 and len(codes) <= _NARROW * math.prod(stride)
+    return few and codes.shape[1] % _UNIT == 0 and x.dtype is not torch.float64 and always(x.stride(1) == 1)
+
+
+def _joined(w: Tensor, groups: int, together: int, pixel: int) -> Tensor:
+    """Return a weight `(N, *kernel, C)` of groups as one of `groups / together`, with zeros for what does not mix.
+
+    And for channels up to those of a pixel.
+    """
     n, *kernel, channels = w.shape
-    parts = w.view(torch.int8).reshape(groups // together, together, n // groups, *kernel, 1, channels)
-    own = torch.eye(together, dtype=torch.int8, device=w.device).reshape(together, 1, 1, 1, together, 1)
-    return (parts * own).reshape(n, *kernel, together * channels).view(w.dtype)
+    if together > 1:
+        parts = _bytes(w).reshape(groups // together, together, n // groups, *kernel, 1, channels)
+        own = torch.eye(together, dtype=torch.int8, device=w.device).reshape(together, 1, 1, 1, together, 1)
+        w = (parts * own).reshape(n, *kernel, together * channels).view(w.dtype)
+    return _with_zeros(w, pixel - together * channels)
 
 
 @asked_once
@@ -266,14 +329,16 @@ def _convolved(
     x: Tensor,
     x_scale: Tensor | None,
     zero_point: Tensor | None,
+    zeros: Tensor | None,
     w: Tensor,
     scale: Tensor,
     offset: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     weight_zero_point: Tensor | None,
-    row_sum: Tensor | None,
+    in_rows: bool,
     together: int,
+    each: int,
     steps: Sequence[int],
     padding: Sequence[int],
     groups: int,
@@ -293,7 +358,11 @@ def _convolved(
     if isinstance(m, int) and m == 0:
         return y
     images_and_windows = *size, *out, *steps, *padding[::2]
-    taps: dict[str, Any] = {"ACTIVATION": activation, "TAPS": math.prod(kernel), "TAPS_IN_ROW": kernel[1]}
+    pixel = channels if in_rows else None
+    if in_rows:
+        kernel, channels = [kernel[0], 1], kernel[1] * channels
+    taps = math.prod(kernel)
+    constants: dict[str, Any] = {"ACTIVATION": activation, "TAPS_IN_ROW": kernel[1]}
 
     def ready(*operands: Tensor | None) -> list[Tensor | None]:
         return [None if t is None else t.contiguous() for t in operands]
@@ -313,19 +382,23 @@ def _convolved(
                 m,
                 n // unit,
                 *images_and_windows,
+                TAPS=taps,
                 HEIGHT=height,
                 WIDTH=width,
                 UNIT=unit,
                 DOTS=dots,
-                **taps,
+                **constants,
                 num_warps=4,
             )
         return y
     of_codes = _TILES if residual is None and not w.is_floating_point() else _TILES[1:]
-    tiles = of_codes if x_scale is None else _OF_FLOATS
-    height, width, depth, stages = _in_steps(triton_mm.tile(tiles, m * groups, n // groups, x.device), channels)
+    if residual is not None and weight_zero_point is not None:
+        of_codes = _TILES[2:]
+    tiles = _SHALLOW if taps * channels <= _STEP else of_codes if x_scale is None else _OF_FLOATS
+    tile = triton_mm.tile(tiles, m * groups, n // groups, x.device, 1.5 if w.is_floating_point() else _LEAST)
+    height, width, depth, stages = _in_steps(tile, channels)
     unit = math.gcd(channels, 16)
-    given = ready(x_scale, zero_point, w, scale, offset, bias, residual, weight_zero_point, row_sum)
+    given = ready(x_scale, zero_point, zeros, w, scale, offset, bias, residual, weight_zero_point)
     with triton_mm.device_of(x):
         torch.library.wrap_triton(triton_kernel.convolve)[(-(-m // height) * -(-(n // groups) // width), groups)](
             *ready(x),
@@ -337,6 +410,7 @@ def _convolved(
             groups,
             channels // unit,
             *images_and_windows,
+            taps,
             STEPS=-(-channels // depth),
             HEIGHT=height,
             WIDTH=width,
@@ -345,8 +419,10 @@ def _convolved(
             WHOLE=channels % depth == 0,
             ZEROS=any(padding),
             TOGETHER=together,
+            EACH=each,
+            PIXEL=pixel,
             IMPRECISE=None if fast_accum else min(depth, IMPRECISE),
-            **taps,
+            **constants,
             num_warps=4,
             num_stages=stages,
         )

@@ -188,14 +188,14 @@ def multiply(
 def convolve(
     q,
     from_scale,
-    from_zero_point,
+    zero_point,
+    zeros,
     codes,
     scale,
     offset,
     bias,
     residual,
     weight_zero_point,
-    row_sum,
     to_scale,
     to_zero_point,
     y,
@@ -213,8 +213,8 @@ def convolve(
     dilation_x,
     above,
     left,
+    taps,
     ACTIVATION: tl.constexpr,
-    TAPS: tl.constexpr,
     TAPS_IN_ROW: tl.constexpr,
     STEPS: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -224,16 +224,20 @@ def convolve(
     WHOLE: tl.constexpr,
     ZEROS: tl.constexpr,
     TOGETHER: tl.constexpr,
+    EACH: tl.constexpr,
+    PIXEL: tl.constexpr,
     IMPRECISE: tl.constexpr,
 ):
     """As `multiply`, where a row of the first matrix is a window, read where it lies; of one group of channels.
 
     q `(images, height, width, groups * channels)`, codes `(groups * n, *kernel, channels)` and y
-    `(images, out_height, out_width, groups * n)`, contiguous. There are `units * UNIT` channels in a group and TAPS
-    elements in a kernel. Each of STEPS takes DEPTH channels of one pixel; WHOLE: that divides them. ZEROS: windows
-    begin above and left of the image, and read 0 where there is no pixel. Of an asymmetric weight row_sum is
-    `(m, groups)`; or a group is TOGETHER groups, and the kernel sums the codes of each. With from_scale q holds real
-    values, of one group, which are quantized as they are loaded. IMPRECISE: as in `multiply`.
+    `(images, out_height, out_width, groups * n)`, contiguous. There are `units * UNIT` channels in a group and taps
+    elements in a kernel; no constant, with which all steps are written out, and hold twice as many registers. Each of
+    STEPS takes DEPTH channels of one pixel; WHOLE: that divides them. With PIXEL an element is a row of pixels side by
+    side, of so many channels each, in one group. ZEROS: windows begin above and left of the image, and read 0 where
+    there is no pixel; or one of the rows of zeros, 512 x 128 codes of the zero point. A group is TOGETHER groups of
+    EACH channels. With from_scale q holds real values, of one group, which are quantized as they are loaded. IMPRECISE:
+    as in `multiply`.
     """
     row, within = _place(m, n, HEIGHT, WIDTH)
     group = tl.program_id(1)
@@ -243,39 +247,51 @@ def convolve(
     top, side = over % out_height * stride_y - above, window % out_width * stride_x - left
     place = (over // out_height * height + top) * width + side
     # Products with UNIT, a constant, so that the compiler knows how many bytes lie in a row from an even address on.
-    of_q = q + (place[:, None].to(tl.int64) * (groups * units) + group * units) * UNIT + along[None, :]
-    of_codes = codes + (group * n + within % n)[:, None].to(tl.int64) * (TAPS * units) * UNIT + along[None, :]
+    pitch = groups * units * UNIT if PIXEL is None else PIXEL
+    of_q = q + place[:, None].to(tl.int64) * pitch + (group * units * UNIT + along)[None, :]
+    of_codes = codes + (group * n + within % n)[:, None].to(tl.int64) * (taps * units) * UNIT + along[None, :]
     total = tl.zeros((HEIGHT, WIDTH), tl.int32 if codes.dtype.element_ty == tl.int8 else tl.float32)
     REAL: tl.constexpr = from_scale is not None
-    SUMS: tl.constexpr = weight_zero_point is not None and row_sum is None
+    SUMS: tl.constexpr = weight_zero_point is not None
     if SUMS:
-        sums = tl.zeros((HEIGHT, 1 if REAL else WIDTH), tl.int32)
-    for step in range(TAPS * STEPS):
+        sums = tl.zeros((HEIGHT, 1 if REAL else 16 if TOGETHER == 1 else WIDTH), tl.int32)
+    if zeros is not None:
+        missing = zeros + (tl.program_id(0) % 512 * 128 + along)[None, :]
+    for step in range(taps * STEPS):
         tap, start = step // STEPS, step % STEPS * DEPTH
         down, right = tap // TAPS_IN_ROW * dilation_y, tap % TAPS_IN_ROW * dilation_x
-        in_q = of_q + ((down * width + right) * (groups * units) * UNIT + start)
+        in_q = of_q + ((down * width + right) * pitch + start)
         in_codes = of_codes + (tap * units * UNIT + start)
         rest = along[None, :] < units * UNIT - start
         in_image = rest
         if ZEROS:
-            inside = (top + down >= 0) & (top + down < height) & (side + right >= 0) & (side + right < width)
-            in_image = inside[:, None] if WHOLE else inside[:, None] & rest
-        a = tl.load(in_q) if WHOLE and not ZEROS else tl.load(in_q, mask=in_image, other=0.0)
+            at = (side + right)[:, None]
+            if PIXEL is not None:
+                at += ((start + along) // PIXEL)[None, :]
+            inside = ((top + down >= 0) & (top + down < height))[:, None] & (at >= 0) & (at < width)
+            if zeros is not None:
+                in_q = tl.where(inside, in_q, missing)
+            else:
+                in_image = inside if WHOLE else inside & rest
+        BARE: tl.constexpr = WHOLE and (not ZEROS or zeros is not None)
+        a = tl.load(in_q) if BARE else tl.load(in_q, mask=in_image, other=0.0)
         b = tl.load(in_codes) if WHOLE else tl.load(in_codes, mask=rest, other=0.0)
         if REAL:  # 0.0, where nothing is loaded, is the zero point
-            a = _coded(a.to(tl.float32), from_scale, from_zero_point, codes.dtype.element_ty)
+            a = _coded(a.to(tl.float32), from_scale, zero_point, codes.dtype.element_ty)
         total = tl.dot(a, b.T, total, out_dtype=total.dtype, max_num_imprecise_acc=IMPRECISE)
         if SUMS and REAL:
             sums += tl.sum(a if WHOLE else tl.where(rest, a, 0), 1, keep_dims=True, dtype=tl.int32)
-        elif SUMS:  # by a matrix of ones where a column and a channel are of one group
-            own = ((start + along) // (units * UNIT // TOGETHER))[None, :] == (within // (n // TOGETHER))[:, None]
-            sums = tl.dot(a, own.to(tl.int8).T, sums, out_dtype=tl.int32)
+        elif SUMS:
+            if TOGETHER == 1:
+                ones = tl.full((16, DEPTH), 1, tl.int8)
+            else:  # where a column and a channel are of one group
+                channel = start + along if PIXEL is None else (start + along) % PIXEL
+                ones = ((channel // EACH)[None, :] == (within // (n // TOGETHER))[:, None]).to(tl.int8)
+            sums = tl.dot(a, ones.T, sums, out_dtype=tl.int32)
     column, in_columns = group * n + within, within < n
     of_row = None
     if SUMS:
-        of_row = sums
-    elif row_sum is not None:
-        of_row = tl.load(row_sum + row.to(tl.int64) * groups + group, mask=row < m, other=0)[:, None]
+        of_row = tl.max(sums, 1, keep_dims=True) if TOGETHER == 1 and not REAL else sums
     _finish(
         total,
         row,

@@ -269,7 +269,7 @@ def device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda and not is_traced(x) else nullcontext()
 
 
-def tile(tiles: Sequence[Tile], m: int | torch.SymInt, n: int, device: torch.device) -> Tile:
+def tile(tiles: Sequence[Tile], m: int | torch.SymInt, n: int, device: torch.device, least: float = 1.5) -> Tile:
     """Return the first tile of which there are enough for all multiprocessors, and columns enough for one.
 
     Args:
@@ -277,6 +277,7 @@ def tile(tiles: Sequence[Tile], m: int | torch.SymInt, n: int, device: torch.dev
         m, n: rows and columns of the result; of unknown rows those of the input that a graph is compiled with, without
             a guard.
         device: that of the codes.
+        least: how many for each multiprocessor are enough.
 
     Example:
         >>> import torch
@@ -287,7 +288,7 @@ def tile(tiles: Sequence[Tile], m: int | torch.SymInt, n: int, device: torch.dev
     """
     rows = _known(m)
     for each in tiles:
-        if each[1] < 2 * n and 2 * -(-rows // each[0]) * -(-n // each[1]) >= 3 * _multiprocessors(device):
+        if each[1] < 2 * n and -(-rows // each[0]) * -(-n // each[1]) >= least * _multiprocessors(device):
             return each
     return tiles[-1]
 

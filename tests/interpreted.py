@@ -76,22 +76,32 @@ def check_bare() -> None:
 
 
 GROUPS = [
-    # channels and outputs of a group, groups, kernel
-    (4, 6, 16, (3, 3)),  # 8 groups at once
-    (1, 1, 24, (3, 2)),  # all at once: 24 channels do not fill a step
-    (40, 8, 2, (2, 2)),  # one at a time, of more than a step
-    (48, 20, 1, (1, 3)),
+    # channels and outputs of a group, groups, kernel, and stride and dilation along the width
+    (4, 6, 16, (3, 3), 1, 2),  # 8 groups at once
+    (1, 1, 24, (3, 2), 1, 2),  # all at once: 24 channels do not fill a step
+    (40, 8, 2, (2, 2), 1, 2),  # one at a time, of more than a step
+    (48, 20, 1, (1, 3), 1, 2),
+    (3, 20, 1, (3, 7), 1, 1),  # a step is a row of the kernel; a zero beside three channels
+    (1, 20, 1, (2, 12), 1, 1),  # two steps, the second one not full
+    (3, 8, 2, (2, 3), 1, 1),  # so with groups
+    (12, 20, 1, (2, 2), 1, 2),  # zeros, and a step is a pixel
+    (10, 8, 2, (1, 1), 1, 1),
+    (3, 20, 1, (3, 7), 2, 1),  # two pixels are one; the last of a row of the kernel has zeros
+    (3, 20, 1, (2, 8), 4, 1),
+    (3, 8, 2, (2, 3), 3, 1),
 ]
 
 
 def check_groups() -> None:
     """Groups that are put together and steps that are not full, with the sums of an asymmetric weight and in float8."""
-    for channels, outputs, groups, kernel in GROUPS:
-        settings: Any = {"stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 2), "groups": groups}
-        sizes: Any = {"images": 2, "size": (5, 6), "channels": channels, "outputs": outputs, "kernel": kernel}
-        rest: Any = {"zero_point": 3, "fill": "all", "seed": 0, "bias": torch.float32, "dtype": torch.float32}
-        convolution_is_exact(triton_conv, asymmetric=True, activation="relu", **sizes, **settings, **rest)
-        q, w = torch.randn(2, channels * groups, 5, 6), torch.randn(outputs * groups, channels, *kernel)
+    for channels, outputs, groups, kernel, step, dilation in GROUPS:
+        settings: Any = {"stride": (2, step), "padding": (1, 0, 2, 1), "dilation": (1, dilation), "groups": groups}
+        size = 5, 6 + kernel[1]
+        sizes: Any = {"images": 2, "size": size, "channels": channels, "outputs": outputs, "kernel": kernel}
+        rest: Any = {"fill": "all", "seed": 0, "bias": torch.float32, "dtype": torch.float32, "activation": "relu"}
+        for zero_point, asymmetric in ((3, True), (128, True), (128, False)):
+            convolution_is_exact(triton_conv, asymmetric=asymmetric, zero_point=zero_point, **sizes, **settings, **rest)
+        q, w = torch.randn(2, channels * groups, *size), torch.randn(outputs * groups, channels, *kernel)
         q, w = (t.to(torch.float8_e4m3fn) for t in (q, w))
         scale, bias = torch.rand(len(w)), torch.randn(len(w))
         kernel = triton_conv.float8(q, w, groups, False)
@@ -99,7 +109,7 @@ def check_groups() -> None:
         y = kernel.convolve(Operands(q, None, w, None, scale, None, bias), **settings)
         x, along = F.pad(q.double(), (2, 1, 1, 0)), (-1, 1, 1)
         right, most = (
-            F.conv2d(a, b, None, (2, 1), 0, (1, 2), groups) * scale.double().reshape(along)
+            F.conv2d(a, b, None, (2, step), 0, (1, dilation), groups) * scale.double().reshape(along)
             for a, b in ((x, w.double()), (x.abs(), w.double().abs()))
         )
         bound = 2.0**-15 * (most + bias.abs().reshape(along))
@@ -132,14 +142,18 @@ def check_compiled() -> None:
     backends.PRODUCTS[:], backends.CONVOLUTIONS[:] = [triton_mm], [triton_conv]
     spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
     qp = fsq.QParams(torch.tensor([0.02]), torch.zeros(1, dtype=torch.int32))
-    for shape, *sizes in (((20, 32), (2, 32), (300, 32)), ((24, 4, 3, 3), (2, 32, 5, 5), (3, 32, 4, 8))):
+    asymmetric, symmetric = fsq.MappingType.ASYMMETRIC, fsq.MappingType.SYMMETRIC
+    for function, mapping, shape, *sizes in (
+        (fsq.linear, asymmetric, (20, 32), (2, 32), (300, 32)),
+        (partial(fsq.conv, groups=8), asymmetric, (24, 4, 3, 3), (2, 32, 5, 5), (3, 32, 4, 8)),
+        (partial(fsq.conv, stride=2, padding=1), symmetric, (24, 3, 3, 3), (2, 3, 5, 5), (3, 3, 4, 8)),
+    ):
         scale = torch.rand(shape[0], *(1 for _ in shape[1:]))
-        of_weight = fsq.QParams(scale, torch.randint_like(scale, -128, 128, dtype=torch.int32))
+        zero_point = torch.randint_like(scale, -128, 128, dtype=torch.int32)
+        of_weight = fsq.QParams(scale, zero_point if mapping is asymmetric else torch.zeros_like(zero_point))
         codes = torch.randint(-128, 128, shape, dtype=torch.int8)
-        asymmetric = fsq.QuantSpec(torch.int8, fsq.PerAxis(0), mapping=fsq.MappingType.ASYMMETRIC)
-        weight = fsq.fold(asymmetric, codes, of_weight)
+        weight = fsq.fold(fsq.QuantSpec(torch.int8, fsq.PerAxis(0), mapping=mapping), codes, of_weight)
         known = fsq.epilogue(spec, qp, weight)
-        function = fsq.linear if len(shape) == 2 else partial(fsq.conv, groups=8)
         compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
         for size in sizes:
             q = torch.randint(-128, 128, size, dtype=torch.int8)

@@ -159,7 +159,8 @@ def test_the_kernels_of_triton_obey_where_they_are_interpreted() -> None:
 
 
 OF_PRODUCT = {"residual", "weight_zero_point", "row_sum", "to_scale", "to_zero_point"}
-INT32 = ("offset", "zero_point", "from_zero_point", "weight_zero_point", "row_sum", "to_zero_point")
+PADDED = {"zero_point", "zeros"}
+INT32 = ("offset", "zero_point", "weight_zero_point", "row_sum", "to_zero_point")
 
 
 def for_a_gpu(
@@ -179,7 +180,7 @@ def for_a_gpu(
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     constants |= dict.fromkeys(left_out & {*function.arg_names})
     types = {"scale": "*fp32", "to_scale": "*fp32", "bias": "*bf16", "residual": "*bf16"} | dict.fromkeys(INT32, "*i32")
-    types |= {"from_scale": "*fp32", "q": q or codes, "codes": codes}
+    types |= {"from_scale": "*fp32", "q": q or codes, "codes": codes, "zeros": codes}
     types["y"] = codes if made else "*i32" if "scale" in left_out else "*bf16"
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
     even = [i for i, name in enumerate(signature) if signature[name][0] == "*" or name in ("n", "k")]
@@ -189,7 +190,8 @@ def for_a_gpu(
     if q is None and kernel != "convolve_alone":
         # Fewer stages are held at once where operands of a few rows are read to registers.
         held = stages if height > 16 else stages - 1
-        ones = width if "row_sum" in left_out and "weight_zero_point" not in left_out else 0
+        summed = "weight_zero_point" not in left_out and signature.get("row_sum") != "*i32"
+        ones = 0 if not summed else 16 if constants.get("TOGETHER", 1) == 1 else width
         assert compiled.metadata.shared == (held * (height + width) + ones) * depth
     assert compiled.metadata.shared <= 98 * 1024
     assembly: str = compiled.asm["ptx"]
@@ -225,8 +227,8 @@ def test_the_product_of_triton_compiles_for_a_gpu(tile: triton_mm.Tile, codes: s
         *((triton_conv._TILES[0], channels, "*i8", OF_PRODUCT, 1) for channels in (128, 64, 32)),
         *((triton_conv._TILES[-1], channels, "*i8", OF_PRODUCT, 1) for channels in (144, 48, 24)),
         *((tile, 128, "*i8", {"residual", "to_scale", "to_zero_point"}, 1) for tile in triton_conv._TILES[:3]),
-        *((tile, 32, "*i8", {"to_scale", "to_zero_point", "row_sum"}, 8) for tile in triton_conv._TILES[1::2]),
-        (triton_conv._TILES[-2], 32, "*i8", {"weight_zero_point", "row_sum"}, 1),
+        *((tile, 32, "*i8", {"to_scale", "to_zero_point"}, 8) for tile in triton_conv._TILES[1::2]),
+        (triton_conv._TILES[-2], 32, "*i8", {"weight_zero_point"}, 1),
         *((triton_conv._TILES[1], channels, "*fp8e4nv", {*OF_PRODUCT, "offset"}, 1) for channels in (128, 48)),
     ],
     ids=lambda value: f"without {' '.join(sorted(value))}" if isinstance(value, set) else str(value),
@@ -236,11 +238,24 @@ def test_the_convolution_of_triton_compiles_for_a_gpu(
 ) -> None:
     tile = triton_conv._in_steps(tile, channels)
     constants = {"UNIT": math.gcd(channels, 16), "WHOLE": channels % tile[2] == 0, "TOGETHER": together}
-    constants |= {"TAPS": 9, "TAPS_IN_ROW": 3, "STEPS": -(-channels // tile[2]), "ZEROS": codes != "*i8"}
-    left_out = left_out | {"from_scale", "from_zero_point"}
+    constants |= {"TAPS_IN_ROW": 3, "STEPS": -(-channels // tile[2]), "EACH": channels // together}
+    constants |= {"ZEROS": codes != "*i8", "PIXEL": None}
+    left_out = left_out | {"from_scale", *PADDED}
     assembly = for_a_gpu("convolve", codes, left_out, tile, **constants, IMPRECISE=32)
     # A thread of 64 x 32 codes and less has fewer to load.
     assert loads_ahead(assembly) <= {math.gcd(channels, 16), 8}
+    assert "wgmma" in assembly
+
+
+@pytest.mark.parametrize("channels", [128, 48])
+@pytest.mark.parametrize("tile", triton_conv._TILES[1:3], ids=str)
+def test_the_convolution_of_padded_codes_compiles_for_a_gpu(tile: triton_mm.Tile, channels: int) -> None:
+    """Where there is no pixel as much is loaded at once."""
+    tile = triton_conv._in_steps(tile, channels)
+    constants = {"UNIT": 16, "WHOLE": channels % tile[2] == 0, "TOGETHER": 1, "TAPS_IN_ROW": 3}
+    constants |= {"STEPS": -(-channels // tile[2]), "EACH": channels, "ZEROS": True, "PIXEL": None}
+    assembly = for_a_gpu("convolve", "*i8", {*OF_PRODUCT, "from_scale"}, tile, **constants, IMPRECISE=32)
+    assert loads_ahead(assembly) == {16}
     assert "wgmma" in assembly
 
 
@@ -249,11 +264,28 @@ def test_the_convolution_of_triton_compiles_for_a_gpu(
 def test_the_convolution_of_floats_compiles_for_a_gpu(tile: triton_mm.Tile, codes: str) -> None:
     """What is quantized goes from registers to the tensor cores."""
     _, width, depth, _ = tile
-    constants = {"UNIT": 16, "WHOLE": True, "TOGETHER": 1, "TAPS": 1, "TAPS_IN_ROW": 1, "STEPS": 4, "ZEROS": False}
-    left_out = {"weight_zero_point", "row_sum", "residual"} | ({"offset"} if codes != "*i8" else set())
+    constants = {"UNIT": 16, "WHOLE": True, "TOGETHER": 1, "taps": 1, "TAPS_IN_ROW": 1, "STEPS": 4, "ZEROS": False}
+    constants |= {"EACH": 4 * depth, "PIXEL": None}
+    left_out = {"weight_zero_point", "residual", "zeros"} | ({"offset"} if codes != "*i8" else set())
     assembly = for_a_gpu("convolve", codes, left_out, tile, **constants, IMPRECISE=depth, q="*bf16")
     assert loads_ahead(assembly) == {16}
     assert re.search(rf"wgmma\.mma_async\S+m64n{width}k32\S+ \{{[^}}]*\}}, \{{%r", assembly)
+
+
+@pytest.mark.parametrize("left_out", [OF_PRODUCT, {*OF_PRODUCT, "offset"}, {"residual"}], ids=len)
+@pytest.mark.parametrize(("kernel", "pixel", "bytes_at_once"), [(7, 4, 4), (3, 4, 4), (3, 16, 16)])
+def test_the_convolution_of_rows_compiles_for_a_gpu(
+    kernel: int, pixel: int, bytes_at_once: int, left_out: set[str]
+) -> None:
+    """A thread loads a pixel at once, if that is there."""
+    channels, codes = kernel * pixel, "*fp8e4nv" if "offset" in left_out else "*i8"
+    tile = triton_conv._in_steps(triton_conv._TILES[1], channels)
+    constants = {"UNIT": math.gcd(channels, 16), "WHOLE": channels % tile[2] == 0, "TOGETHER": 1, "EACH": pixel}
+    constants |= {"TAPS_IN_ROW": 1, "STEPS": -(-channels // tile[2]), "ZEROS": True, "PIXEL": pixel}
+    left_out = left_out | {"from_scale", *PADDED}
+    assembly = for_a_gpu("convolve", codes, left_out, tile, **constants, IMPRECISE=32)
+    assert loads_ahead(assembly) == {bytes_at_once}
+    assert "wgmma" in assembly
 
 
 @pytest.mark.parametrize(("codes", "dots"), [("*i8", True), ("*i8", False), ("*fp8e4nv", False)])
@@ -285,6 +317,7 @@ def test_triton_obeys_as_a_convolution() -> None:
     [
         *((channels, 1, 200, size) for channels, size in ((32, 7), (64, 30), (96, 15), (128, 56), (512, 7))),
         *((channels, 1, 40, 30) for channels in (24, 48, 144)),
+        *((channels, 1, 70, size) for channels, size in ((3, 15), (20, 30))),
         (4, 32, 6, 30),
         *((1, groups, 1, size) for groups, size in ((48, 30), (37, 15), (144, 14))),
         (48, 2, 40, 15),
@@ -298,6 +331,21 @@ def test_triton_convolves_exactly_with_every_tile_and_step(channels: int, groups
     for asymmetric in (False, True):
         rest = {"dtype": torch.bfloat16, "activation": "relu", "asymmetric": asymmetric, "residual": not asymmetric}
         convolution_is_exact(triton_conv, **layer, **rest, **settings)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("zero_point", [3, 128])
+@pytest.mark.parametrize(("channels", "groups", "kernel"), [(3, 1, 7), (1, 1, 12), (16, 1, 3), (3, 2, 5)])
+def test_triton_convolves_exactly_by_rows_of_the_kernel(
+    channels: int, groups: int, kernel: int, zero_point: int
+) -> None:
+    geometry = {"kernel": (3, kernel), "stride": (2, 2), "padding": (1, 2, 3, 1), "dilation": (1, 1), "groups": groups}
+    settings = {"zero_point": zero_point, "fill": "all", "seed": 0, "bias": torch.bfloat16, "device": "cuda"}
+    for outputs in (24, 70):
+        layer = {"images": 3, "size": (20, 33), "channels": channels, "outputs": outputs, **geometry}
+        for asymmetric in (False, True):
+            rest = {"dtype": torch.bfloat16, "activation": "relu", "asymmetric": asymmetric}
+            convolution_is_exact(triton_conv, **layer, **rest, **settings)
 
 
 @pytest.mark.cuda
@@ -341,10 +389,10 @@ def test_triton_makes_and_takes_float8() -> None:
 def test_triton_convolves_in_compiled_code_whatever_the_codes_and_groups() -> None:
     """Neither windows nor floats are written; inputs lie on the grid of the codes."""
     for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
-        for groups in (1, 2, 8):
-            model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, groups=groups)).eval()
+        for channels, groups in ((32, 1), (32, 2), (32, 8), (3, 1), (20, 1)):
+            model = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1, groups=groups)).eval()
             bridge.prepare_(model, StaticQuantConfig(dtype))
-            x = torch.randn(2, 32, 12, 12)
+            x = torch.randn(2, channels, 12, 12)
             bridge.calibrate(model, x[None])
             bridge.convert_(model).cuda()
             layer = model[0]
@@ -362,10 +410,10 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(64, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32)
-        self.c, self.norm = nn.Conv2d(32, 64, 1, bias=False), nn.BatchNorm2d(64)
+        self.c, self.norm, self.of_a = nn.Conv2d(32, 64, 1, bias=False), nn.BatchNorm2d(64), nn.BatchNorm2d(32)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.b(F.relu(self.a(x))))
+        y = F.relu6(self.b(F.relu_(self.of_a(self.a(x)))))
         return F.relu(self.norm(self.c(y)) + x)
 
 
@@ -374,7 +422,8 @@ class Block(nn.Module):
 def test_triton_runs_a_block_in_three_kernels(dtype: torch.dtype) -> None:
     """Nothing but constants and copies of weights is computed beside them. Codes may differ by one, which is a step."""
     model = Block().eval()
-    model.norm.running_var.uniform_(0.5, 2)
+    for norm in (model.norm, model.of_a):
+        norm.running_var.uniform_(0.5, 2)
     x = torch.randn(4, 64, 12, 12).contiguous(memory_format=torch.channels_last)
     bridge.prepare_(model, StaticQuantConfig(dtype))
     bridge.calibrate(model, x[None])
@@ -386,11 +435,13 @@ def test_triton_runs_a_block_in_three_kernels(dtype: torch.dtype) -> None:
     calls = re.findall(r"^    +(\w+)\.run\((.*)\)$", source, re.MULTILINE)
     convolutions = [name for name, _ in calls if name.startswith("convolve")]
     assert len(convolutions) == 3
+    # One is of both norms, one of the zero points that are shifted.
+    assert sum(name.startswith("triton_for") for name, _ in calls) == (2 if dtype is torch.uint8 else 1)
     # The results of the others are not as large as an image.
     numbers = [
         int(number) for name, rest in calls if name not in convolutions for number in re.findall(r" (\d+),", rest)
     ]
-    assert dtype is torch.uint8 or max(numbers, default=0) < 4 * 12 * 12 * 32
+    assert max(numbers, default=0) < 4 * 12 * 12 * 32
 
 
 @pytest.mark.cuda
