@@ -16,7 +16,8 @@ import dataclasses
 import inspect
 import json
 import operator
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -36,7 +37,8 @@ from functional_sq.quantize import quantize
 from functional_sq.requantize import Requantization
 from functional_sq.serialize import spec_from_json, spec_to_json
 from functional_sq.spec import QuantSpec
-from functional_sq.tracing import always, computed_once, hide_from_dynamo
+from functional_sq.tracing import always, computed_together, hide_from_dynamo
+from functional_sq.triton_conv import reads_real
 
 __all__ = ["CODES", "Link", "describe", "hand_on", "layer"]
 
@@ -136,17 +138,24 @@ def _function_of(geometry: str) -> tuple[Callable[..., Tensor], dict[str, Any]]:
     return conv_transpose if "output_padding" in settings else conv if settings else linear, settings
 
 
-def _batch_norm(scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    scale, bias = fold_batch_norm(scale.reshape(-1, 1), *rest)
-    return computed_once(scale.reshape(-1)), computed_once(bias)
+def _batch_norms(scales: Sequence[Tensor], *rest: Sequence[Any]) -> list[Tensor]:
+    folded = [fold_batch_norm(scale.reshape(-1, 1), *each) for scale, *each in zip(scales, *rest, strict=True)]
+    return computed_together([scale.reshape(-1) for scale, _ in folded] + [bias for _, bias in folded])
+
+
+def _plus(zero_points: Sequence[Tensor], terms: Sequence[int]) -> list[Tensor]:
+    # They may be held in a dtype of few bits.
+    pairs = zip(zero_points, terms, strict=True)
+    return computed_together([zero_point.to(torch.int32) + term for zero_point, term in pairs])
 
 
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "batch_norm": (
-        "(Tensor product_scale, Tensor? bias, Tensor running_mean, Tensor running_var, Tensor? gamma, Tensor? beta, "
-        "float eps) -> (Tensor, Tensor)",
-        _batch_norm,
+    "batch_norms": (
+        "(Tensor[] product_scales, Tensor?[] biases, Tensor[] running_means, Tensor[] running_vars, Tensor?[] gammas, "
+        "Tensor?[] betas, float[] eps) -> Tensor[]",
+        _batch_norms,
     ),
+    "plus": ("(Tensor[] zero_points, int[] terms) -> Tensor[]", _plus),
     "quantize": ("(Tensor x, Tensor scale, Tensor zero_point, str spec) -> Tensor", _quantize),
     "product": (
         "(Tensor q, Tensor scale, Tensor zero_point, str spec, Tensor codes, Tensor? weight_zero_point, "
@@ -162,7 +171,8 @@ for _name, (_schema, _function) in _SCHEMAS.items():
 
 _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default
-_BATCH_NORM = torch.ops.functional_sq.batch_norm.default
+_PLUS = torch.ops.functional_sq.plus.default
+_BATCH_NORMS = torch.ops.functional_sq.batch_norms.default
 CODES, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL, _ACTIVATION, _X = (
     [argument.name for argument in _PRODUCT._schema.arguments].index(name)
     for name in ("codes", "bias", "product_scale", "geometry", "residual", "activation", "x")
@@ -224,11 +234,26 @@ class _Captured:
     def __init__(self, graph: fx.Graph) -> None:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self._writes = [node for node in self.order if _writes(node)]
+        self._start = next(node for node in self.order if node.op != "placeholder")
 
     def writes_between(self, first: fx.Node, last: fx.Node, but: tuple[fx.Node, ...] = ()) -> bool:
         """Whether anything between two nodes, but for some, writes to a tensor, so that the order matters."""
+        return any(node not in but for node in self._written_between(first, last))
+
+    def stay(self, values: Sequence[object], first: fx.Node, last: fx.Node) -> bool:
+        """Whether nothing between two nodes may write to the memory of values."""
+        read = {_memory(value) for value in values if isinstance(value, fx.Node)}
+        written = {_memory(x) for node in self._written_between(first, last) for x in node.all_input_nodes}
+        return not written or (None not in read | written and read.isdisjoint(written))
+
+    def start(self, values: Sequence[object], last: fx.Node) -> fx.Node | None:
+        """Return the first node of a graph, if values are there before it and stay what they are until another node."""
+        given = all(not isinstance(value, fx.Node) or value.op == "placeholder" for value in values)
+        return self._start if given and self.stay(values, next(iter(self.order)), last) else None
+
+    def _written_between(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
         between = range(self.order[first] + 1, self.order[last])
-        return any(self.order[node] in between and node not in but for node in self._writes)
+        return [node for node in self._writes if self.order[node] in between]
 
 
 def _share_codes(graph: fx.Graph, before: _Captured) -> None:
@@ -236,7 +261,7 @@ def _share_codes(graph: fx.Graph, before: _Captured) -> None:
     seen: dict[tuple[Any, ...], fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         first = seen.get(node.args)
-        if first is None or before.writes_between(first, node):
+        if first is None or not before.stay(node.args, first, node):
             seen[node.args] = node
         else:
             node.replace_all_uses_with(first)
@@ -244,33 +269,77 @@ def _share_codes(graph: fx.Graph, before: _Captured) -> None:
 
 
 def _fold_batch_norms(graph: fx.Graph, before: _Captured) -> None:
-    """Make a batch norm part of the scale and bias of the layer whose result it norms."""
+    """Make a batch norm part of the scale and bias of the layer whose result it norms.
+
+    Where they are known as the graph begins, those of all layers are computed there at once: each by itself is a kernel
+    on a GPU, and as many of those as layers took a twentieth of a ResNet's time.
+    """
+    folded = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=F.batch_norm):
         normed = _normed(node)
         if normed is None or before.writes_between(normed[0], node):
             continue
         producer, statistics = normed
-        with graph.inserting_before(node):
-            both = graph.call_function(_BATCH_NORM, (producer.args[_SCALE], producer.args[_BIAS], *statistics))
-            for i, position in enumerate((_SCALE, _BIAS)):
-                producer.update_arg(position, graph.call_function(operator.getitem, (both, i)))
-        _replace(graph, node, producer)
+        given = producer.args[_SCALE], producer.args[_BIAS], *statistics
+        folded[before.start(given, node) or node].append((producer, node, given))
+    for place, layers in folded.items():
+        with graph.inserting_before(place):
+            results = graph.call_function(_BATCH_NORMS, tuple(zip(*(given for *_, given in layers), strict=True)))
+            made = [graph.call_function(operator.getitem, (results, i)) for i in range(2 * len(layers))]
+        for i, (producer, node, _) in enumerate(layers):
+            producer.update_arg(_SCALE, made[i])
+            producer.update_arg(_BIAS, made[len(layers) + i])
+            _replace(graph, node, producer)
 
 
 def _requantize(graph: fx.Graph, before: _Captured) -> list[Link]:
     """Let a layer make the codes that all its result is quantized to; return the layers that do."""
-    links = []
+    found, makers = [], {}
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
-        found = _source(node.args[0])
-        if found is None:
-            continue
-        producer, activation, passed = found
-        if before.writes_between(producer, node, passed):
-            continue
+        source = _source(node.args[0])
+        if source is not None and not before.writes_between(source[0], node, source[2]):
+            found.append((node, *source))
+            makers[node] = source[0]
+        elif node.users and all(_is_cuda_conv(user) for user in node.users):
+            makers[node] = next(iter(node.users))
+    _shift(graph, before, makers)
+    links = []
+    for node, producer, activation, passed in found:
+        _, *made = node.args
         links.append(Link(producer, activation, tuple(node.users)))
-        producer.args = (*producer.args[:_ACTIVATION], activation, *_handed(graph, producer, node), None)
+        producer.args = (*producer.args[:_ACTIVATION], activation, *made, None)
         _replace(graph, node, producer, passed)
     return links
+
+
+def _shift(graph: fx.Graph, before: _Captured, makers: Mapping[fx.Node, fx.Node]) -> None:
+    """Let codes that are multiplied alone be made as backends take them: those of the layer that makes, or reads, them.
+
+    Codes of int8 plus 128, and their zero point, are the same differences; flipping their top bit twice between two
+    layers would cost two passes. Zero points are computed together, as in `_fold_batch_norms`.
+    """
+    shifted = defaultdict(list)
+    for node, maker in makers.items():
+        _, _, zero_point, text = node.args
+        assert isinstance(text, str)
+        spec, codes = _spec(text), _example(maker.args[CODES])
+        dtype = torch.uint8 if codes is None else codes_dtype(codes)
+        multiplied = all(user.target is _PRODUCT and user.args[0] is node for user in node.users)
+        eight = spec.format.bounds[1] == 255  # what `operand` shifts
+        if multiplied and (spec.format.storage is torch.int8 or eight) and spec.format.storage is not dtype:
+            up = 128 if dtype is torch.uint8 else -128
+            low, high = (int(code) + up for code in spec.bounds)
+            taken = QuantSpec(dtype, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
+            shifted[before.start([zero_point], node) or node].append((node, zero_point, up, describe(taken)))
+    for place, nodes in shifted.items():
+        _, zero_points, ups, _ = zip(*nodes, strict=True)
+        with graph.inserting_before(place):
+            results = graph.call_function(_PLUS, (zero_points, ups))
+            made = [graph.call_function(operator.getitem, (results, i)) for i in range(len(nodes))]
+        for (node, _, _, text), zero_point in zip(nodes, made, strict=True):
+            node.args = (*node.args[:2], zero_point, text)
+            for user in tuple(node.users):
+                user.args = (*user.args[:2], zero_point, text, *user.args[4:])
 
 
 def _add_residuals(graph: fx.Graph, before: _Captured) -> None:
@@ -293,16 +362,19 @@ def _add_residuals(graph: fx.Graph, before: _Captured) -> None:
 
 
 def _give_floats(graph: fx.Graph, before: _Captured) -> None:
-    """Give a convolution what its codes are made of, which it may read instead: in memory, and its codes for it alone.
+    """Give a convolution what its codes are made of, which it may read instead: in memory, and codes for it alone.
 
-    What is computed for codes alone is not in memory, if a compiler makes the codes where it computes it.
+    Or for several, all of which read that. What is computed for codes alone is not in memory, if a compiler makes the
+    codes where it computes it.
     """
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         x, users = node.args[0], [*node.users]
-        if len(users) != 1 or not _is_cuda_conv(users[0]) or before.writes_between(node, users[0]):
+        kept = all(_is_cuda_conv(user) and before.stay([x], node, user) for user in users)
+        if not kept or (len(users) > 1 and not all(_reads_real(user, x) for user in users)):
             continue
         if x.op == "placeholder" or x.target is _PRODUCT or any(user.target is not _QUANTIZE for user in x.users):
-            users[0].update_arg(_X, x)
+            for user in users:
+                user.update_arg(_X, x)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, producer: fx.Node, passed: tuple[fx.Node, ...] = ()) -> None:
@@ -392,6 +464,12 @@ def _is_cuda_conv(node: fx.Node) -> bool:
     return codes is not None and codes.is_cuda
 
 
+def _reads_real(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a convolution on CUDA would read what its codes are made of."""
+    value, codes, settings = _example(x), _example(node.args[CODES]), json.loads(str(node.args[_GEOMETRY]))
+    return value is not None and codes is not None and reads_real(value, codes, settings["stride"], settings["groups"])
+
+
 def _is_channels_last(producer: fx.Node, x: fx.Node) -> bool:
     """Whether a value of the shape of a convolution's result lies as kernels write that, so that none copies it."""
     y, codes = _example(x), _example(producer.args[CODES])
@@ -414,6 +492,15 @@ def _example(node: object) -> Tensor | None:
     """Return the fake tensor that Dynamo noted for a node; None: it is no tensor, or not known."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def _memory(node: fx.Node) -> int | None:
+    """Return what fake memory a node's tensor is in, which is that of all that share its memory; None: not known."""
+    from torch._subclasses.fake_tensor import FakeTensor  # imports sympy
+
+    value = _example(node)
+    known = isinstance(value, FakeTensor) and value.layout is torch.strided  # others are made of several tensors
+    return value.untyped_storage()._cdata if known and value is not None else None
 
 
 def _activation(node: fx.Node) -> str | None:
@@ -499,29 +586,3 @@ def _arguments(node: fx.Node) -> Mapping[str, Any]:
     arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     arguments.apply_defaults()
     return arguments.arguments
-
-
-def _handed(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> tuple[Any, Any, Any]:
-    """Return scale, zero point and spec of the codes that a `functional_sq::quantize` makes, as a backend makes them.
-
-    Codes of int8 plus 128, and their zero point, are the same differences; flipping their top bit twice between two
-    layers would cost two passes.
-    """
-    _, scale, zero_point, text = node.args
-    assert isinstance(text, str)
-    spec, codes = _spec(text), _example(producer.args[CODES])
-    dtype = torch.uint8 if codes is None else codes_dtype(codes)
-    multiplied = all(user.target is _PRODUCT and user.args[0] is node for user in node.users)
-    eight = spec.format.bounds[1] == 255  # what `operand` shifts
-    if not multiplied or not (spec.format.storage is torch.int8 or eight) or spec.format.storage is dtype:
-        return scale, zero_point, text
-    up = 128 if dtype is torch.uint8 else -128
-    low, high = (int(code) + up for code in spec.bounds)
-    shifted = QuantSpec(dtype, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
-    with graph.inserting_before(node):
-        # It may be held in a dtype of few bits.
-        zero_point = graph.call_function(torch.add, (graph.call_method("int", (zero_point,)), up))
-    text = describe(shifted)
-    for user in tuple(node.users):
-        user.args = (*user.args[:2], zero_point, text, *user.args[4:])
-    return scale, zero_point, text

@@ -270,8 +270,10 @@ def backend_codes(dtype: torch.dtype, spec: QuantSpec, q: Tensor, qp: QParams) -
     where the spec fixes it at 0."""
     zero_point = qp.zero_point.reshape(1).to(torch.int32)
     if dtype is torch.int8:
-        fixed = fixed_zero_point(spec) == _shift(spec)
-        return operand(spec, q), None if fixed else zero_point - _shift(spec)
+        shift = _shift(spec)
+        # Not less 0, which is a kernel of its own on a GPU.
+        shifted = zero_point - shift if shift else zero_point
+        return operand(spec, q), None if fixed_zero_point(spec) == shift else shifted
     return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
 
 

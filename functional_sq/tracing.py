@@ -15,6 +15,7 @@ __all__ = [
     "always",
     "asked_once",
     "computed_once",
+    "computed_together",
     "define_operator",
     "hide_from_dynamo",
     "is_among",
@@ -115,6 +116,16 @@ def computed_once(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or not is_traced(x) or is_exporting():
         return x
     return x.as_strided(x.shape, x.stride())
+
+
+def computed_together(xs: list[Tensor]) -> list[Tensor]:
+    """Return tensors, which Inductor on a GPU then writes by one kernel, or few; on a CPU each as `computed_once`.
+
+    Of all functions of a list of tensors it makes one kernel for a whole list: here of a product that changes nothing.
+    """
+    if not any(x.is_cuda and is_traced(x) for x in xs) or is_exporting():
+        return [computed_once(x) for x in xs]
+    return list(torch._foreach_mul(xs, 1))
 
 
 def reaches(rows: int, least: int) -> bool:

@@ -630,6 +630,18 @@ def test_codes_are_made_anew_after_a_write(case: str) -> None:
     assert quantizations(model, x) == 2
 
 
+def test_codes_are_shared_past_what_writes_to_other_memory() -> None:
+    def between(m: Net, x: Tensor) -> Tensor:
+        h = m.norm(x)
+        y = m.a(h).relu_()
+        x.mul_(2)
+        return torch.cat([y, m.a(h)])
+
+    model, x = converted(between)
+    torch.compiler.reset()
+    assert quantizations(model, x) == 1
+
+
 def test_codes_are_shared_past_what_writes_nothing() -> None:
     def between(m: Net, x: Tensor) -> Tensor:
         h = m.norm(x)
@@ -781,6 +793,62 @@ def test_a_layer_hands_on_through_a_batch_norm(case: str) -> None:
         assert difference(model, x.bfloat16()) < 0.05
 
 
+class Norms(nn.Module):
+    """Two layers with batch norms, and what a test does between them."""
+
+    def __init__(self, between: Callable[[Any, Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1, bias=False)
+        self.of_a, self.of_b = nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)
+        self.between = between
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y = self.of_a(self.a(x))
+        self.between(self, y, other)
+        return self.of_b(self.b(y))
+
+
+BETWEEN: dict[str, tuple[int, Callable[[Any, Tensor, Tensor], object]]] = {
+    "nothing": (1, lambda m, y, other: None),
+    "what writes to a result": (1, lambda m, y, other: y.relu_()),
+    "what writes to a result of two": (1, lambda m, y, other: (y * 2).add_(y.flip(0))),
+    "what writes to a statistic": (2, lambda m, y, other: m.of_b.running_var.mul_(4)),
+    "what writes to a view of a statistic": (2, lambda m, y, other: m.of_b.running_mean[2:].add_(1)),
+    "what writes to an input": (1, lambda m, y, other: other.mul_(4)),
+}
+
+
+@pytest.mark.parametrize("case", [*BETWEEN, "what writes to an input that is a statistic"])
+def test_batch_norms_are_computed_at_once_where_nothing_writes_to_them(case: str) -> None:
+    torch.manual_seed(0)
+    count, between = BETWEEN.get(case) or (2, BETWEEN["what writes to an input"][1])
+    model, x = Norms(between).eval(), torch.randn(2, 6, 5, 5)
+    for norm in (model.of_a, model.of_b):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.1, 9)
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [(x, torch.ones(6))])
+    bridge.convert_(model)
+    seen: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        chains.hand_on(graph.graph)
+        op = torch.ops.functional_sq.batch_norms.default
+        seen.append(len(graph.graph.find_nodes(op="call_function", target=op)))
+        graph.recompile()
+        return graph.forward
+
+    def run(function: Callable[..., Tensor], of: Any) -> Tensor:
+        with torch.no_grad():
+            return function(x.clone(), of.of_b.running_var if case not in BETWEEN else torch.ones(6))
+
+    eager = copy.deepcopy(model)
+    torch.compiler.reset()
+    y = run(torch.compile(model, backend=backend, fullgraph=True), model)
+    torch.testing.assert_close(y, run(eager, eager), rtol=0, atol=0.02 * y.abs().max().item())
+    assert seen == [count]
+
+
 @pytest.mark.parametrize("case", ["linear", "conv2d", "conv1d"])
 def test_a_batch_norm_keeps_its_gradient(case: str) -> None:
     """Where a quantization follows there is none."""
@@ -926,7 +994,15 @@ FUSED: dict[str, tuple[list[str], Callable[[Any, Tensor], Tensor]]] = {
         ["plus relu of floats", "plus relu of floats"],
         lambda m, x: F.relu((y := F.relu(m.a(x) + x)) + m.c(y)),
     ),
-    "two layers of one input, which share codes": (["", ""], lambda m, x: m.a(x) * m.c(x)),
+    "two layers of one input, which share codes": (["", ""], lambda m, x: m.a(x) * m.b(x)),
+    "two layers of one input, of which none needs codes": (
+        ["of floats", "of floats"],
+        lambda m, x: m.a(x).relu_() * m.c(x),
+    ),
+    "two layers of one input that is written to": (
+        ["of floats", ""],
+        lambda m, x: m.a(x) + m.c(x.mul_(2)),
+    ),
     "what is computed for codes alone": ([""], lambda m, x: m.a(x.cos())),
     "what is computed and read later": (["of floats"], lambda m, x: m.a(y := x.cos()) * y),
     "a sum that is written to": (["plus of floats"], lambda m, x: F.relu((x + m.a(x)).mul_(2))),
@@ -939,6 +1015,16 @@ FUSED: dict[str, tuple[list[str], Callable[[Any, Tensor], Tensor]]] = {
 def test_a_convolution_adds_and_reads_floats_as_on_cuda(case: str, dtype: torch.dtype) -> None:
     told, between = FUSED[case]
     assert fused(between, dtype) == told
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_a_quantization_that_nothing_reads_is_left_as_it_is() -> None:
+    graph = torch.fx.Graph()
+    x, scale, zero_point = (graph.placeholder(name) for name in ("x", "scale", "zero_point"))
+    text = chains.describe(fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=ASYMMETRIC))
+    graph.call_function(torch.ops.functional_sq.quantize.default, (x, scale, zero_point, text))
+    graph.output(x)
+    assert chains.hand_on(graph) == []
 
 
 @pytest.mark.usefixtures("as_on_cuda")
