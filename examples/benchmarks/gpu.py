@@ -4,18 +4,20 @@
 
 Each row is one shape of a bfloat16 model: rows x K x N of a square one and of transformers with 7 and 70 billion
 weights; images, channels, size, outputs and kernel of a ResNet's convolutions, and groups of a ResNeXt's and a
-MobileNet's. `product` is `torch._int_mm`, `float8 product` `torch._scaled_mm` to bfloat16, of codes that are there
-already; `int8`, `uint8`, `float8` and `float8 fast` are a compiled layer, the quantization of its input included;
-torchao's columns are those of `linear.py`. Calls are recorded in CUDA graphs, over as many weights, or images, as do
-not fit into the cache, and replayed in turn: no column waits for Python. A model of several layers is run as
-`torch.compile` alone runs it too. A cell is the median, and how many times as fast as bfloat16 it is. Below are the
-kernels that ran. `--quick` takes small shapes. Without a GPU there is nothing to time.
+MobileNet's; and networks of timm, if that is installed. `product` is `torch._int_mm`, `float8 product`
+`torch._scaled_mm` to bfloat16, of codes that are there already; `int8`, `uint8`, `float8` and `float8 fast` are a
+compiled layer, the quantization of its input included; torchao's columns are those of `linear.py`. Calls are recorded
+in CUDA graphs, over as many weights, or images, as do not fit into the cache, and replayed in turn: no column waits for
+Python. A model of several layers is run as `torch.compile` alone runs it too. A cell is the median, and how many times
+as fast as bfloat16 it is. Below are the kernels that ran. `--quick` takes small shapes. Without a GPU there is nothing
+to time.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import itertools
 import math
 import statistics
@@ -143,6 +145,12 @@ def bottleneck(images: int, channels: int, size: int) -> Calls:
     return of_images(Bottleneck(channels), images, 4 * channels, size, size)
 
 
+def network(name: str, images: int) -> Calls:
+    import timm
+
+    return of_images(timm.create_model(name, pretrained=False), images, 3, 224, 224)
+
+
 def recorded(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # what is compiled or chosen at a first call is not recorded
@@ -178,7 +186,7 @@ def medians(calls: Calls, repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def table(title: str, shapes: Sequence[tuple[int, ...]], make: Callable[..., Calls], repeats: int) -> Calls:
+def table(title: str, shapes: Sequence[tuple[Any, ...]], make: Callable[..., Calls], repeats: int) -> Calls:
     print(f"\n{title}\n")
     for i, shape in enumerate(shapes):
         calls = make(*shape)
@@ -247,9 +255,10 @@ def main() -> None:
     ]
     convolutions += [(32, 256, 56, 64, 1), (32, 64, 56, 256, 1), (32, 128, 56, 128, 3, 32), (32, 144, 56, 144, 3, 144)]
     blocks = [(32, 64, 56), (32, 256, 14)]
+    networks = [("resnet50", 32), ("mobilenetv2_100", 32)]
     if args.quick:
         few, many, chains = few[:1], [(256, 512, 512)], [(256, 512, 1024)]
-        convolutions, blocks = [(2, 32, 8, 32, 3)], [(2, 32, 8)]
+        convolutions, blocks, networks = [(2, 32, 8, 32, 3)], [(2, 32, 8)], [("mobilenetv2_100", 2)]
     repeats = 3 if args.quick else 10
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, torchao {torchao.__version__}")
     title = "medians in us, and how many times as fast as bfloat16"
@@ -258,6 +267,10 @@ def main() -> None:
     chained = table(f"linear, GELU, linear: {title}", chains, chain, repeats)
     table(f"convolution, channels last: {title}", convolutions, convolution, repeats)
     block = table(f"a ResNet's block, 1x1, 3x3, 1x1: {title}", blocks, bottleneck, repeats)
+    if importlib.util.find_spec("timm") is None:
+        print("\ntimm is not installed: no networks of images")
+    else:
+        table(f"networks of timm, all of their layers quantized: {title}", networks, network, repeats)
     print()
     for rows in (1, 16):
         whole(rows, 512 if args.quick else 4096, 8)
