@@ -386,6 +386,21 @@ def test_triton_makes_and_takes_float8() -> None:
 
 
 @pytest.mark.cuda
+def test_triton_keeps_a_nan_of_float8_in_the_windows_that_it_is_in() -> None:
+    """Not in those where it lies beyond a row of the kernel, within what a step loads."""
+    q, w = torch.randn(1, 3, 5, 16), torch.randn(8, 3, 3, 3)
+    q[0, 1, 2, 7] = torch.nan
+    q, w = (t.to(torch.float8_e4m3fn) for t in (q, w))
+    spec, zero = fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor()), torch.zeros(1, dtype=torch.int32)
+    one = fsq.QParams(torch.ones(1).cuda(), zero.cuda())
+    weight = fsq.fold(spec, w.cuda(), one)
+    for stride in (1, 2):
+        y = fsq.conv(spec, q.cuda(), one, weight, padding=1, stride=stride, epilogue=fsq.epilogue(spec, one, weight))
+        right = F.conv2d(q.double(), w.double(), padding=1, stride=stride)
+        assert torch.equal(y.cpu().isnan(), right.isnan())
+
+
+@pytest.mark.cuda
 def test_triton_convolves_in_compiled_code_whatever_the_codes_and_groups() -> None:
     """Neither windows nor floats are written; inputs lie on the grid of the codes."""
     for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
