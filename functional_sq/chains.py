@@ -283,13 +283,20 @@ def _fold_batch_norms(graph: fx.Graph, before: _Captured) -> None:
         given = producer.args[_SCALE], producer.args[_BIAS], *statistics
         folded[before.start(given, node) or node].append((producer, node, given))
     for place, layers in folded.items():
-        with graph.inserting_before(place):
-            results = graph.call_function(_BATCH_NORMS, tuple(zip(*(given for *_, given in layers), strict=True)))
-            made = [graph.call_function(operator.getitem, (results, i)) for i in range(2 * len(layers))]
+        made = _computed_at(graph, place, _BATCH_NORMS, [given for *_, given in layers], 2)
         for i, (producer, node, _) in enumerate(layers):
             producer.update_arg(_SCALE, made[i])
             producer.update_arg(_BIAS, made[len(layers) + i])
             _replace(graph, node, producer)
+
+
+def _computed_at(
+    graph: fx.Graph, place: fx.Node, op: Any, operands: Sequence[tuple[Any, ...]], results: int
+) -> list[fx.Node]:
+    """Call an operator of lists before a node, and return its results: the first of all operands, then the second."""
+    with graph.inserting_before(place):
+        made = graph.call_function(op, tuple(zip(*operands, strict=True)))
+        return [graph.call_function(operator.getitem, (made, i)) for i in range(results * len(operands))]
 
 
 def _requantize(graph: fx.Graph, before: _Captured) -> list[Link]:
@@ -332,10 +339,7 @@ def _shift(graph: fx.Graph, before: _Captured, makers: Mapping[fx.Node, fx.Node]
             taken = QuantSpec(dtype, spec.granularity, mapping=MappingType.ASYMMETRIC, quant_min=low, quant_max=high)
             shifted[before.start([zero_point], node) or node].append((node, zero_point, up, describe(taken)))
     for place, nodes in shifted.items():
-        _, zero_points, ups, _ = zip(*nodes, strict=True)
-        with graph.inserting_before(place):
-            results = graph.call_function(_PLUS, (zero_points, ups))
-            made = [graph.call_function(operator.getitem, (results, i)) for i in range(len(nodes))]
+        made = _computed_at(graph, place, _PLUS, [(zero_point, up) for _, zero_point, up, _ in nodes], 1)
         for (node, _, _, text), zero_point in zip(nodes, made, strict=True):
             node.args = (*node.args[:2], zero_point, text)
             for user in tuple(node.users):
@@ -466,7 +470,8 @@ def _is_cuda_conv(node: fx.Node) -> bool:
 
 def _reads_real(node: fx.Node, x: fx.Node) -> bool:
     """Whether a convolution on CUDA would read what its codes are made of."""
-    value, codes, settings = _example(x), _example(node.args[CODES]), json.loads(str(node.args[_GEOMETRY]))
+    value, codes = _example(x), _example(node.args[CODES])
+    _, settings = _function_of(str(node.args[_GEOMETRY]))
     return value is not None and codes is not None and reads_real(value, codes, settings["stride"], settings["groups"])
 
 

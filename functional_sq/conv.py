@@ -55,6 +55,7 @@ from functional_sq.tracing import always, computed_once, define_operator, is_tra
 from functional_sq.windows import (
     Geometry,
     are_alone,
+    as_bytes,
     check_windows,
     flat,
     geometry_of,
@@ -290,14 +291,9 @@ def _padded(q: Tensor, zero_point: Tensor, geometry: Geometry) -> Tensor:
     return x.contiguous()
 
 
-def _bytes(q: Tensor) -> Tensor:
-    """Return codes of float8 as bytes, which are padded and copied as such; integers as they are."""
-    return q.view(torch.int8) if q.is_floating_point() else q
-
-
 def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     """Return the windows of codes `(B, C, *space)`, padded with the zero point: `(B, *size, *kernel * C)`."""
-    x = _padded(_bytes(q), zero_point, geometry)
+    x = _padded(as_bytes(q), zero_point, geometry)
     view = windows(x, kernel, geometry.stride, geometry.dilation)
     # Of one channel, windows may be rows that overlap in memory, which no product of int8 takes.
     return view.flatten(-1 - len(kernel)).contiguous().view(q.dtype)
@@ -375,7 +371,7 @@ def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: Geometry) ->
         codes = codes - weight.zero_point.reshape(-1, 1).to(torch.float32)
     rows = codes.t().contiguous()
     offset = computed_once(qp.zero_point.reshape(()).to(torch.float32) * rows.sum(0))
-    x = _padded(_bytes(q), qp.zero_point, geometry).view(q.dtype)
+    x = _padded(as_bytes(q), qp.zero_point, geometry).view(q.dtype)
     kernel = weight.codes.shape[2:]
     batch, *space, channels = x.shape
     along, *step = x.stride()[:-1]

@@ -30,7 +30,7 @@ from functional_sq.requantize import ACTIVATIONS, has_one_scale
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, asked_once, looped
 from functional_sq.triton_mm import CODES, IMPRECISE, Tile, requantizes
-from functional_sq.windows import are_alone, pad_codes, window_sizes
+from functional_sq.windows import are_alone, as_bytes, pad_codes, window_sizes
 
 __all__ = [
     "CODES",
@@ -47,8 +47,8 @@ __all__ = [
 
 NAME: str = triton_mm.NAME
 
-_STEP, _DEEPEST = 32, 128
-"""The smallest number of codes that a tensor core takes of each row, and how many a step takes at most."""
+_STEP = 32
+"""The smallest number of codes that a tensor core takes of each row."""
 
 _ROWS = 512
 """Of how many rows of the zero point programs read one each, where there is no pixel. With one for all of them a layer
@@ -64,10 +64,10 @@ _OF_FLOATS: tuple[Tile, ...] = ((64, 128, 64, 3), (128, 64, 64, 3), (64, 64, 64,
 """As `_TILES`, where floats are read."""
 
 _SHALLOW: tuple[Tile, ...] = ((128, 32, 32, 3),)
-"""As `_TILES`, where one step takes all that there is: 1 x 1 of few channels."""
+"""As `_TILES`, where one step takes all that there is: as in 1 x 1 of few channels."""
 
-_LEAST = 1.25
-"""Of how many tiles for each multiprocessor larger ones are the faster ones, of int8."""
+_LEAST, _LEAST_FLOAT8 = 1.25, 1.5
+"""Of how many tiles for each multiprocessor larger ones are the faster ones."""
 
 _ALONE, _ALONE_FLOAT8 = (128, 32), (256, 16)
 """Rows and columns of a tile where each channel is convolved alone."""
@@ -102,7 +102,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return triton_mm.AVAILABLE, _TILES, _OF_FLOATS, _SHALLOW, _LEAST, _ALONE, _ALONE_FLOAT8, _NARROW
+    return triton_mm.AVAILABLE, _TILES, _OF_FLOATS, _SHALLOW, _LEAST, _LEAST_FLOAT8, _ALONE, _ALONE_FLOAT8, _NARROW
 
 
 def least_windows(
@@ -160,7 +160,7 @@ def convolve(
     q, zero_point, codes, weight_zero_point, scale, offset, bias, x, x_scale = operands
     image = q.movedim(1, -1)
     w = (codes if codes.ndim == 4 else codes.unsqueeze(2)).movedim(1, -1)
-    alone, each, zeros = are_alone(codes, groups), codes.shape[1], None
+    alone, each = are_alone(codes, groups), codes.shape[1]
     together = 1 if alone else _together(each, groups)
     pixel, in_rows = (each, False) if alone else _pixel(together * each, w.shape[2], dilation[1], groups // together)
     w = _joined(w, groups, together, pixel)
@@ -174,19 +174,17 @@ def convolve(
             padding = [*padding[:3], _last_side(image.shape[2] + padding[2], padding[3], w.shape[2], step)]
         if merged or (any(padding) and zero_point is not None and (in_rows or added_channels)):
             sides = [0, 0, *padding[2:], *padding[:2]]
-            image, padding = pad_codes(_bytes(image), zero_point, sides).view(q.dtype), [0, 0, 0, 0]
+            image, padding = pad_codes(as_bytes(image), zero_point, sides).view(q.dtype), [0, 0, 0, 0]
         image = _with_zeros(image, added_channels)
         if merged:
-            wide = F.pad(_bytes(w), [0, 0, 0, -w.shape[2] % step]).view(w.dtype)
+            wide = F.pad(as_bytes(w), [0, 0, 0, -w.shape[2] % step]).view(w.dtype)
             image, w, stride = _side_by_side(image, step), _side_by_side(wide, step), [stride[0], 1]
         if not (alone or any(padding)):
             zero_point = None  # nothing reads it
-        elif zero_point is not None and not alone:
-            zeros = zero_point.to(torch.int8).repeat(_ROWS * _DEEPEST)
     added = None if residual is None else residual.movedim(1, -1)
     of_weight = w, scale, offset, bias, added, weight_zero_point
     op = torch.ops.functional_sq.triton_convolution.default
-    of_x = image, x_scale, zero_point, zeros
+    of_x = image, x_scale, zero_point
     settings = in_rows, together, each, [*stride, *dilation], padding, groups // together
     y: Tensor = op(*of_x, *of_weight, *settings, activation, to_scale, to_zero_point, dtype, fast_accum)
     return y.movedim(-1, 1)
@@ -275,12 +273,7 @@ def _side_by_side(x: Tensor, step: int) -> Tensor:
 
 def _with_zeros(x: Tensor, channels: int) -> Tensor:
     """Return codes `(..., C)` with so many channels more, of zeros."""
-    return F.pad(_bytes(x), [0, channels]).view(x.dtype) if channels else x
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """Return codes of float8 as int8, which is padded."""
-    return x.view(torch.int8) if x.is_floating_point() else x
+    return F.pad(as_bytes(x), [0, channels]).view(x.dtype) if channels else x
 
 
 def reads_real(x: Tensor, codes: Tensor, stride: Sequence[int], groups: int) -> bool:
@@ -310,7 +303,7 @@ def _joined(w: Tensor, groups: int, together: int, pixel: int) -> Tensor:
     """
     n, *kernel, channels = w.shape
     if together > 1:
-        parts = _bytes(w).reshape(groups // together, together, n // groups, *kernel, 1, channels)
+        parts = as_bytes(w).reshape(groups // together, together, n // groups, *kernel, 1, channels)
         own = torch.eye(together, dtype=torch.int8, device=w.device).reshape(together, 1, 1, 1, together, 1)
         w = (parts * own).reshape(n, *kernel, together * channels).view(w.dtype)
     return _with_zeros(w, pixel - together * channels)
@@ -329,7 +322,6 @@ def _convolved(
     x: Tensor,
     x_scale: Tensor | None,
     zero_point: Tensor | None,
-    zeros: Tensor | None,
     w: Tensor,
     scale: Tensor,
     offset: Tensor | None,
@@ -395,9 +387,12 @@ def _convolved(
     if residual is not None and weight_zero_point is not None:
         of_codes = _TILES[2:]
     tiles = _SHALLOW if taps * channels <= _STEP else of_codes if x_scale is None else _OF_FLOATS
-    tile = triton_mm.tile(tiles, m * groups, n // groups, x.device, 1.5 if w.is_floating_point() else _LEAST)
+    tile = triton_mm.tile(tiles, m * groups, n // groups, x.device, _LEAST_FLOAT8 if w.is_floating_point() else _LEAST)
     height, width, depth, stages = _in_steps(tile, channels)
     unit = math.gcd(channels, 16)
+    zeros = None
+    if zero_point is not None and x_scale is None and any(padding):
+        zeros = zero_point.to(torch.int8).repeat(_ROWS * depth)
     given = ready(x_scale, zero_point, zeros, w, scale, offset, bias, residual, weight_zero_point)
     with triton_mm.device_of(x):
         torch.library.wrap_triton(triton_kernel.convolve)[(-(-m // height) * -(-(n // groups) // width), groups)](
@@ -418,6 +413,7 @@ def _convolved(
             UNIT=unit,
             WHOLE=channels % depth == 0,
             ZEROS=any(padding),
+            ROWS=_ROWS,
             TOGETHER=together,
             EACH=each,
             PIXEL=pixel,

@@ -223,6 +223,7 @@ def convolve(
     UNIT: tl.constexpr,
     WHOLE: tl.constexpr,
     ZEROS: tl.constexpr,
+    ROWS: tl.constexpr,
     TOGETHER: tl.constexpr,
     EACH: tl.constexpr,
     PIXEL: tl.constexpr,
@@ -235,7 +236,7 @@ def convolve(
     elements in a kernel; no constant, with which all steps are written out, and hold twice as many registers. Each of
     STEPS takes DEPTH channels of one pixel; WHOLE: that divides them. With PIXEL an element is a row of pixels side by
     side, of so many channels each, in one group. ZEROS: windows begin above and left of the image, and read 0 where
-    there is no pixel; or one of the rows of zeros, 512 x 128 codes of the zero point. A group is TOGETHER groups of
+    there is no pixel; or one of the rows of zeros, ROWS x DEPTH codes of the zero point. A group is TOGETHER groups of
     EACH channels. With from_scale q holds real values, of one group, which are quantized as they are loaded. IMPRECISE:
     as in `multiply`.
     """
@@ -256,7 +257,7 @@ def convolve(
     if SUMS:
         sums = tl.zeros((HEIGHT, 1 if REAL else 16 if TOGETHER == 1 else WIDTH), tl.int32)
     if zeros is not None:
-        missing = zeros + (tl.program_id(0) % 512 * 128 + along)[None, :]
+        missing = zeros + (tl.program_id(0) % ROWS * DEPTH + along)[None, :]
     for step in range(taps * STEPS):
         tap, start = step // STEPS, step % STEPS * DEPTH
         down, right = tap // TAPS_IN_ROW * dilation_y, tap % TAPS_IN_ROW * dilation_x

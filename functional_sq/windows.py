@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "Geometry",
     "are_alone",
+    "as_bytes",
     "check_windows",
     "flat",
     "geometry_of",
@@ -102,6 +103,11 @@ def pad_codes(x: Tensor, zero_point: Tensor | None, sides: Sequence[int]) -> Ten
         return F.pad(x, sides)
     byte = zero_point.reshape(()).to(torch.int32).to(x.dtype)
     return F.pad(x ^ byte, sides) ^ byte
+
+
+def as_bytes(q: Tensor) -> Tensor:
+    """Return codes of float8 as int8, which are padded and copied as such; integers as they are."""
+    return q.view(torch.int8) if q.is_floating_point() else q
 
 
 def check_windows(q: Sequence[int], weight: Sequence[int], geometry: Geometry) -> tuple[int, ...]:

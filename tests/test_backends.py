@@ -177,6 +177,7 @@ def for_a_gpu(
     made = "to_scale" not in left_out
     height, width, depth, stages = tile
     constants |= {"HEIGHT": height, "WIDTH": width, "DEPTH": depth, "ACTIVATION": "gelu" if made else "none"}
+    constants["ROWS"] = triton_conv._ROWS
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     constants |= dict.fromkeys(left_out & {*function.arg_names})
     types = {"scale": "*fp32", "to_scale": "*fp32", "bias": "*bf16", "residual": "*bf16"} | dict.fromkeys(INT32, "*i32")
