@@ -502,12 +502,15 @@ class QuantizedLinear(Quantized):
 
     def _backend(self) -> str:
         weight = self.weight_codes, self.weight_zero_point
-        taken = {each.NAME: each.rows(*weight) for each in backends.PRODUCTS if each.supports(*weight)}
-        return "".join(
-            f", by {name} from {rows.start} {'rows on' if rows.stop == sys.maxsize else f'to {rows.stop - 1} rows'}"
-            for name, rows in taken.items()
-            if rows
-        )
+        shown, least = "", sys.maxsize  # from how many rows on another one is asked before
+        for each in backends.PRODUCTS:
+            rows = each.rows(*weight) if each.supports(*weight) else range(0)
+            rows = range(rows.start, min(rows.stop, least))
+            if rows:
+                last = "rows on" if rows.stop == sys.maxsize else f"to {rows.stop - 1} rows"
+                shown += f", by {each.NAME} from {rows.start} {last}"
+                least = rows.start
+        return shown
 
 
 _GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups")

@@ -71,7 +71,7 @@ class LayerReport:
         milliseconds: time of the quantized layer, all its calls in one forward pass; median over the
             batches in which it ran.
         time_share: the same as a share, 0 to 1, of that forward pass.
-        path: how the quantized layer multiplies, as its `repr` says it: `"int8 product, by oneDNN from 60 rows on"`.
+        path: how the quantized layer multiplies, as its `repr` says it: `"int8 product, by brgemm from 2 rows on"`.
         hands_on: once compiled, the layers that get codes from this one in place of floats, after the
             activation: `"gelu encoder.1.fc2"`; empty where it makes floats.
         recorded: the histogram of the recorded state, if it has one.

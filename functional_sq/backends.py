@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from functional_sq import onednn, onednn_conv, triton_conv, triton_mm
+from functional_sq import brgemm, onednn, onednn_conv, triton_conv, triton_mm
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import is_among, reaches
@@ -113,7 +113,7 @@ class Convolution(_Backend, Protocol):
         """
 
 
-PRODUCTS: list[Product] = [onednn, triton_mm]
+PRODUCTS: list[Product] = [brgemm, onednn, triton_mm]
 CONVOLUTIONS: list[Convolution] = [onednn_conv, triton_conv]
 
 
@@ -184,6 +184,6 @@ def fingerprint() -> str:
 
 @cache
 def sources(folder: Path) -> str:
-    """Return what tells versions of the Python files in a folder apart."""
-    files = sorted(folder.rglob("*.py"))
+    """Return what tells versions of the code in a folder apart."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

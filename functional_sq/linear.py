@@ -153,11 +153,13 @@ def linear(
             y, then = requantize_by(partial(backend.product, operands), then, backend.CODES), None
         else:
             y = backend.product(operands, dtype=dtype)
-    elif per_output and offset is None and residual is None:
-        y = float8_linear(operand(spec, flat), weight.codes, scale, bias, dtype, fast_accum)
+    added = None if residual is None else residual.reshape(-1, n)
+    if per_output and offset is None and (added is None or not added.requires_grad):
+        how = dtype, fast_accum, epilogue is not None
+        y = float8_linear(operand(spec, flat), weight.codes, scale, bias, added, *how)
     if y is None:
         product = bracket(operand(spec, flat), weight, offset, fast_accum)
-        y = apply_epilogue(product, scale, bias, dtype, None if residual is None else residual.reshape(-1, n))
+        y = apply_epilogue(product, scale, bias, dtype, added)
     y = y.reshape(*lead, n)
     return y if then is None else requantize(y, then)
 

@@ -137,13 +137,13 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
     Example:
         >>> import torch
         >>> from functional_sq import onednn
-        >>> 1 in onednn.rows(torch.empty(4096, 4096), None), 300 in onednn.rows(torch.empty(384, 384), None)
+        >>> 2 in onednn.rows(torch.empty(4096, 4096), None), 300 in onednn.rows(torch.empty(384, 384), None)
         (True, False)
     """
     n, k = codes.shape
-    # One row by torch's product of one, which packs nothing: 1 x 1024 x 4096 0.07 ms, 0.10 by oneDNN; 1 x 2048 x 4096
-    # 0.125 and 0.15; 1 x 4096 x 4096 0.31 and 0.27; as long in larger ones.
-    least = max(1 if 2 * n * k >= 5 * WORTH else 2, (WORTH // n - k + 9) // 10)
+    # One row by torch's product of one, which packs nothing: without AMX it streams 1 x 11008 x 4096 at 25 GB/s on one
+    # CPU and at 45 on another, oneDNN at 18 and 55.
+    least = max(1 if AMX and 2 * n * k >= 5 * WORTH else 2, (WORTH // n - k + 9) // 10)
     return range(least, sys.maxsize) if zero_point is None else range(max(least, 2), k // 128 + 1)
 
 

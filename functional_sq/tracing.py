@@ -71,7 +71,7 @@ def looped(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
 def define_operator(
     name: str,
     schema: str,
-    kernel: Callable[..., Any],
+    kernel: Callable[..., Any] | None,
     fake: Callable[..., Any],
     *,
     device: str = "cpu",
@@ -84,14 +84,15 @@ def define_operator(
     Args:
         name: of the operator.
         schema: its arguments and result, as `torch.library.define` takes them.
-        kernel: computes it.
+        kernel: computes it; None where code that is loaded later registers one.
         fake: returns an empty result, while a graph is traced.
         device: where the kernel runs; "default": anywhere.
         has_vmap: whether `torch.vmap` calls it for each element of a batch.
     """
     full = f"functional_sq::{name}"
     torch.library.define(full, schema)
-    torch.library.impl(full, device, hide_from_dynamo(kernel))
+    if kernel is not None:
+        torch.library.impl(full, device, hide_from_dynamo(kernel))
     torch.library.register_fake(full, fake)
     if has_vmap:
         torch.library.register_vmap(full, looped(getattr(torch.ops.functional_sq, name).default))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import hypothesis
 import pytest
 import torch
 
 import functional_sq.testing.law
+from functional_sq import brgemm, onednn
 
 hypothesis.settings.register_profile(
     "functional_sq",
@@ -39,6 +41,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("this machine has no CUDA device")
     torch.manual_seed(0)
     torch.compiler.reset()  # what other tests compiled of the same code counts against its limit of compilations
+
+
+@pytest.fixture
+def multiply_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Choose what multiplies integers on a CPU, however small they are: "brgemm", "oneDNN", or "torch" alone."""
+
+    def choose(name: str) -> None:
+        there = {"brgemm": brgemm.is_built(), "oneDNN": onednn.AVAILABLE, "torch": True}
+        if not there[name]:
+            pytest.skip(f"this machine has no {name}, or no VNNI")
+        if name != "brgemm":
+            monkeypatch.setattr(brgemm, "is_built", lambda: False)
+        monkeypatch.setattr(onednn, "WORTH", 0 if name == "oneDNN" else 10**18)
+
+    return choose
+
+
+@pytest.fixture(params=["brgemm", "oneDNN"])
+def packing(request: pytest.FixtureRequest, multiply_by: Callable[[str], None]) -> str:
+    """Each backend of a CPU that packs a weight, alone."""
+    multiply_by(request.param)
+    name: str = request.param
+    return name
 
 
 @pytest.fixture

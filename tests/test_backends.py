@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import functional_sq as fsq
-from functional_sq import backends, onednn, onednn_conv, triton_conv, triton_mm
+from functional_sq import backends, brgemm, onednn, onednn_conv, triton_conv, triton_mm
 from functional_sq.operands import Operands
 from functional_sq.requantize import ACTIVATIONS, apply_epilogue
 from functional_sq.testing import (
@@ -138,6 +138,11 @@ class Signed(Int64):
 
 
 # --- the law ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not brgemm.AVAILABLE, reason="this machine has no VNNI, or no compiler")
+def test_brgemm_obeys() -> None:
+    check_product_backend(brgemm)
 
 
 @pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
@@ -1005,7 +1010,7 @@ def test_it_is_asked_for_layers_that_it_supports_and_rows_that_it_wants(ours: In
     codes = torch.zeros(3, 8, dtype=torch.int8)
     assert backends.product_for(2, codes, None) is ours
     assert backends.product_for(1, codes, None) is not ours
-    assert backends.product_for(2, codes, torch.ones(3, dtype=torch.int32)) is None
+    assert backends.product_for(2, codes, torch.ones(3, dtype=torch.int32)) is not ours
     assert backends.convolution_for(2, codes[..., None], None, (1,), (1,), 1) is ours
 
 
@@ -1031,6 +1036,7 @@ def test_compiled_code_is_its_own(ours: Int64, monkeypatch: pytest.MonkeyPatch) 
     assert "int64_t" in source
     assert "_int_mm" not in source
     assert "onednn" not in source
+    assert "brgemm" not in source
     monkeypatch.setattr(backends, "PRODUCTS", backends.PRODUCTS[1:])
     assert HandOn().uuid() != with_it
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import functional_sq as fsq
-from functional_sq import MappingType, QParams, QuantSpec, onednn
+from functional_sq import MappingType, QParams, QuantSpec, brgemm, onednn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
@@ -425,7 +425,7 @@ def product_bound(layer: QuantizedLinear, x: Tensor) -> Tensor:
     return 1.02 * ((2 * k + 11) * u + 4 * v) * magnitude + info.smallest_normal * info.eps
 
 
-@pytest.mark.usefixtures("worth")
+@pytest.mark.usefixtures("by")
 @every_scheme
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", REALS, ids=str)
@@ -517,10 +517,10 @@ def every(request: pytest.FixtureRequest) -> Every:
     return Every(request.param)
 
 
-@pytest.fixture(params=[onednn.WORTH, 0], ids=["small", "as if large"])
-def worth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small products as they are, and on the path that large ones take."""
-    monkeypatch.setattr(onednn, "WORTH", request.param)
+@pytest.fixture(params=["brgemm", "oneDNN", "torch"])
+def by(request: pytest.FixtureRequest, multiply_by: Callable[[str], None]) -> None:
+    """Each way in which a CPU multiplies."""
+    multiply_by(request.param)
 
 
 def sample(model: Every, rows: int = 3) -> Tensor:
@@ -574,13 +574,11 @@ def test_a_module_moves_to_another_device_with_its_dtypes() -> None:
     assert {name: value.dtype for name, value in model.state_dict().items()} == dtypes
 
 
-@pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
-def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(packing: str) -> None:
     layer, x = quantized(SCHEMES["int8"], nn.Linear(20, 12)), torch.randn(3, 20)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     y = layer(x)
-    assert layer.weight_codes in onednn._PACKED
+    assert (layer.weight_codes in onednn._PACKED) == (packing == "oneDNN")
     assert_same_state(layer.state_dict(), before)
     assert not [name for name, value in vars(layer).items() if isinstance(value, Tensor)]
 
@@ -601,8 +599,8 @@ def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(mon
     assert layer(x.to("meta")).shape == (3, 12)
 
 
-def test_compiled_after_new_weights_were_loaded_has_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+@pytest.mark.usefixtures("packing")
+def test_compiled_after_new_weights_were_loaded_has_their_bits() -> None:
     layer, other = (quantized(SCHEMES["int8"], nn.Linear(20, 12)) for _ in range(2))
     compiled, x = torch.compile(layer, fullgraph=True), torch.randn(3, 20)
     with torch.no_grad():
@@ -631,7 +629,7 @@ def test_no_float_copy_of_the_weight_remains(scheme: str) -> None:
             [
                 "activation=int8 asymmetric PerTensor()",
                 "weight=int8 symmetric PerAxis",
-                "int8 product, by oneDNN from " if onednn.AVAILABLE else "int8 product",
+                "int8 product, by brgemm from 2 rows on)" if brgemm.AVAILABLE else "int8 product",
             ],
         ),
         ("float8_e4m3fn", False, ["activation=float8_e4m3fn symmetric", "float8_e4m3fn product"]),
@@ -660,7 +658,7 @@ def test_exported_has_the_bits_of_eager(dynamic: bool) -> None:
         assert_same(exported(x[:3]), model(x[:3]))
 
 
-@pytest.mark.usefixtures("worth")
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("mode", [None, "max-autotune"])
 def test_compiled_has_the_bits_of_eager(mode: str | None) -> None:
     model, x = Every(), torch.randn(2, 3, 20)
@@ -669,7 +667,7 @@ def test_compiled_has_the_bits_of_eager(mode: str | None) -> None:
         assert_same(compiled(x), model(x))
 
 
-@pytest.mark.usefixtures("worth")
+@pytest.mark.usefixtures("by")
 def test_a_compiled_chain_has_the_bits_of_eager_for_one_token() -> None:
     """A second layer's codes are then a view whose stride Inductor chooses: see tests/test_linear.py."""
     config = SCHEMES["int8"]

@@ -27,7 +27,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_conv import FORMATS, GEOMETRIES, UNFIT, draw
-from test_linear import needs_onednn, symmetric
+from test_linear import BY, needs_onednn, symmetric
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
@@ -37,7 +37,7 @@ from torch._inductor.utils import run_and_get_code
 import bridge
 import functional_sq as fsq
 from bridge import StaticQuantConfig, inductor
-from functional_sq import chains, onednn, onednn_conv
+from functional_sq import backends, chains, onednn, onednn_conv
 
 ASYMMETRIC = fsq.MappingType.ASYMMETRIC
 erf = np.vectorize(math.erf, otypes=[float])
@@ -84,11 +84,11 @@ def test_every_activation_has_a_reference_here() -> None:
 
 @pytest.mark.parametrize("activation", EXACT)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int4, torch.uint4], ids=str)
-@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("by", BY)
 def test_codes_are_those_of_float64_within_the_rounding(
-    activation: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+    activation: str, dtype: torch.dtype, by: str, multiply_by: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0 if by_onednn else 10**18)
+    multiply_by(by)
     rows, k, n = 33, 40, 65
     rng = np.random.default_rng(0)
     act = fsq.QuantSpec(torch.int8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
@@ -106,8 +106,8 @@ def test_codes_are_those_of_float64_within_the_rounding(
     y = exact * (float(qp.scale) * scale.double().numpy().reshape(-1)) + bias.double().numpy()
     assert_codes(got, y, then)
     assert set(then.spec.bounds) <= set(got.unique().tolist()) or activation != "none"
-    # Where oneDNN does not make the codes, they are in bits those of the three steps.
-    if not by_onednn or then.spec.bounds not in ((-128, 127), (0, 255)):
+    # Where no backend makes the codes, they are in bits those of the three steps.
+    if by == "torch" or then.spec.bounds not in ((-128, 127), (0, 255)):
         assert torch.equal(got, fsq.requantize(fsq.linear(act, q, qp, weight, bias), then))
 
 
@@ -127,11 +127,10 @@ def test_codes_of_a_convolution_are_those_of_float64_within_the_rounding(
         assert_codes(got, y, then)
 
 
-@needs_onednn
 @pytest.mark.parametrize("activation", EXACT)
+@pytest.mark.usefixtures("packing")
 def test_codes_of_sums_above_the_integers_of_float32(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the product is cut, and the steps behind it are torch's."""
-    monkeypatch.setattr(onednn, "WORTH", 0)
+    """There oneDNN's product is cut, and the steps behind it are torch's."""
     monkeypatch.setattr(onednn, "LARGEST_K", 9216)
     case = symmetric(3, 9216, 5, fill=("all", "high"))
     y = case.corrected() * case.scale(np.dtype(np.float64)) + case.bias_array()
@@ -290,11 +289,11 @@ def difference(model: nn.Module, *inputs: Tensor) -> float:
     return ((compiled - eager).abs().max() / eager.abs().max()).item()
 
 
-@pytest.mark.parametrize("worth", [0, 10**18], ids=["by oneDNN", "not by oneDNN"])
+@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
-def test_compiled_computes_what_eager_computes(dtype: torch.dtype, worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_computes_what_eager_computes(dtype: torch.dtype, by: str, multiply_by: Callable[[str], None]) -> None:
     """One code that falls to the other side of a border moves the output by one step of 255, or of 8 for float8."""
-    monkeypatch.setattr(onednn, "WORTH", worth)
+    multiply_by(by)
     for between in (HANDS_ON["residual around"][1], HANDS_ON["in place"][1], KEEPS["a residual in place"]):
         torch.compiler.reset()
         model, x = converted(between, StaticQuantConfig(dtype))
@@ -302,19 +301,17 @@ def test_compiled_computes_what_eager_computes(dtype: torch.dtype, worth: int, m
 
 
 @pytest.mark.parametrize("case", KEEPS)
-def test_what_keeps_its_floats_is_right_too(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+@pytest.mark.usefixtures("packing")
+def test_what_keeps_its_floats_is_right_too(case: str) -> None:
     model, x = converted(KEEPS[case])
     assert difference(model, x) < 0.02
 
 
-@needs_onednn
-def test_the_compiled_code_has_no_float_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+def test_the_compiled_code_has_no_float_between(packing: str) -> None:
     model, x = converted(HANDS_ON["gelu"][1])
     with torch.inference_mode():
         _, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
-        assert source.count("functional_sq.onednn_product.default(") == 2
+        assert source.count(f"functional_sq.{packing.lower()}_product.default(") == 2
         assert "'gelu'" in source
         assert ".erf()" not in source
         for layer in (model.a, model.b):
@@ -324,9 +321,8 @@ def test_the_compiled_code_has_no_float_between(monkeypatch: pytest.MonkeyPatch)
         assert ".erf()" in source
 
 
-@needs_onednn
-def test_a_chain_is_compiled_once_for_any_batch_and_follows_a_loaded_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+@pytest.mark.usefixtures("packing")
+def test_a_chain_is_compiled_once_for_any_batch_and_follows_a_loaded_state() -> None:
     model, x = converted(HANDS_ON["gelu"][1])
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
@@ -350,8 +346,9 @@ def test_operators_traced_without_word_of_it_are_traced_whole(monkeypatch: pytes
     monkeypatch.setattr(sys.modules["functional_sq.quantize"], "_LARGE", 64)
     model, _ = converted(HANDS_ON["gelu"][1])
     seen: list[bool] = []
-    rows_of = onednn.rows
-    monkeypatch.setattr(onednn, "rows", lambda *a: seen.append(torch.compiler.is_compiling()) or rows_of(*a))
+    backend = backends.product_for(40, model.a.weight_codes, None) or onednn
+    rows_of = backend.rows
+    monkeypatch.setattr(backend, "rows", lambda *a: seen.append(torch.compiler.is_compiling()) or rows_of(*a))
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     with torch.inference_mode():
@@ -403,6 +400,7 @@ NOT_ADDED: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "a residual that is written between": lambda m, x: (m.a(x), x.mul_(2))[0] + x,
     "the layer itself": lambda m, x: (y := m.a(x)) + y,
     "another layout": lambda m, x: m.norm(x.view(3, 2, 16)).transpose(0, 1) + m.a(x.view(2, 3, 16)),
+    # oneDNN adds in place, to a copy that Inductor then takes from the start of the storage.
     "within a tensor": lambda m, x: (h := m.norm(x))[3:] + m.a(h[:3]),
     "within a tensor that is read later": lambda m, x: torch.cat([(h := m.norm(x))[3:] + m.a(h[:3]), h]),
     "a piece": lambda m, x: (h := m.norm(x).chunk(2))[1] + m.a(h[0]),
@@ -416,38 +414,43 @@ def compiled_source(model: nn.Module, x: Tensor) -> tuple[Tensor, str]:
     return y, source
 
 
-@pytest.mark.parametrize("by_onednn", [True, False])
+def has_added(source: str) -> bool:
+    """Whether a product in compiled code adds a residual."""
+    given = [call.split(", ") for call in re.findall(r"brgemm_product\.default\((.*)\)", source)]
+    return "onednn_add_product.default(" in source or any(arguments[6] != "None" for arguments in given)
+
+
+@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ADDED)
 def test_a_residual_is_added_inside_the_product(
-    case: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+    case: str, dtype: torch.dtype, by: str, multiply_by: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0 if by_onednn else 10**18)
+    multiply_by(by)
     model, x = converted(ADDED[case])
     model, x = model.to(dtype), x.to(dtype)
     with torch.inference_mode():
         before, eager = x.clone(), model(x.clone())
     y, source = compiled_source(model, x)
     assert torch.equal(x, before)
-    assert ("onednn_add_product.default(" in source) == (by_onednn and onednn.AVAILABLE)
+    assert has_added(source) == (by != "torch")
     # Compiled rounds once where eager rounds twice, and a code of a chain may differ by one.
     step = eager.abs().max() * (0.02 if dtype is torch.float32 else 0.03)
     assert (y - eager).abs().max() < step
 
 
 @pytest.mark.parametrize("case", NOT_ADDED)
-def test_what_is_no_residual_is_added_as_before(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+def test_what_is_no_residual_is_added_as_before(case: str, packing: str) -> None:
     model, x = converted(NOT_ADDED[case])
     assert difference(model, x) < 0.001
     torch.compiler.reset()
-    assert "onednn_add_product" not in compiled_source(model, x)[1]
+    within = case in ("within a tensor", "within a tensor that is read later", "a piece", "rows of an input")
+    assert has_added(compiled_source(model, x)[1]) == (within and packing == "brgemm")
 
 
-@needs_onednn
-def test_a_residual_may_lie_anywhere_in_its_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("packing")
+def test_a_residual_may_lie_anywhere_in_its_storage() -> None:
     """No guard tells a compiled graph of another offset."""
-    monkeypatch.setattr(onednn, "WORTH", 0)
     model, _ = converted(lambda m, x: m.a(x[0]) + x[1])
     rows = [torch.randn(12, 16)[i : i + 6] for i in (0, 6, 3)]
     for first in (0, 1):
@@ -458,19 +461,17 @@ def test_a_residual_may_lie_anywhere_in_its_storage(monkeypatch: pytest.MonkeyPa
                 torch.testing.assert_close(compiled(rows[0], r), model([rows[0], r]))
 
 
-def test_a_sum_has_the_strides_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    for worth in (0, 10**18):
-        monkeypatch.setattr(onednn, "WORTH", worth)
-        model, x = converted(NOT_ADDED["another layout"])
-        with torch.no_grad():
-            torch.compiler.reset()
-            assert torch.compile(model)(x).stride() == model(x).stride()
+@pytest.mark.parametrize("by", BY)
+def test_a_sum_has_the_strides_of_eager(by: str, multiply_by: Callable[[str], None]) -> None:
+    multiply_by(by)
+    model, x = converted(NOT_ADDED["another layout"])
+    with torch.no_grad():
+        assert torch.compile(model)(x).stride() == model(x).stride()
 
 
-@needs_onednn
-def test_a_residual_is_copied_only_where_it_is_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor removes the copy: the product adds to what the norm wrote."""
-    monkeypatch.setattr(onednn, "WORTH", 0)
+def test_a_residual_is_copied_only_where_it_is_read_later(multiply_by: Callable[[str], None]) -> None:
+    """Inductor removes the copy: the product of oneDNN adds to what the norm wrote."""
+    multiply_by("oneDNN")
     counts = []
     for between in (ADDED["before a norm and a layer"], lambda m, x: m.b(m.norm(m.a(h := m.norm(x)) + h)) * h):
         torch.compiler.reset()
@@ -479,8 +480,8 @@ def test_a_residual_is_copied_only_where_it_is_read_later(monkeypatch: pytest.Mo
     assert counts[1] == counts[0] + 1
 
 
-def test_a_residual_that_is_learned_has_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+@pytest.mark.usefixtures("packing")
+def test_a_residual_that_is_learned_has_its_gradient() -> None:
     model, x = converted(ADDED["the operator"])
     grads = []
     for call in (model, torch.compile(model, fullgraph=True)):
@@ -492,15 +493,14 @@ def test_a_residual_that_is_learned_has_its_gradient(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(grads[1], grads[0])
 
 
-@needs_onednn
-def test_a_residual_of_any_batch_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+@pytest.mark.usefixtures("packing")
+def test_a_residual_of_any_batch_is_compiled_once() -> None:
     model, _ = converted(lambda m, x: (h := x.unsqueeze(1).cos()) + m.a(h))
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     with torch.inference_mode():
         _, (source,) = run_and_get_code(compiled, torch.randn(6, 16))
-        assert "onednn_add_product.default(" in source
+        assert has_added(source)
         for rows in (2, 33):
             x = torch.randn(rows, 16)
             torch.testing.assert_close(compiled(x), model(x))
@@ -750,15 +750,15 @@ def normed(case: str, dtype: torch.dtype = torch.int8, *behind: nn.Module) -> tu
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("case", NORMED)
 def test_a_batch_norm_is_part_of_the_layer_before_it(
-    case: str, by_onednn: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    case: str, by: str, dtype: torch.dtype, multiply_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside float64. With `u = 2**-24` and the factor `a`: the scale is rounded as the product of the input's and the
     weight's, and times `a`; the sum once, if it is an integer; then the product, the folded bias, and what is added."""
-    for module in (onednn, onednn_conv):
-        monkeypatch.setattr(module, "WORTH", 0 if by_onednn else 10**18)
+    multiply_by(by)
+    monkeypatch.setattr(onednn_conv, "WORTH", 10**18 if by == "torch" else 0)
     model, x = normed(case, dtype)
     with torch.inference_mode():
         y, source = compiled_source(model, x)
@@ -1115,8 +1115,8 @@ lists = pytest.mark.skipif(torch.__version__ < "2.13", reason="this torch takes 
 
 
 @pytest.mark.parametrize("listed", [pytest.param(True, marks=lists), False])
-def test_a_pass_that_was_set_since_runs_too(listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+@pytest.mark.usefixtures("packing")
+def test_a_pass_that_was_set_since_runs_too(listed: bool) -> None:
     model, x = converted(HANDS_ON["gelu"][1])
     theirs = Theirs(uuid4().hex)  # of no graph that is in a cache on disk
     with inductor_config.patch(pre_grad_custom_pass=[theirs] if listed else theirs), torch.inference_mode():
@@ -1127,7 +1127,7 @@ def test_a_pass_that_was_set_since_runs_too(listed: bool, monkeypatch: pytest.Mo
     else:
         assert [type(each) for each in installed] == [Theirs, inductor.HandOn]
     assert theirs.ran
-    assert source.count(".erf()") == 0 or not onednn.AVAILABLE
+    assert source.count(".erf()") == 0
 
 
 def test_a_graph_is_cached_only_where_every_pass_has_a_name() -> None:
@@ -1139,14 +1139,14 @@ def test_a_graph_is_cached_only_where_every_pass_has_a_name() -> None:
 
 
 @needs_onednn
-def test_a_graph_in_the_cache_is_not_taken_where_another_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_in_the_cache_is_not_taken_where_another_backend_is_chosen(multiply_by: Callable[[str], None]) -> None:
     model, x = converted(HANDS_ON["nothing"][1])
-    for worth in (0, 10**18):
-        monkeypatch.setattr(onednn, "WORTH", worth)
+    for by in BY:
+        multiply_by(by)
         torch.compiler.reset()
         with torch.inference_mode():
             _, (source,) = run_and_get_code(torch.compile(model), x)
-        assert ("onednn_product" in source) == (worth == 0)
+        assert [name for name in ("brgemm", "onednn") if f"{name}_product" in source] == [by.lower()] * (by != "torch")
 
 
 def test_the_description_of_a_spec_is_what_quantizes() -> None:

@@ -14,6 +14,7 @@ term when the arithmetic is float64 too: `bound` is `5 u |E| + (3 u + v) |E + b|
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import os
@@ -23,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -45,6 +47,7 @@ from functional_sq import (
     MappingType,
     QParams,
     QuantSpec,
+    brgemm,
     chains,
     float8_mm,
     int_mm,
@@ -138,7 +141,10 @@ class Product:
         """Multiply as a layer does that keeps its weight: with the epilogue computed before."""
         folded = self.folded()
         known = fsq.epilogue(self.act, self.qp, folded, dtype=torch.promote_types(dtype, torch.float32))
-        with mock.patch.multiple(onednn, WORTH=0, LARGEST_K=INT32_TERMS):  # by oneDNN, however small or long it is
+        least = (
+            0 if onednn.WORTH < 10**18 else onednn.WORTH
+        )  # by oneDNN, however small or long it is, unless switched off
+        with mock.patch.multiple(onednn, WORTH=least, LARGEST_K=INT32_TERMS):
             return fsq.linear(self.act, self.q, self.qp, folded, self.bias, dtype=dtype, epilogue=known, **then)
 
     def corrected(self) -> np.ndarray:
@@ -357,7 +363,13 @@ def test_rows_that_overlap_or_repeat_in_memory_are_read_as_they_are() -> None:
         assert torch.equal(y, q.float() @ w.float().T)
 
 
-# --- a weight that is kept: oneDNN -----------------------------------------------------------------
+# --- a weight that is kept: brgemm and oneDNN -----------------------------------------------------------------
+
+BY = ("brgemm", "oneDNN", "torch")
+
+CUTS = sorted({True, onednn.AMX})
+
+REALS_OF_BRGEMM = (torch.float32, torch.bfloat16, torch.float16)
 
 needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")
 
@@ -368,22 +380,21 @@ def symmetric(rows: int, k: int, n: int, dtype: torch.dtype = torch.int8, **kwar
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The results that oneDNN gave, which is asked for small products too."""
-    monkeypatch.setattr(onednn, "WORTH", 0)
+def calls(packing: str, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The results that a backend gave, which is asked for small products too."""
     monkeypatch.setattr(onednn, "LARGEST_K", INT32_TERMS)
     found: list[Tensor] = []
-    multiply = onednn.product
+    backend = {"brgemm": brgemm, "oneDNN": onednn}[packing]
+    multiply = backend.product
 
     def recorded(*operands: Any, **how: Any) -> Tensor:
         found.append(multiply(*operands, **how))
         return found[-1]
 
-    monkeypatch.setattr(onednn, "product", recorded)
+    monkeypatch.setattr(backend, "product", recorded)
     return found
 
 
-@needs_onednn
 @pytest.mark.parametrize(
     "fill", [("all", "all"), ("high", "low"), ("low", "low"), ("high", "high"), ("ends", "ends"), ("all", "high")]
 )
@@ -403,9 +414,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint4, torch.int4], ids=str)
-@pytest.mark.parametrize("cut", sorted({True, onednn.AMX}))
-def test_onednn_has_the_integers_and_roundings_of_numpy(
+@pytest.mark.parametrize(
+    ("packing", "cut"),
+    [("brgemm", False), *(("oneDNN", cut) for cut in CUTS)],
+    indirect=["packing"],
+)
+def test_a_packed_weight_has_the_integers_and_roundings_of_numpy(
     calls: list[Tensor],
+    packing: str,
     cut: bool,
     dtype: torch.dtype,
     rows: int,
@@ -420,11 +436,14 @@ def test_onednn_has_the_integers_and_roundings_of_numpy(
     for out in (torch.float32, torch.bfloat16, torch.float16):
         expected = epilogue(case.corrected(), case.scale(np.dtype(np.float32)), case.bias_array(), ARRAYS[out])
         np.testing.assert_array_equal(array(case.kept(out)), expected)
-    assert len(calls) == (3 if rows else 0)
+    assert len(calls) == (3 if rows > (packing == "brgemm") else 0)
 
 
-@needs_onednn
-@pytest.mark.parametrize("cut", sorted({True, onednn.AMX}))
+@pytest.mark.parametrize(
+    ("packing", "cut"),
+    [("brgemm", False), *(("oneDNN", cut) for cut in CUTS)],
+    indirect=["packing"],
+)
 @pytest.mark.parametrize(
     ("rows", "k", "fill"),
     [
@@ -435,7 +454,13 @@ def test_onednn_has_the_integers_and_roundings_of_numpy(
     ],
 )
 def test_few_rows_and_an_asymmetric_weight_that_is_packed(
-    calls: list[Tensor], cut: bool, rows: int, k: int, fill: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    calls: list[Tensor],
+    packing: str,
+    cut: bool,
+    rows: int,
+    k: int,
+    fill: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(onednn, "AMX", cut)
     granularities = fsq.PerTensor(), fsq.PerAxis(0)
@@ -451,7 +476,7 @@ def test_few_rows_and_an_asymmetric_weight_that_is_packed(
     np.testing.assert_array_equal(array(case.kept(residual=residual)), total)
     to = QuantSpec(torch.int8, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC)
     then = fsq.Requantization(to, QParams(torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)), "relu")
-    assert torch.equal(case.kept(then=then), fsq.requantize(case.kept(), then))
+    assert torch.equal(case.kept(then=then), fsq.requantize(case.kept(), then))  # both of the same floats
     qs = torch.stack([case.q, case.q.flip(0)])
     folded, known = case.folded(), fsq.epilogue(case.act, case.qp, case.folded())
 
@@ -461,10 +486,11 @@ def test_few_rows_and_an_asymmetric_weight_that_is_packed(
     assert torch.equal(torch.vmap(forward)(qs), torch.stack([forward(q) for q in qs]))
     if k > 256:
         return
-    for q, by_onednn in ((case.q, True), (case.q[:1], False), (torch.cat([case.q] * 5), False)):
+    for q, few in ((case.q, True), (case.q[:1], False), (torch.cat([case.q] * 5), False)):
         torch.compiler.reset()
         y, (source,) = run_and_get_code(torch.compile(forward, fullgraph=True), q)
-        assert ("onednn_sums" in source) is by_onednn
+        assert ("onednn_sums" in source) is (few and packing == "oneDNN")
+        assert ("brgemm_product" in source) is (len(q) > 1 and packing == "brgemm")
         assert torch.equal(y, forward(q))
 
 
@@ -489,7 +515,7 @@ def test_one_row_is_no_matrix_filled_up(k: int, n: int) -> None:
     np.testing.assert_array_equal(array(exported.module()(case.q, case.w)), expected)
 
 
-@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "k", "n", "fill"),
@@ -506,9 +532,11 @@ def test_a_residual_is_added_before_the_one_rounding(
     n: int,
     fill: tuple[str, str],
     dtype: torch.dtype,
-    by_onednn: bool,
+    by: str,
+    multiply_by: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    multiply_by(by)
     monkeypatch.setattr(onednn, "AMX", True)
     case = symmetric(rows, k, n, fill=fill)
     case = dataclasses.replace(case, qp=QParams(case.qp.scale / 64, case.qp.zero_point))  # float16 overflows otherwise
@@ -519,29 +547,30 @@ def test_a_residual_is_added_before_the_one_rounding(
         size = float(np.abs(total * scale).max()) if rows else 1.0
         residual = torch.from_numpy(np.random.default_rng(n).normal(scale=size, size=(rows, n))).to(dtype)
         before = residual.clone()
-        with mock.patch.object(onednn, "AVAILABLE", onednn.AVAILABLE and by_onednn):
-            y = case.kept(dtype, residual=residual)
+        y = case.kept(dtype, residual=residual)
         assert y.dtype is dtype
         assert torch.equal(residual, before)
         np.testing.assert_array_equal(array(y), epilogue(total, scale, case.bias_array(), ARRAYS[dtype], array(before)))
 
 
-@pytest.mark.parametrize("by_onednn", [True, False])
-def test_a_residual_of_any_rank_and_stride_with_a_gradient_and_under_vmap(by_onednn: bool) -> None:
+@pytest.mark.parametrize("by", BY)
+def test_a_residual_of_any_rank_and_stride_with_a_gradient_and_under_vmap(
+    by: str, multiply_by: Callable[[str], None]
+) -> None:
+    multiply_by(by)
     case = symmetric(12, 16, 8)
     case = dataclasses.replace(case, q=case.q.reshape(2, 6, 16))
     residual = torch.randn(8, 6, 2)[..., :1].expand(8, 6, 2).permute(2, 1, 0)
-    with mock.patch.object(onednn, "AVAILABLE", onednn.AVAILABLE and by_onednn):
-        expected = case.kept() + residual
-        assert torch.equal(case.kept(residual=residual), expected)
-        learned = residual.clone().requires_grad_()
-        y = case.kept(residual=learned)
-        assert torch.equal(y, expected)
-        y.sum().backward()
-        assert torch.equal(learned.grad, torch.ones_like(residual))
-        both = torch.stack([residual, -residual])
-        y = torch.vmap(lambda each: case.kept(residual=each))(both)
-        assert torch.equal(y, torch.stack([case.kept(residual=each) for each in both]))
+    expected = case.kept() + residual
+    assert torch.equal(case.kept(residual=residual), expected)
+    learned = residual.clone().requires_grad_()
+    y = case.kept(residual=learned)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert torch.equal(learned.grad, torch.ones_like(residual))
+    both = torch.stack([residual, -residual])
+    y = torch.vmap(lambda each: case.kept(residual=each))(both)
+    assert torch.equal(y, torch.stack([case.kept(residual=each) for each in both]))
 
 
 def test_a_residual_and_then_codes() -> None:
@@ -551,6 +580,131 @@ def test_a_residual_and_then_codes() -> None:
     qp = QParams(torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32))
     then = fsq.Requantization(QuantSpec(torch.int8, fsq.PerTensor()), qp, "relu")
     assert torch.equal(case.kept(residual=residual, then=then), fsq.requantize(case.kept(residual=residual), then))
+
+
+needs_brgemm = pytest.mark.skipif(not brgemm.AVAILABLE, reason="this machine has no VNNI, or no compiler")
+
+
+def by_brgemm(case: Product, residual: Tensor | None, dtype: torch.dtype, *to: object) -> tuple[object, ...]:
+    """Return what the operator is given."""
+    (q, qp), (w, w_qp) = (case.q, case.qp), (case.w, case.w_qp)
+    z = None if q.is_floating_point() else qp.zero_point.to(torch.int32)
+    scale = fsq.epilogue(case.act, qp, case.folded()).scale
+    of_weight = w_qp.zero_point.reshape(-1) if case.weight.mapping is MappingType.ASYMMETRIC else None
+    return (q, z, w, of_weight, scale, case.bias, residual, *(to or ("none", None, None)), dtype)
+
+
+@needs_brgemm
+def test_what_the_compiler_expects_of_brgemm_is_what_it_does() -> None:
+    """Shape, dtype, strides, and that nothing is written to."""
+    op = torch.ops.functional_sq.brgemm_product.default
+    to = torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)
+    float8 = QuantSpec(torch.float8_e4m3fn, fsq.PerTensor()), QuantSpec(torch.float8_e4m3fn, fsq.PerAxis(0))
+    assert brgemm.is_built()
+    for rows, n in ((5, 8), (0, 8), (1, 1)):
+        one = QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+        codes = (float8_codes(np.random.default_rng(n), torch.float8_e4m3fn, (size, 16)) for size in (rows, n))
+        weight = QParams(torch.ones(n, 1), torch.zeros(n, 1, dtype=torch.int32))
+        q, w = codes
+        floats = Product(float8[0], q, one, float8[1], w, weight, None)
+        for case, then in itertools.product((symmetric(rows, 16, n, torch.uint8), floats), ((), ("gelu", *to))):
+            for dtype in (torch.float32, torch.bfloat16):
+                residual = None if then else torch.randn(rows, n).to(dtype)
+                given = by_brgemm(case, residual, dtype, *then)
+                # The first compares float8 with what it was, which torch does not.
+                tests = ("test_schema", "test_faketensor")[case is floats :]
+                torch.library.opcheck(op, given, test_utils=tests)
+
+
+@needs_brgemm
+@pytest.mark.parametrize("dtype", REALS_OF_BRGEMM, ids=str)
+@pytest.mark.parametrize("weight", FLOAT8S, ids=str)
+@pytest.mark.parametrize(("rows", "k"), [(1, 64), (5, 71), (130, 4100), (0, 8)])
+def test_brgemm_sums_float8_within_the_bound_of_a_float32_sum(
+    rows: int, k: int, weight: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Every code is a bfloat16 value; K above DEPTH is summed in parts. The residual is added before the rounding."""
+    if not brgemm.HAS_BFLOAT16:
+        pytest.skip("this CPU does not multiply bfloat16")
+    rng = np.random.default_rng(k)
+    spec = QuantSpec(weight, fsq.PerTensor())
+    case = float8_product(rng, weight, weight, rows=rows, k=k)
+    largest = float(np.abs(array(case.q).astype(np.float64) @ array(case.w).astype(np.float64).T).max(initial=1.0))
+    one = QParams(torch.tensor([1000 / largest]), torch.zeros(1, dtype=torch.int32))
+    case = dataclasses.replace(case, act=spec, qp=one)
+    known = fsq.epilogue(case.act, case.qp, case.folded())
+    multiply = partial(fsq.linear, case.act, case.q, case.qp, case.folded(), epilogue=known, dtype=dtype)
+    assert_float8_product(multiply(case.bias), case, 2.0**-24)
+    residual = torch.from_numpy(rng.standard_normal((rows, 6))).to(dtype)
+    y, sums = multiply(residual=residual), multiply(dtype=torch.float32)
+    assert y.dtype is dtype
+    assert torch.equal(y, (sums + residual.float()).to(dtype))
+
+
+@needs_brgemm
+def test_brgemm_packs_again_what_was_written_to_or_is_another_tensor() -> None:
+    case = symmetric(4, 16, 8, torch.uint8, bias=False)
+    given = by_brgemm(case, None, torch.float32)
+    assert brgemm.is_built()
+
+    def multiply(codes: Tensor) -> Tensor:
+        return torch.ops.functional_sq.brgemm_product.default(*given[:2], codes, *given[3:])
+
+    y, codes = multiply(case.w), case.w
+    assert y.any()
+    detached, copied = codes.detach(), copy.deepcopy(codes)
+    for other in (detached, copied):
+        assert torch.equal(multiply(other), y)
+    codes.zero_()
+    for other in (codes, detached):
+        assert not multiply(other).any()
+    assert torch.equal(multiply(copied), y)
+    codes.data = copied
+    assert torch.equal(multiply(codes), y)
+    with torch.inference_mode():
+        made = copied.clone()
+        assert torch.equal(multiply(made), y)
+        made.zero_()
+        assert not multiply(made).any()
+
+
+@needs_brgemm
+def test_what_brgemm_packed_is_freed_with_its_codes() -> None:
+    case = symmetric(4, 2048, 2048, torch.uint8, bias=False)
+    given = by_brgemm(case, None, torch.float32)
+    assert brgemm.is_built()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def grown(count: int) -> int:
+        before = resident()
+        for _ in range(count):
+            torch.ops.functional_sq.brgemm_product.default(*given[:2], case.w.clone(), *given[3:])
+        return resident() - before
+
+    grown(3)
+    assert grown(30) < 10 * case.w.nbytes
+
+
+@needs_brgemm
+def test_a_compiler_that_fails_leaves_products_to_others(tmp_path: Path) -> None:
+    """What it says is in the warning; nothing is left behind."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    program = (
+        "import torch, bridge; from functional_sq import brgemm\n"
+        "layer = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(); x = torch.randn(3, 8)\n"
+        "bridge.prepare_(layer, bridge.StaticQuantConfig(torch.int8)); bridge.calibrate(layer, [x])\n"
+        "bridge.convert_(layer); layer(x); print(brgemm.AVAILABLE, brgemm.is_built())\n"
+    )
+    folder = tmp_path / "cache"
+    environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.stdout == "True False\n", run.stderr
+    assert run.stderr.count("no such header") == 1
+    assert not list((folder / "functional_sq").iterdir())
 
 
 @needs_onednn
@@ -571,8 +725,7 @@ def test_what_the_compiler_expects_of_the_operators_is_what_they_do(dtype: torch
             torch.library.opcheck(op, operands, test_utils=("test_schema", "test_faketensor"))
 
 
-@needs_onednn
-def test_results_below_the_normal_numbers(calls: list[Tensor]) -> None:
+def test_results_below_the_normal_numbers(calls: list[Tensor], packing: str) -> None:
     """They are exact, but for bfloat16 by oneDNN: the instruction that writes it makes 0 of them on some CPUs."""
     case = symmetric(5, 64, 48, bias=False)
     case = dataclasses.replace(case, qp=QParams(case.qp.scale * 2.0**-124, case.qp.zero_point))
@@ -581,7 +734,7 @@ def test_results_below_the_normal_numbers(calls: list[Tensor]) -> None:
         small = exact.abs() <= torch.finfo(dtype).smallest_normal  # what is rounded up to it too
         assert (small & (exact != 0)).any()
         assert (~small).any()
-        flushed = small & (y == 0) if dtype is torch.bfloat16 else torch.zeros_like(small)
+        flushed = small & (y == 0) & (dtype is torch.bfloat16 and packing == "oneDNN")
         assert torch.equal(torch.where(flushed, exact, y), exact)
     assert len(calls) == 2
 
@@ -615,15 +768,21 @@ def test_results_below_the_normal_numbers(calls: list[Tensor]) -> None:
         ),
     ],
 )
-def test_what_onednn_does_not_take_is_multiplied_as_before(
-    calls: list[Tensor], case: Product, dtype: torch.dtype
+def test_what_is_not_packed_is_multiplied_as_before(
+    calls: list[Tensor], packing: str, case: Product, dtype: torch.dtype
 ) -> None:
     assert torch.equal(case.kept(dtype), case.linear(dtype))
-    assert not calls
+    asymmetric = case.weight.mapping is MappingType.ASYMMETRIC
+    assert len(calls) == (asymmetric and packing == "brgemm")
 
 
 @needs_onednn
-def test_few_rows_of_a_small_weight_are_multiplied_as_before_unless_the_graph_is_for_any_number() -> None:
+def test_few_rows_of_a_small_weight_are_multiplied_as_before_unless_the_graph_is_for_any_number(
+    multiply_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worth = onednn.WORTH
+    multiply_by("oneDNN")
+    monkeypatch.setattr(onednn, "WORTH", worth)
     case = symmetric(4, 384, 384)
     folded = case.folded()
     known = fsq.epilogue(case.act, case.qp, folded)
@@ -643,18 +802,21 @@ def test_few_rows_of_a_small_weight_are_multiplied_as_before_unless_the_graph_is
         onednn._PACKED.pop(folded.codes, None)
 
 
-def test_without_onednn_or_vnni_the_bits_are_the_same(calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_backend_the_bits_are_the_same(calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     case = symmetric(5, 64, 7)
-    y, taken = case.kept(), len(calls)
-    assert taken == onednn.AVAILABLE
+    y = case.kept()
+    assert len(calls) == 1
     monkeypatch.setattr(onednn, "AVAILABLE", False)
+    monkeypatch.setattr(brgemm, "is_built", lambda: False)
     assert torch.equal(case.kept(), y)
-    assert len(calls) == taken
+    assert len(calls) == 1
 
 
 @needs_onednn
-@pytest.mark.usefixtures("calls")
-def test_a_weight_is_packed_once_again_when_it_changes_and_forgotten_with_its_codes() -> None:
+def test_a_weight_is_packed_once_again_when_it_changes_and_forgotten_with_its_codes(
+    multiply_by: Callable[[str], None],
+) -> None:
+    multiply_by("oneDNN")
     case = symmetric(4, 16, 8, bias=False)
     folded = case.folded()
     known = fsq.epilogue(case.act, case.qp, folded)
@@ -672,7 +834,6 @@ def test_a_weight_is_packed_once_again_when_it_changes_and_forgotten_with_its_co
     assert len(onednn._PACKED) == held - 1
 
 
-@needs_onednn
 @pytest.mark.usefixtures("calls")
 def test_a_weight_packed_in_inference_mode_serves_outside_of_it_and_one_made_in_it_too() -> None:
     case = symmetric(4, 16, 8)
@@ -684,9 +845,8 @@ def test_a_weight_packed_in_inference_mode_serves_outside_of_it_and_one_made_in_
     assert torch.equal(fsq.linear(case.act, case.q, case.qp, folded, case.bias, epilogue=known), y)
 
 
-@needs_onednn
 @pytest.mark.usefixtures("calls")
-def test_a_weight_made_in_inference_mode_is_packed_once_too_and_again_when_it_changes() -> None:
+def test_a_weight_made_in_inference_mode_is_packed_once_too_and_again_when_it_changes(packing: str) -> None:
     """It counts no versions."""
     with torch.inference_mode():
         case = symmetric(4, 16, 8, bias=False)
@@ -696,15 +856,17 @@ def test_a_weight_made_in_inference_mode_is_packed_once_too_and_again_when_it_ch
         known = fsq.epilogue(case.act, case.qp, folded)
         multiply = partial(fsq.linear, case.act, case.q, case.qp, folded, epilogue=known)
         y = multiply()
-        packed = onednn._PACKED[folded.codes]
+        packed = onednn._PACKED.get(folded.codes)
+        assert (packed is not None) == (packing == "oneDNN")
         assert torch.equal(multiply(), y)
-        assert onednn._PACKED[folded.codes] is packed
+        assert onednn._PACKED.get(folded.codes) is packed
         folded.codes.zero_()
         assert not multiply().any()
 
 
+@pytest.mark.usefixtures("packing")
 def test_a_bias_or_scale_with_any_stride_has_the_same_bits() -> None:
-    """oneDNN reads both as if they had none."""
+    """oneDNN, and our kernel, read both as if they had none."""
     case = symmetric(12, 16, 8)
     y = case.kept()
     spread = torch.stack([case.bias, torch.full_like(case.bias, 7.0)], 1)[:, 0]
@@ -715,12 +877,11 @@ def test_a_bias_or_scale_with_any_stride_has_the_same_bits() -> None:
     assert torch.equal(dataclasses.replace(case, bias=one.expand(8)).kept(), expected)
     folded, biases = case.folded(), torch.stack([case.bias, -case.bias], 1)
     known = fsq.epilogue(case.act, case.qp, folded)
-    with mock.patch.object(onednn, "WORTH", 0):
-        multiply = partial(fsq.linear, case.act, case.q, case.qp, folded)
-        y = torch.vmap(lambda bias: multiply(bias, epilogue=known), in_dims=1)(biases)
-        assert torch.equal(y, torch.stack([multiply(bias.contiguous()) for bias in biases.unbind(1)]))
-        strided = fsq.Epilogue(torch.stack([known.scale, known.scale + 1], 1)[:, 0], known.offset)
-        assert torch.equal(multiply(epilogue=strided), multiply())
+    multiply = partial(fsq.linear, case.act, case.q, case.qp, folded)
+    y = torch.vmap(lambda bias: multiply(bias, epilogue=known), in_dims=1)(biases)
+    assert torch.equal(y, torch.stack([multiply(bias.contiguous()) for bias in biases.unbind(1)]))
+    strided = fsq.Epilogue(torch.stack([known.scale, known.scale + 1], 1)[:, 0], known.offset)
+    assert torch.equal(multiply(epilogue=strided), multiply())
 
 
 def test_codes_of_a_zero_point_of_8_bits() -> None:
@@ -783,7 +944,6 @@ def test_vmap_over_experts_folds_their_weights(dtype: torch.dtype) -> None:
     assert torch.equal(torch.vmap(expert)(weights, x), expected)
 
 
-@needs_onednn
 @pytest.mark.usefixtures("calls")
 def test_vmap_over_kept_weights_equals_the_loop() -> None:
     cases = [symmetric(3, k, 5) for k in (16, 16)]
@@ -810,11 +970,7 @@ def test_a_bias_that_is_learned_has_its_gradient() -> None:
     assert bias.grad.tolist() == [4.0] * 8
 
 
-@needs_onednn
-def test_compiled_multiplies_a_kept_weight_by_onednn_in_one_compilation_and_exported_by_torch_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(onednn, "WORTH", 0)
+def test_compiled_multiplies_a_kept_weight_in_one_compilation_and_exported_by_torch_alone(packing: str) -> None:
     case = symmetric(2, 20, 12)
     folded = case.folded()
     known = fsq.epilogue(case.act, case.qp, folded)
@@ -830,7 +986,7 @@ def test_compiled_multiplies_a_kept_weight_by_onednn_in_one_compilation_and_expo
     x = torch.randn(5, 20)
     torch._dynamo.mark_dynamic(x, 0)
     y, (source,) = run_and_get_code(compiled, x)
-    assert "onednn_product" in source
+    assert f"{packing.lower()}_product" in source
     assert "_int_mm" not in source
     assert torch.equal(y, forward(x))
     for rows in (2, 17, 33):

@@ -20,9 +20,12 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +61,23 @@ def keep_memory() -> None:
     """
     if sys.platform == "linux" and not KEPT.items() <= os.environ.items():
         os.execve(sys.executable, sys.orig_argv, os.environ | KEPT)
+
+
+@contextmanager
+def printed() -> Iterator[list[str]]:
+    """Collect the lines that compiled code prints."""
+    lines: list[str] = []
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile("w+") as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            file.seek(0)
+            lines += file.read().splitlines()
 
 
 def medians(calls: Calls, seconds: float) -> dict[str, float]:
@@ -241,10 +261,13 @@ def main() -> None:
     rows, k, n = shapes[-1]
     calls = columns(rows, k, n)
     print(f"\n{quantized(torch.nn.Linear(k, n), torch.randn(rows, k), torch.int8)}", flush=True)
-    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-        for name in ("product", "int8, eager", "int8", "uint8", "float8", *(n for n in PEERS if n in calls)):
-            print(f"\n{name}, {rows}x{k}x{n}:", flush=True)
+    for name in ("product", "int8, eager", "int8", "uint8", "float8", *(n for n in PEERS if n in calls)):
+        print(f"\n{name}, {rows}x{k}x{n}:")
+        with printed() as lines, torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
             calls[name]()
+        ran = Counter(line.rpartition(",")[0] for line in lines if ",exec," in line)  # without the time
+        for line, count in ran.items():
+            print(f"{count} x {line}" if count > 1 else line)
 
 
 def cpu() -> str:

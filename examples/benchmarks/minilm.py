@@ -22,14 +22,12 @@ import copy
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,6 +41,7 @@ from linear import (
     STATIC_SETTINGS,
     keep_memory,
     medians,
+    printed,
     pt2e,
     torchao_linear,
     torchao_static,
@@ -268,30 +267,15 @@ PEERS = (
 )
 
 
-@contextmanager
-def printed() -> Iterator[list[str]]:
-    """Collect the lines that compiled code prints."""
-    lines: list[str] = []
-    sys.stdout.flush()
-    kept = os.dup(1)
-    with tempfile.TemporaryFile("w+") as file:
-        os.dup2(file.fileno(), 1)
-        try:
-            yield lines
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)
-            file.seek(0)
-            lines += file.read().splitlines()
-
-
 def kernels(call: Callable[[], object]) -> str:
-    """Return how many of which products oneDNN ran in a call; float32 ones are MKL's."""
+    """Return how many of which products oneDNN ran in a call, and tiles of ours; float32 ones are MKL's."""
     with printed() as lines, torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
         call()
     found: Counter[str] = Counter()
     for line in lines:
         fields = line.split(",")
+        if fields[2:6] == ["ukernel", "exec", "cpu", "brgemm"]:
+            found["tiles by brgemm"] += 1
         if fields[2:4] == ["primitive", "exec"] and fields[5] in ("matmul", "inner_product", "gemm_api"):
             types = re.findall(r"\b(?:src|wei|dst)[:_](\w+?):", fields[8])
             found[f"{fields[6] or fields[5]} {' x '.join(types[:2])} -> {types[2]}"] += 1

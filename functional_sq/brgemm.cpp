@@ -1,0 +1,374 @@
+// A product of codes, its scale, bias, residual, activation and the next codes, a tile at a time.
+//
+// at::native::cpublas::brgemm multiplies a tile, by a kernel that oneDNN makes for its sizes; this file packs a weight as
+// that wants it, and does what follows while the tile is in the cache. Compiled and called by brgemm.py.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+#include <optional>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using Reals = at::vec::Vectorized<float>;
+using at::native::cpublas::brgemm;
+
+constexpr int64_t ROWS = 64, COLUMNS = 64, DEPTH = 2048, LANES = Reals::size();
+static_assert(LANES == 16);
+
+// What a product is made of; a null pointer: there is none.
+struct Call {
+  int64_t m, n, k, activation;
+  at::ScalarType dtype;
+  const uint8_t* q;
+  const void* packed;
+  const int32_t* sums;  // of each row of the weight's codes
+  const int32_t* zero_point;
+  const int32_t* weight_zero_point;
+  const float* scale;
+  const float* bias;
+  const void* residual;
+  const float* to_scale;
+  const int32_t* to_zero_point;
+  void* y;
+};
+
+// Integers in groups of 4 along K, as VNNI adds them; bfloat16 in groups of 2.
+template <typename Code>
+constexpr int64_t GROUP = sizeof(Code) == 1 ? 4 : 2;
+
+template <typename Code>
+int64_t inner(int64_t k) {
+  return (k + GROUP<Code> - 1) / GROUP<Code> * GROUP<Code>;
+}
+
+// Ask for pages of 2 MB for what few rows stream from memory, before anything is written there.
+void huge(void* memory, size_t bytes) {
+  constexpr size_t PAGE = 1 << 21;
+  const size_t begin = (reinterpret_cast<size_t>(memory) + PAGE - 1) & ~(PAGE - 1);
+  const size_t end = (reinterpret_cast<size_t>(memory) + bytes) & ~(PAGE - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+// (N, K) -> (N / COLUMNS, K / GROUP, COLUMNS, GROUP), filled up with zeros.
+template <typename Code, typename From>
+void pack(const uint8_t* codes, int64_t n, int64_t k, Code* packed, From from) {
+  constexpr int64_t group = GROUP<Code>;
+  const int64_t size = COLUMNS * inner<Code>(k), widths = (n + COLUMNS - 1) / COLUMNS;
+  huge(packed, widths * size * sizeof(Code));
+  at::parallel_for(0, widths, 1, [&](int64_t begin, int64_t end) {
+    std::fill(packed + begin * size, packed + end * size, Code(0));
+    for (int64_t j = begin * COLUMNS; j < std::min(n, end * COLUMNS); ++j) {
+      Code* to = packed + j / COLUMNS * size + j % COLUMNS * group;
+      for (int64_t i = 0; i < k; ++i) to[i / group * COLUMNS * group + i % group] = from(codes[j * k + i]);
+    }
+  });
+}
+
+// e**x to 20 units in the last place: half the time of Sleef's, and codes are far coarser.
+inline Reals exp(Reals x) { return x.exp_u20(); }
+
+inline Reals tanh(Reals x) { return Reals(1) - Reals(2) / (exp(x + x) + Reals(1)); }
+
+// Abramowitz and Stegun 7.1.26: off by 1.5e-7 at most.
+inline Reals erf(Reals x) {
+  const Reals size = x.abs(), t = Reals(1) / at::vec::fmadd(Reals(0.3275911f), size, Reals(1));
+  Reals p = at::vec::fmadd(Reals(1.061405429f), t, Reals(-1.453152027f));
+  p = at::vec::fmadd(p, t, Reals(1.421413741f));
+  p = at::vec::fmadd(p, t, Reals(-0.284496736f));
+  p = at::vec::fmadd(p, t, Reals(0.254829592f));
+  const Reals y = Reals(1) - p * t * exp(Reals(0) - size * size);
+  return _mm512_or_ps(y, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
+}
+
+// In the order of ACTIVATIONS in requantize.py.
+template <int activation>
+inline Reals activated(Reals x) {
+  const Reals half(0.5f), one(1), zero(0), six(6);
+  if constexpr (activation == 1) return at::vec::maximum(x, zero);
+  if constexpr (activation == 2) return at::vec::clamp(x, zero, six);
+  if constexpr (activation == 3) return half * x * (one + erf(x * Reals(0.70710678f)));
+  if constexpr (activation == 4)
+    return half * x * (one + tanh(Reals(0.79788456f) * at::vec::fmadd(Reals(0.044715f) * x * x, x, x)));
+  if constexpr (activation == 5) return x / (one + exp(zero - x));
+  if constexpr (activation == 6) return x * at::vec::clamp(x + Reals(3), zero, six) / six;
+  if constexpr (activation == 7) return tanh(x);
+  return x;
+}
+
+inline Reals read(const float* p, __mmask16 some) { return _mm512_maskz_loadu_ps(some, p); }
+
+inline Reals read(const at::BFloat16* p, __mmask16 some) {
+  __m512 y;
+  at::vec::cvtbf16_fp32(_mm256_maskz_loadu_epi16(some, p), y);
+  return y;
+}
+
+inline Reals read(const at::Half* p, __mmask16 some) {
+  __m512 y;
+  at::vec::cvtfp16_fp32(_mm256_maskz_loadu_epi16(some, p), y);
+  return y;
+}
+
+inline void write(float* p, __mmask16 some, Reals y) { _mm512_mask_storeu_ps(p, some, y); }
+
+inline void write(at::BFloat16* p, __mmask16 some, Reals y) {
+  _mm256_mask_storeu_epi16(p, some, at::vec::cvtfp32_bf16(y));
+}
+
+inline void write(at::Half* p, __mmask16 some, Reals y) {
+  _mm256_mask_storeu_epi16(p, some, at::vec::cvtfp32_fp16(y));
+}
+
+inline void write(uint8_t* p, __mmask16 some, Reals y) {
+  _mm_mask_storeu_epi8(p, some, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(y)));
+}
+
+inline __m512i read(const int32_t* p, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, p); }
+
+// What is written of a tile of sums, whose first row and column in the result are given; of 16 columns at a time all
+// that is read for a column stays in registers.
+template <typename Sum, typename Y, int activation = 0>
+void finish(const Call& call, const Sum* sums, int64_t row, int64_t column, int64_t height, const int32_t* row_sums) {
+  constexpr bool codes = std::is_same_v<Y, uint8_t>, integers = std::is_same_v<Sum, int32_t>;
+  const bool biased = call.bias, asymmetric = call.weight_zero_point, added = call.residual;
+  const int64_t n = call.n, count = std::min(COLUMNS, n - column);
+  Reals inverse(0), to_zero_point(0);
+  if constexpr (codes) {
+    inverse = Reals(1 / *call.to_scale);
+    to_zero_point = Reals(static_cast<float>(*call.to_zero_point));
+  }
+  for (int64_t j = 0; j < count; j += LANES) {
+    const __mmask16 some = (1u << std::min(LANES, count - j)) - 1;
+    const int64_t at = column + j;
+    const Reals scale = read(call.scale + at, some), bias = biased ? read(call.bias + at, some) : Reals(0);
+    __m512i offset, zero_point;
+    if constexpr (integers) {
+      offset = read(call.sums + at, some);
+      if (asymmetric) {
+        zero_point = read(call.weight_zero_point + at, some);
+        const __m512i k = _mm512_set1_epi32(static_cast<int32_t>(call.k));
+        offset = _mm512_sub_epi32(offset, _mm512_mullo_epi32(k, zero_point));
+      }
+      offset = _mm512_mullo_epi32(offset, _mm512_set1_epi32(*call.zero_point));
+    }
+    Y* y = static_cast<Y*>(call.y) + row * n + at;
+    const Y* residual = static_cast<const Y*>(call.residual) + row * n + at;
+    for (int64_t i = 0; i < height; ++i) {
+      const Sum* from = sums + i * COLUMNS + j;
+      Reals x;
+      if constexpr (integers) {
+        __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(from), offset);
+        if (asymmetric) total = _mm512_sub_epi32(total, _mm512_mullo_epi32(zero_point, _mm512_set1_epi32(row_sums[i])));
+        x = _mm512_cvtepi32_ps(total);
+      } else {
+        x = Reals::loadu(from);
+      }
+      x = x * scale;
+      if (biased) x = x + bias;
+      if constexpr (codes) {
+        x = (activated<activation>(x) * inverse).round() + to_zero_point;
+        x = at::vec::clamp(x, Reals(0), Reals(255));
+      } else if (added) {
+        x = x + read(residual + i * n, some);
+      }
+      write(y + i * n, some, x);
+    }
+  }
+}
+
+template <typename Sum>
+using Finish = void (*)(const Call&, const Sum*, int64_t, int64_t, int64_t, const int32_t*);
+
+template <typename Sum>
+Finish<Sum> finisher(const Call& call) {
+  static constexpr Finish<Sum> codes[] = {
+      finish<Sum, uint8_t, 0>, finish<Sum, uint8_t, 1>, finish<Sum, uint8_t, 2>, finish<Sum, uint8_t, 3>,
+      finish<Sum, uint8_t, 4>, finish<Sum, uint8_t, 5>, finish<Sum, uint8_t, 6>, finish<Sum, uint8_t, 7>};
+  if (call.to_scale) return codes[call.activation];
+  if (call.dtype == at::kBFloat16) return finish<Sum, at::BFloat16>;
+  return call.dtype == at::kHalf ? finish<Sum, at::Half> : finish<Sum, float>;
+}
+
+// Each task has some rows, and all or a part of the columns: as many tasks as keep every thread at work.
+template <typename Code, typename Sum, typename Rows>
+void multiply(const Call& call, Rows rows_of) {
+  const int64_t heights = (call.m + ROWS - 1) / ROWS, widths = (call.n + COLUMNS - 1) / COLUMNS;
+  const int64_t parts = std::min(widths, (4 * at::get_num_threads() + heights - 1) / heights);
+  const int64_t width = inner<Code>(call.k), size = COLUMNS * width;
+  const Finish<Sum> finish = finisher<Sum>(call);
+  at::parallel_for(0, heights * parts, 1, [&](int64_t begin, int64_t end) {
+    alignas(64) Sum sums[ROWS * COLUMNS];
+    int32_t row_sums[ROWS] = {};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / parts * ROWS, height = std::min(ROWS, call.m - first), part = task % parts;
+      const auto* rows = rows_of(first, height);
+      if (call.weight_zero_point)
+        for (int64_t i = 0; i < height; ++i) {
+          const uint8_t* q = call.q + (first + i) * call.k;
+          row_sums[i] = std::accumulate(q, q + call.k, int32_t{0});
+        }
+      for (int64_t j = widths * part / parts; j < widths * (part + 1) / parts; ++j) {
+        const Code* weight = static_cast<const Code*>(call.packed) + j * size;
+        for (int64_t k = 0; k < width; k += DEPTH)
+          brgemm(
+              height, COLUMNS, std::min(DEPTH, width - k), width, COLUMNS, COLUMNS, k > 0, rows + k,
+              weight + k * COLUMNS, sums);
+        finish(call, sums, first, j * COLUMNS, height, row_sums);
+      }
+    }
+  });
+}
+
+// Return what gives some rows of the activations' codes, each made of one and followed by zeros.
+template <typename Code, typename From>
+auto copied(const Call& call, int64_t width, From from) {
+  return [=](int64_t first, int64_t height) {
+    static thread_local std::vector<Code> rows;
+    rows.assign(ROWS * width, 0);
+    for (int64_t i = 0; i < height; ++i)
+      std::transform(
+          call.q + (first + i) * call.k, call.q + (first + i + 1) * call.k, rows.begin() + i * width, from);
+    return const_cast<const Code*>(rows.data());
+  };
+}
+
+// A packed weight, which lives and dies with the tensor of its codes.
+struct Packed : c10::BackendMeta {
+  const c10::TensorImpl* owner;  // of two tensors that share it, one may have been written to
+  const void* memory;
+  uint32_t version = 0;
+  at::Tensor copy;  // of codes in inference mode, which have no version
+  at::Tensor weight, sums, values;
+
+  explicit Packed(const at::Tensor& codes) : owner(codes.unsafeGetTensorImpl()), memory(codes.const_data_ptr()) {
+    if (codes.is_inference())
+      copy = codes.clone(at::MemoryFormat::Contiguous);
+    else
+      version = codes._version();
+    const int64_t n = codes.size(0), k = codes.size(1), width = (n + COLUMNS - 1) / COLUMNS * COLUMNS;
+    const at::Tensor rows = codes.contiguous();
+    const uint8_t* from = static_cast<const uint8_t*>(rows.const_data_ptr());
+    if (codes.is_floating_point()) {
+      values = at::arange(256, at::kByte).view(codes.scalar_type()).to(at::kBFloat16);
+      weight = at::empty({width, inner<at::BFloat16>(k)}, at::kBFloat16);
+      const auto* value = values.const_data_ptr<at::BFloat16>();
+      pack(from, n, k, weight.data_ptr<at::BFloat16>(), [=](uint8_t code) { return value[code]; });
+    } else {
+      sums = codes.sum(1, false, at::kInt);
+      weight = at::empty({width, inner<int8_t>(k)}, at::kChar);
+      pack(from, n, k, weight.data_ptr<int8_t>(), [](uint8_t code) { return static_cast<int8_t>(code); });
+    }
+  }
+
+  bool is_of(const at::Tensor& codes) const {
+    if (owner != codes.unsafeGetTensorImpl() || memory != codes.const_data_ptr()) return false;
+    if (!codes.is_inference()) return version == codes._version();
+    const at::Tensor now = codes.contiguous();
+    return copy.defined() && std::memcmp(copy.const_data_ptr(), now.const_data_ptr(), now.nbytes()) == 0;
+  }
+};
+
+c10::intrusive_ptr<Packed> packed(const at::Tensor& codes) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  c10::TensorImpl* impl = codes.unsafeGetTensorImpl();
+  auto* known = dynamic_cast<Packed*>(impl->get_backend_meta());
+  if (known && known->is_of(codes)) return c10::intrusive_ptr<Packed>::reclaim_copy(known);
+  const c10::InferenceMode outside(false);  // what is kept serves calls outside of it too
+  const auto made = c10::make_intrusive<Packed>(codes);
+  impl->set_backend_meta(made);
+  return made;
+}
+
+int64_t place(std::string_view activation) {
+  static constexpr std::string_view names[] = {"none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "tanh"};
+  const auto* found = std::find(std::begin(names), std::end(names), activation);
+  TORCH_CHECK(found != std::end(names), "no such activation: ", activation);
+  return found - std::begin(names);
+}
+
+// What operands are read of: contiguous, and held until the call is over.
+struct Held {
+  std::vector<at::Tensor> tensors;
+
+  template <typename T>
+  const T* at(const std::optional<at::Tensor>& x) {
+    return x ? static_cast<const T*>(tensors.emplace_back(x->contiguous()).const_data_ptr()) : nullptr;
+  }
+};
+
+at::Tensor product(
+    const at::Tensor& q,
+    const std::optional<at::Tensor>& zero_point,
+    const at::Tensor& codes,
+    const std::optional<at::Tensor>& weight_zero_point,
+    const at::Tensor& scale,
+    const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& residual,
+    std::string_view activation,
+    const std::optional<at::Tensor>& to_scale,
+    const std::optional<at::Tensor>& to_zero_point,
+    at::ScalarType dtype) {
+  const at::Tensor y = at::empty({q.size(0), codes.size(0)}, q.options().dtype(to_scale ? at::kByte : dtype));
+  if (y.numel() == 0) return y;
+  const auto known = packed(codes);
+  Held held;
+  const Call call{
+      .m = q.size(0),
+      .n = codes.size(0),
+      .k = codes.size(1),
+      .activation = place(activation),
+      .dtype = dtype,
+      .q = held.at<uint8_t>(q),
+      .packed = known->weight.const_data_ptr(),
+      .sums = known->sums.defined() ? known->sums.const_data_ptr<int32_t>() : nullptr,
+      .zero_point = held.at<int32_t>(zero_point),
+      .weight_zero_point = held.at<int32_t>(weight_zero_point),
+      .scale = held.at<float>(scale),
+      .bias = held.at<float>(bias ? std::optional(bias->to(at::kFloat)) : std::nullopt),
+      .residual = held.at<void>(residual),
+      .to_scale = held.at<float>(to_scale),
+      .to_zero_point = held.at<int32_t>(to_zero_point),
+      .y = y.data_ptr()};
+  if (known->values.defined()) {
+    const auto* value = known->values.const_data_ptr<at::BFloat16>();
+    const int64_t width = inner<at::BFloat16>(call.k);
+    multiply<at::BFloat16, float>(
+        call, copied<at::BFloat16>(call, width, [=](uint8_t code) { return value[code]; }));
+  } else if (call.k % GROUP<int8_t> == 0) {
+    multiply<int8_t, int32_t>(call, [&](int64_t first, int64_t) { return call.q + first * call.k; });
+  } else {
+    multiply<int8_t, int32_t>(
+        call, copied<uint8_t>(call, inner<int8_t>(call.k), [](uint8_t code) { return code; }));
+  }
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(functional_sq, CPU, library) { library.impl("brgemm_product", product); }
+
+// Whether brgemm multiplies integers on this processor.
+extern "C" bool works() try {
+  const uint8_t q[4] = {255, 1, 2, 3};
+  const int8_t weight[4 * COLUMNS] = {-128, 1, 1, 1};
+  int32_t sums[COLUMNS];
+  brgemm(1, COLUMNS, 4, 4, COLUMNS, COLUMNS, false, q, weight, sums);
+  return sums[0] == 255 * -128 + 6 && sums[1] == 0;
+} catch (const c10::Error&) {
+  return false;
+}

@@ -1,0 +1,260 @@
+"""The product of codes on a CPU with VNNI, by the kernels of oneDNN that torch gives to C++: all that follows inside.
+
+The weight is packed once. A tile of sums is scaled, corrected, activated and made codes of while it is in the cache, so
+no int32 matrix is written or read: asymmetric weights cost what symmetric ones do, and float8 is multiplied as bfloat16
+and summed in float32, which no function of torch does on a CPU. The operations are those of `functional_sq.linear` in
+its order, so the same bits. `brgemm.cpp` is compiled when a weight is first asked about, in 10 s, by the compiler that
+Inductor takes, and kept beside what Inductor compiles; where that fails, a warning says so, and others multiply.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sq import onednn
+from functional_sq.int_mm import INT32_TERMS
+from functional_sq.operands import Operands
+from functional_sq.requantize import ACTIVATIONS, fills_a_byte
+from functional_sq.spec import QuantSpec
+from functional_sq.tracing import asked_once, define_operator
+
+__all__ = [
+    "CODES",
+    "NAME",
+    "float8_product",
+    "is_built",
+    "is_capable_of_float8",
+    "key",
+    "plus",
+    "product",
+    "requantizes",
+    "rows",
+    "supports",
+]
+
+NAME: str = "brgemm"
+
+CODES: torch.dtype = torch.uint8
+"""VNNI adds products of unsigned and signed codes."""
+
+_COMPILER = os.environ.get("CXX", "g++")
+
+AVAILABLE: bool = sys.platform == "linux" and onednn.AVAILABLE and not onednn.AMX and bool(shutil.which(_COMPILER))
+"""Whether this CPU adds products of 8 bits in 32, and there is a compiler. With AMX `onednn` is as fast for int8; these
+products have not been timed there."""
+
+_FLAGS = (
+    *("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off"),
+    *(f"-m{isa}" for isa in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")),
+    *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+)
+
+HAS_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()
+"""Whether this CPU multiplies bfloat16 and adds in float32."""
+
+
+def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
+    """Whether a folded weight is multiplied: int8, on a CPU with VNNI.
+
+    Args:
+        codes: `(N, K)`, the weight's.
+        zero_point: the weight's; None where it is 0.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import brgemm
+        >>> brgemm.supports(torch.zeros(4, 8), None)
+        False
+    """
+    return codes.dtype is torch.int8 and _takes(codes) and codes.shape[1] <= INT32_TERMS
+
+
+def is_capable_of_float8(codes: Tensor) -> bool:
+    """Whether a weight is float8, and its values are multiplied as bfloat16 by this CPU.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import brgemm
+        >>> brgemm.is_capable_of_float8(torch.zeros(4, 8))
+        False
+    """
+    return HAS_BFLOAT16 and codes.is_floating_point() and codes.itemsize == 1 and _takes(codes)
+
+
+def _takes(codes: Tensor) -> bool:
+    return codes.device.type == "cpu" and codes.ndim == 2 and codes.numel() > 0 and is_built()
+
+
+def rows(codes: Tensor, zero_point: Tensor | None) -> range:
+    """Return for how many rows it is the faster one: for any number but one, for which `torch._int_mm` streams a weight
+    at 25 GB/s, and this at 20.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import brgemm
+        >>> 1 in brgemm.rows(torch.empty(4096, 1024), None), 2 in brgemm.rows(torch.empty(4096, 1024), None)
+        (False, True)
+    """
+    return range(2, sys.maxsize)
+
+
+def key() -> tuple[object, ...]:
+    """Return what the answers here depend on, beside their arguments."""
+    return is_built(), HAS_BFLOAT16
+
+
+def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
+    """Whether an activation is applied and codes are made of the result: of all 8 bits, one scale.
+
+    Args:
+        spec: the codes' quantization.
+        scale: its scale.
+        activation: a key of `functional_sq.ACTIVATIONS`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq import brgemm
+        >>> brgemm.requantizes(fsq.QuantSpec(torch.int8, fsq.PerTensor()), torch.ones(1), "relu")
+        True
+    """
+    return fills_a_byte(spec, scale) and activation in ACTIVATIONS
+
+
+def product(
+    operands: Operands,
+    activation: str = "none",
+    to_scale: Tensor | None = None,
+    to_zero_point: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return `(q - zero_point) @ (codes - weight_zero_point).T * scale + bias`: exact, rounded, then as written.
+
+    Args:
+        operands: uint8 codes, and a weight that `supports` takes; packed at the first call, and again once it changes.
+        activation: what `requantizes` takes, applied before codes are made; "none" without `to_scale`.
+        to_scale, to_zero_point: float32 and int32, one element each: the result is uint8 codes of them. Beside
+            `functional_sq.quantize` a code may differ by one where the value lies on the border of two, as `erf`, `exp`
+            and `tanh` are polynomials.
+        dtype: what the result is rounded to, once, where it is no codes.
+
+    Returns:
+        `(M, N)` in `dtype`, or uint8 with `to_scale`.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import brgemm
+        >>> from functional_sq.operands import Operands
+        >>> q, w = torch.tensor([[10, 1]], dtype=torch.uint8), torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
+        >>> z, scale = torch.tensor([1], dtype=torch.int32), torch.tensor([1.0, 0.5])
+        >>> brgemm.product(Operands(q, z, w, None, scale, torch.empty(0), None))
+        tensor([[ 9.0000, 13.5000]])
+    """
+    q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
+    then = activation, to_scale, to_zero_point, dtype
+    return _call(q, zero_point, codes, weight_zero_point, scale, bias, None, *then)
+
+
+def plus(residual: Tensor, operands: Operands) -> Tensor:
+    """Return `product(operands) + residual`, rounded once to the residual's dtype.
+
+    Args:
+        residual: `(..., N)`, in all M rows, of any real dtype; without a gradient.
+        operands: as `product`.
+    """
+    q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
+    added = residual.reshape(-1, codes.shape[0]), "none", None, None, residual.dtype
+    return _call(q, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
+
+
+def float8_product(
+    q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return `q @ codes.T * scale + bias + residual` of float8: products exact, summed in float32, rounded once.
+
+    Args:
+        q: codes `(M, K)`.
+        codes: `(N, K)`, a weight that `is_capable_of_float8` takes; packed at the first call, as bfloat16.
+        scale: `(N,)` float32.
+        bias: `(N,)` of any real dtype, or None.
+        residual: `(M, N)` in `dtype`, or None.
+        dtype: of the result: float32, bfloat16 or float16.
+    """
+    return _call(q, None, codes, None, scale, bias, residual, "none", None, None, dtype)
+
+
+def _call(*arguments: Any) -> Tensor:
+    if not is_built():
+        raise RuntimeError("brgemm.cpp is not compiled on this machine; ask `supports` before")
+    y: Tensor = torch.ops.functional_sq.brgemm_product.default(*arguments)
+    return y
+
+
+def _fake(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
+    *_, to_scale, _, dtype = rest
+    return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
+
+
+define_operator(
+    "brgemm_product",
+    "(Tensor q, Tensor? zero_point, Tensor codes, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
+    "Tensor? residual, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
+    None,  # in brgemm.cpp
+    _fake,
+)
+
+
+@asked_once
+def is_built() -> bool:
+    """Whether the kernel is there, compiled if it never was; says why not.
+
+    Example:
+        >>> from functional_sq import brgemm
+        >>> brgemm.is_built() <= brgemm.AVAILABLE
+        True
+    """
+    return AVAILABLE and _works()
+
+
+@functools.cache
+def _works() -> bool:
+    try:
+        works = ctypes.CDLL(str(_compiled())).works
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(f"products of codes are slower than they could be: {_COMPILER} failed: {said}", stacklevel=2)
+        return False
+    works.restype = ctypes.c_bool
+    return bool(works())
+
+
+def _compiled() -> Path:
+    """Return the shared library, which is named by all that it depends on."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # not needed by who never multiplies
+
+    source, root = Path(__file__).with_suffix(".cpp"), Path(torch.__file__).parent
+    flags = (*_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    name = sha256(repr((source.read_text(), _COMPILER, flags, torch.__version__, str(root))).encode()).hexdigest()
+    path = Path(cache_dir()) / "functional_sq" / f"{name}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            command = [_COMPILER, *flags, f"-I{root / 'include'}", str(source), "-o", str(made)]
+            libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+            subprocess.run([*command, *libraries], check=True, capture_output=True, text=True)
+            made.replace(path)
+    return path
