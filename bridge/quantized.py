@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -402,6 +402,18 @@ class Quantized(Buffers):
         )
 
 
+def _taken_by(backends: Iterable[tuple[str, range]], what: str) -> str:
+    """Say which backend takes how many rows or windows; the first that takes a number does, in the order given."""
+    shown, least = "", sys.maxsize
+    for name, taken in backends:
+        taken = range(taken.start, min(taken.stop, least))
+        if taken:
+            last = f"{what} on" if taken.stop == sys.maxsize else f"to {taken.stop - 1} {what}"
+            shown += f", by {name} from {taken.start} {last}"
+            least = taken.start
+    return shown
+
+
 class QuantizedLinear(Quantized):
     """A linear layer with static ranges that multiplies codes: integers, or float8.
 
@@ -502,15 +514,9 @@ class QuantizedLinear(Quantized):
 
     def _backend(self) -> str:
         weight = self.weight_codes, self.weight_zero_point
-        shown, least = "", sys.maxsize  # from how many rows on another one is asked before
-        for each in backends.PRODUCTS:
-            rows = each.rows(*weight) if each.supports(*weight) else range(0)
-            rows = range(rows.start, min(rows.stop, least))
-            if rows:
-                last = "rows on" if rows.stop == sys.maxsize else f"to {rows.stop - 1} rows"
-                shown += f", by {each.NAME} from {rows.start} {last}"
-                least = rows.start
-        return shown
+        return _taken_by(
+            ((each.NAME, each.rows(*weight)) for each in backends.PRODUCTS if each.supports(*weight)), "rows"
+        )
 
 
 _GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups")
@@ -574,15 +580,15 @@ class _QuantizedConv(Quantized):
         # A transposed one is a convolution of codes that were spread, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
         weight = self.weight_codes, self.weight_zero_point
-        taken = {
-            each.NAME: each.least_windows(*weight, steps, self.dilation, self.groups)
+        least = (
+            (each.NAME, each.least_windows(*weight, steps, self.dilation, self.groups))
             for each in backends.CONVOLUTIONS
             if each.supports(*weight)
-        }
-        by = [f", by {name} from {least} windows on" for name, least in taken.items() if least < sys.maxsize]
+        )
+        by = _taken_by(((name, range(count, sys.maxsize)) for name, count in least), "windows")
         if is_tapped(self.act_spec, self.weight_codes, self.groups) and (not by or is_looped_first(*weight)):
-            by.append(", compiled to one loop")
-        return "".join(by)
+            by += ", compiled to one loop"
+        return by
 
 
 class QuantizedConv1d(_QuantizedConv):

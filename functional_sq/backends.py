@@ -114,7 +114,7 @@ class Convolution(_Backend, Protocol):
 
 
 PRODUCTS: list[Product] = [brgemm, onednn, triton_mm]
-CONVOLUTIONS: list[Convolution] = [onednn_conv, triton_conv]
+CONVOLUTIONS: list[Convolution] = [brgemm, onednn_conv, triton_conv]
 
 
 def product_for(rows: int, codes: Tensor, zero_point: Tensor | None) -> Product | None:

@@ -1,4 +1,4 @@
-// A product of codes, its scale, bias, residual, activation and the next codes, a tile at a time.
+// A product or convolution of codes, its scale, bias, residual, activation and the next codes, a tile at a time.
 //
 // at::native::cpublas::brgemm multiplies a tile, by a kernel that oneDNN makes for its sizes; this file packs a weight as
 // that wants it, and does what follows while the tile is in the cache. Compiled and called by brgemm.py.
@@ -31,7 +31,7 @@ static_assert(LANES == 16);
 
 // What a product is made of; a null pointer: there is none.
 struct Call {
-  int64_t m, n, k, activation;
+  int64_t m, n, k, groups, activation;  // (M, K) for each group, N of all together
   at::ScalarType dtype;
   const uint8_t* q;
   const void* packed;
@@ -63,18 +63,22 @@ void huge(void* memory, size_t bytes) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
-// (N, K) -> (N / COLUMNS, K / GROUP, COLUMNS, GROUP), filled up with zeros.
+int64_t tiles(int64_t n) { return (n + COLUMNS - 1) / COLUMNS; }
+
+// (N, K) -> (N / COLUMNS, K / GROUP, COLUMNS, GROUP), filled up with zeros; each of `groups` begins a tile of columns.
 template <typename Code, typename From>
-void pack(const uint8_t* codes, int64_t n, int64_t k, Code* packed, From from) {
-  constexpr int64_t group = GROUP<Code>;
-  const int64_t size = COLUMNS * inner<Code>(k), widths = (n + COLUMNS - 1) / COLUMNS;
-  huge(packed, widths * size * sizeof(Code));
-  at::parallel_for(0, widths, 1, [&](int64_t begin, int64_t end) {
+void pack(const uint8_t* codes, int64_t n, int64_t k, int64_t groups, Code* packed, From from) {
+  constexpr int64_t together = GROUP<Code>;
+  const int64_t each = n / groups, size = COLUMNS * inner<Code>(k), widths = tiles(each);
+  huge(packed, groups * widths * size * sizeof(Code));
+  at::parallel_for(0, groups * widths, 1, [&](int64_t begin, int64_t end) {
     std::fill(packed + begin * size, packed + end * size, Code(0));
-    for (int64_t j = begin * COLUMNS; j < std::min(n, end * COLUMNS); ++j) {
-      Code* to = packed + j / COLUMNS * size + j % COLUMNS * group;
-      for (int64_t i = 0; i < k; ++i) to[i / group * COLUMNS * group + i % group] = from(codes[j * k + i]);
-    }
+    for (int64_t tile = begin; tile < end; ++tile)
+      for (int64_t j = tile % widths * COLUMNS; j < std::min(each, (tile % widths + 1) * COLUMNS); ++j) {
+        const uint8_t* row = codes + (tile / widths * each + j) * k;
+        Code* to = packed + tile * size + j % COLUMNS * together;
+        for (int64_t i = 0; i < k; ++i) to[i / together * COLUMNS * together + i % together] = from(row[i]);
+      }
   });
 }
 
@@ -139,21 +143,26 @@ inline void write(uint8_t* p, __mmask16 some, Reals y) {
 
 inline __m512i read(const int32_t* p, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, p); }
 
-// What is written of a tile of sums, whose first row and column in the result are given; of 16 columns at a time all
-// that is read for a column stays in registers.
+// Where a tile of sums lies in the result.
+struct Tile {
+  int64_t row, height, column, count;
+};
+
+// What is written of a tile; of 16 columns at a time all that is read for a column stays in registers.
 template <typename Sum, typename Y, int activation = 0>
-void finish(const Call& call, const Sum* sums, int64_t row, int64_t column, int64_t height, const int32_t* row_sums) {
+void finish(const Call& call, const Sum* sums, const Tile& tile, const int32_t* row_sums) {
   constexpr bool codes = std::is_same_v<Y, uint8_t>, integers = std::is_same_v<Sum, int32_t>;
   const bool biased = call.bias, asymmetric = call.weight_zero_point, added = call.residual;
-  const int64_t n = call.n, count = std::min(COLUMNS, n - column);
+  const bool rectified = call.activation == 1;  // after a residual
+  const int64_t n = call.n;
   Reals inverse(0), to_zero_point(0);
   if constexpr (codes) {
     inverse = Reals(1 / *call.to_scale);
     to_zero_point = Reals(static_cast<float>(*call.to_zero_point));
   }
-  for (int64_t j = 0; j < count; j += LANES) {
-    const __mmask16 some = (1u << std::min(LANES, count - j)) - 1;
-    const int64_t at = column + j;
+  for (int64_t j = 0; j < tile.count; j += LANES) {
+    const __mmask16 some = (1u << std::min(LANES, tile.count - j)) - 1;
+    const int64_t at = tile.column + j;
     const Reals scale = read(call.scale + at, some), bias = biased ? read(call.bias + at, some) : Reals(0);
     __m512i offset, zero_point;
     if constexpr (integers) {
@@ -165,9 +174,9 @@ void finish(const Call& call, const Sum* sums, int64_t row, int64_t column, int6
       }
       offset = _mm512_mullo_epi32(offset, _mm512_set1_epi32(*call.zero_point));
     }
-    Y* y = static_cast<Y*>(call.y) + row * n + at;
-    const Y* residual = static_cast<const Y*>(call.residual) + row * n + at;
-    for (int64_t i = 0; i < height; ++i) {
+    Y* y = static_cast<Y*>(call.y) + tile.row * n + at;
+    const Y* residual = static_cast<const Y*>(call.residual) + tile.row * n + at;
+    for (int64_t i = 0; i < tile.height; ++i) {
       const Sum* from = sums + i * COLUMNS + j;
       Reals x;
       if constexpr (integers) {
@@ -184,6 +193,7 @@ void finish(const Call& call, const Sum* sums, int64_t row, int64_t column, int6
         x = at::vec::clamp(x, Reals(0), Reals(255));
       } else if (added) {
         x = x + read(residual + i * n, some);
+        if (rectified) x = activated<1>(x);
       }
       write(y + i * n, some, x);
     }
@@ -191,7 +201,7 @@ void finish(const Call& call, const Sum* sums, int64_t row, int64_t column, int6
 }
 
 template <typename Sum>
-using Finish = void (*)(const Call&, const Sum*, int64_t, int64_t, int64_t, const int32_t*);
+using Finish = void (*)(const Call&, const Sum*, const Tile&, const int32_t*);
 
 template <typename Sum>
 Finish<Sum> finisher(const Call& call) {
@@ -206,43 +216,98 @@ Finish<Sum> finisher(const Call& call) {
 // Each task has some rows, and all or a part of the columns: as many tasks as keep every thread at work.
 template <typename Code, typename Sum, typename Rows>
 void multiply(const Call& call, Rows rows_of) {
-  const int64_t heights = (call.m + ROWS - 1) / ROWS, widths = (call.n + COLUMNS - 1) / COLUMNS;
+  const int64_t each = call.n / call.groups, heights = (call.m + ROWS - 1) / ROWS, widths = call.groups * tiles(each);
   const int64_t parts = std::min(widths, (4 * at::get_num_threads() + heights - 1) / heights);
-  const int64_t width = inner<Code>(call.k), size = COLUMNS * width;
+  const int64_t depth = inner<Code>(call.k), size = COLUMNS * depth;
   const Finish<Sum> finish = finisher<Sum>(call);
   at::parallel_for(0, heights * parts, 1, [&](int64_t begin, int64_t end) {
     alignas(64) Sum sums[ROWS * COLUMNS];
     int32_t row_sums[ROWS] = {};
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / parts * ROWS, height = std::min(ROWS, call.m - first), part = task % parts;
-      const auto* rows = rows_of(first, height);
-      if (call.weight_zero_point)
-        for (int64_t i = 0; i < height; ++i) {
-          const uint8_t* q = call.q + (first + i) * call.k;
-          row_sums[i] = std::accumulate(q, q + call.k, int32_t{0});
+      const int64_t row = task / parts * ROWS, part = task % parts;
+      Tile tile{.row = row, .height = std::min(ROWS, call.m - row)};
+      decltype(rows_of(0, 0, 0)) rows = nullptr;
+      for (int64_t j = widths * part / parts, last = -1; j < widths * (part + 1) / parts; ++j) {
+        const int64_t group = j / tiles(each), column = j % tiles(each) * COLUMNS;
+        tile.column = group * each + column;
+        tile.count = std::min(COLUMNS, each - column);
+        if (group != last) {
+          rows = rows_of(row, tile.height, group);
+          if (call.weight_zero_point)
+            for (int64_t i = 0; i < tile.height; ++i)
+              row_sums[i] = std::accumulate(rows + i * depth, rows + (i + 1) * depth, int32_t{0});
+          last = group;
         }
-      for (int64_t j = widths * part / parts; j < widths * (part + 1) / parts; ++j) {
         const Code* weight = static_cast<const Code*>(call.packed) + j * size;
-        for (int64_t k = 0; k < width; k += DEPTH)
+        for (int64_t k = 0; k < depth; k += DEPTH)
           brgemm(
-              height, COLUMNS, std::min(DEPTH, width - k), width, COLUMNS, COLUMNS, k > 0, rows + k,
+              tile.height, COLUMNS, std::min(DEPTH, depth - k), depth, COLUMNS, COLUMNS, k > 0, rows + k,
               weight + k * COLUMNS, sums);
-        finish(call, sums, first, j * COLUMNS, height, row_sums);
+        finish(call, sums, tile, row_sums);
       }
     }
   });
 }
 
+// Memory for some rows, of each thread.
+template <typename Code>
+Code* scratch(int64_t size) {
+  static thread_local std::vector<Code> memory;
+  memory.resize(std::max<size_t>(memory.size(), size));
+  return memory.data();
+}
+
 // Return what gives some rows of the activations' codes, each made of one and followed by zeros.
 template <typename Code, typename From>
-auto copied(const Call& call, int64_t width, From from) {
-  return [=](int64_t first, int64_t height) {
-    static thread_local std::vector<Code> rows;
-    rows.assign(ROWS * width, 0);
-    for (int64_t i = 0; i < height; ++i)
-      std::transform(
-          call.q + (first + i) * call.k, call.q + (first + i + 1) * call.k, rows.begin() + i * width, from);
-    return const_cast<const Code*>(rows.data());
+auto copied(const Call& call, int64_t depth, From from) {
+  return [=](int64_t first, int64_t height, int64_t) {
+    Code* rows = scratch<Code>(ROWS * depth);
+    for (int64_t i = 0; i < height; ++i) {
+      const uint8_t* q = call.q + (first + i) * call.k;
+      Code* end = std::transform(q, q + call.k, rows + i * depth, from);
+      std::fill(end, rows + (i + 1) * depth, Code(0));
+    }
+    return const_cast<const Code*>(rows);
+  };
+}
+
+// What a convolution takes: of images (batch, height, width, channels) in memory.
+struct Geometry {
+  int64_t height, width, channels;
+  int64_t kernel[2], stride[2], dilation[2], above, left;
+  int64_t windows[2];  // of an image, along height and width
+};
+
+// Return what gives some windows of images, (taps, channels of the group), with the zero point where there is no pixel.
+auto gathered(const Call& call, const Geometry& of) {
+  return [=](int64_t first, int64_t height, int64_t group) {
+    const int64_t depth = inner<int8_t>(call.k), channels = of.channels / call.groups;
+    const int64_t step = of.dilation[1] * of.channels, along = of.kernel[1];
+    uint8_t* rows = scratch<uint8_t>(ROWS * depth);
+    for (int64_t i = 0; i < height; ++i) {
+      const int64_t window = first + i, row = window / of.windows[1];
+      const int64_t top = row % of.windows[0] * of.stride[0] - of.above;
+      const int64_t left = window % of.windows[1] * of.stride[1] - of.left;
+      const uint8_t* image = call.q + row / of.windows[0] * of.height * of.width * of.channels + group * channels;
+      uint8_t* to = rows + i * depth;
+      for (int64_t a = 0; a < of.kernel[0]; ++a) {
+        const int64_t y = top + a * of.dilation[0];
+        const uint8_t* from = image + (y * of.width + left) * of.channels;
+        const bool inside = 0 <= y && y < of.height;
+        const bool whole = inside && 0 <= left && left + (along - 1) * of.dilation[1] < of.width;
+        if (whole && step == channels) {  // pixels that lie side by side
+          to = std::copy_n(from, along * channels, to);
+          continue;
+        }
+        for (int64_t b = 0; b < along; ++b, from += step) {
+          const int64_t x = left + b * of.dilation[1];
+          to = inside && 0 <= x && x < of.width ? std::copy_n(from, channels, to)
+                                                : std::fill_n(to, channels, static_cast<uint8_t>(*call.zero_point));
+        }
+      }
+      std::fill(to, rows + (i + 1) * depth, uint8_t(0));
+    }
+    return const_cast<const uint8_t*>(rows);
   };
 }
 
@@ -250,46 +315,49 @@ auto copied(const Call& call, int64_t width, From from) {
 struct Packed : c10::BackendMeta {
   const c10::TensorImpl* owner;  // of two tensors that share it, one may have been written to
   const void* memory;
+  int64_t groups, depth = 0;  // K
   uint32_t version = 0;
   at::Tensor copy;  // of codes in inference mode, which have no version
   at::Tensor weight, sums, values;
 
-  explicit Packed(const at::Tensor& codes) : owner(codes.unsafeGetTensorImpl()), memory(codes.const_data_ptr()) {
+  Packed(const at::Tensor& codes, int64_t groups)
+      : owner(codes.unsafeGetTensorImpl()), memory(codes.const_data_ptr()), groups(groups) {
     if (codes.is_inference())
       copy = codes.clone(at::MemoryFormat::Contiguous);
     else
       version = codes._version();
-    const int64_t n = codes.size(0), k = codes.size(1), width = (n + COLUMNS - 1) / COLUMNS * COLUMNS;
-    const at::Tensor rows = codes.contiguous();
+    // A window has the channels of a pixel side by side.
+    const at::Tensor rows = codes.movedim(1, -1).contiguous().flatten(1);
+    const int64_t n = rows.size(0), k = depth = rows.size(1), width = groups * tiles(n / groups) * COLUMNS;
     const uint8_t* from = static_cast<const uint8_t*>(rows.const_data_ptr());
     if (codes.is_floating_point()) {
       values = at::arange(256, at::kByte).view(codes.scalar_type()).to(at::kBFloat16);
       weight = at::empty({width, inner<at::BFloat16>(k)}, at::kBFloat16);
       const auto* value = values.const_data_ptr<at::BFloat16>();
-      pack(from, n, k, weight.data_ptr<at::BFloat16>(), [=](uint8_t code) { return value[code]; });
+      pack(from, n, k, groups, weight.data_ptr<at::BFloat16>(), [=](uint8_t code) { return value[code]; });
     } else {
-      sums = codes.sum(1, false, at::kInt);
+      sums = rows.sum(1, false, at::kInt);
       weight = at::empty({width, inner<int8_t>(k)}, at::kChar);
-      pack(from, n, k, weight.data_ptr<int8_t>(), [](uint8_t code) { return static_cast<int8_t>(code); });
+      pack(from, n, k, groups, weight.data_ptr<int8_t>(), [](uint8_t code) { return static_cast<int8_t>(code); });
     }
   }
 
-  bool is_of(const at::Tensor& codes) const {
-    if (owner != codes.unsafeGetTensorImpl() || memory != codes.const_data_ptr()) return false;
+  bool is_of(const at::Tensor& codes, int64_t in_groups) const {
+    if (owner != codes.unsafeGetTensorImpl() || memory != codes.const_data_ptr() || groups != in_groups) return false;
     if (!codes.is_inference()) return version == codes._version();
     const at::Tensor now = codes.contiguous();
     return copy.defined() && std::memcmp(copy.const_data_ptr(), now.const_data_ptr(), now.nbytes()) == 0;
   }
 };
 
-c10::intrusive_ptr<Packed> packed(const at::Tensor& codes) {
+c10::intrusive_ptr<Packed> packed(const at::Tensor& codes, int64_t groups) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   c10::TensorImpl* impl = codes.unsafeGetTensorImpl();
   auto* known = dynamic_cast<Packed*>(impl->get_backend_meta());
-  if (known && known->is_of(codes)) return c10::intrusive_ptr<Packed>::reclaim_copy(known);
+  if (known && known->is_of(codes, groups)) return c10::intrusive_ptr<Packed>::reclaim_copy(known);
   const c10::InferenceMode outside(false);  // what is kept serves calls outside of it too
-  const auto made = c10::make_intrusive<Packed>(codes);
+  const auto made = c10::make_intrusive<Packed>(codes, groups);
   impl->set_backend_meta(made);
   return made;
 }
@@ -311,6 +379,36 @@ struct Held {
   }
 };
 
+struct Operands {
+  const std::optional<at::Tensor>&zero_point, &weight_zero_point, &bias, &residual, &to_scale, &to_zero_point;
+  const at::Tensor& scale;
+};
+
+// Return the call that writes to `y`, `(..., N)`.
+Call call_of(
+    const at::Tensor& q, const Packed& weight, const Operands& operands, std::string_view activation,
+    const at::Tensor& y, Held& held) {
+  const auto& bias = operands.bias;
+  return {
+      .m = y.size(-1) ? y.numel() / y.size(-1) : 0,
+      .n = y.size(-1),
+      .k = weight.depth,
+      .groups = weight.groups,
+      .activation = place(activation),
+      .dtype = y.scalar_type(),
+      .q = held.at<uint8_t>(q),
+      .packed = weight.weight.const_data_ptr(),
+      .sums = weight.sums.defined() ? weight.sums.const_data_ptr<int32_t>() : nullptr,
+      .zero_point = held.at<int32_t>(operands.zero_point),
+      .weight_zero_point = held.at<int32_t>(operands.weight_zero_point),
+      .scale = held.at<float>(operands.scale),
+      .bias = held.at<float>(bias ? std::optional(bias->to(at::kFloat)) : std::nullopt),
+      .residual = held.at<void>(operands.residual),
+      .to_scale = held.at<float>(operands.to_scale),
+      .to_zero_point = held.at<int32_t>(operands.to_zero_point),
+      .y = y.data_ptr()};
+}
+
 at::Tensor product(
     const at::Tensor& q,
     const std::optional<at::Tensor>& zero_point,
@@ -325,32 +423,17 @@ at::Tensor product(
     at::ScalarType dtype) {
   const at::Tensor y = at::empty({q.size(0), codes.size(0)}, q.options().dtype(to_scale ? at::kByte : dtype));
   if (y.numel() == 0) return y;
-  const auto known = packed(codes);
+  const auto weight = packed(codes, 1);
+  const Operands operands{zero_point, weight_zero_point, bias, residual, to_scale, to_zero_point, scale};
   Held held;
-  const Call call{
-      .m = q.size(0),
-      .n = codes.size(0),
-      .k = codes.size(1),
-      .activation = place(activation),
-      .dtype = dtype,
-      .q = held.at<uint8_t>(q),
-      .packed = known->weight.const_data_ptr(),
-      .sums = known->sums.defined() ? known->sums.const_data_ptr<int32_t>() : nullptr,
-      .zero_point = held.at<int32_t>(zero_point),
-      .weight_zero_point = held.at<int32_t>(weight_zero_point),
-      .scale = held.at<float>(scale),
-      .bias = held.at<float>(bias ? std::optional(bias->to(at::kFloat)) : std::nullopt),
-      .residual = held.at<void>(residual),
-      .to_scale = held.at<float>(to_scale),
-      .to_zero_point = held.at<int32_t>(to_zero_point),
-      .y = y.data_ptr()};
-  if (known->values.defined()) {
-    const auto* value = known->values.const_data_ptr<at::BFloat16>();
-    const int64_t width = inner<at::BFloat16>(call.k);
+  const Call call = call_of(q, *weight, operands, activation, y, held);
+  if (weight->values.defined()) {
+    const auto* value = weight->values.const_data_ptr<at::BFloat16>();
+    const int64_t depth = inner<at::BFloat16>(call.k);
     multiply<at::BFloat16, float>(
-        call, copied<at::BFloat16>(call, width, [=](uint8_t code) { return value[code]; }));
+        call, copied<at::BFloat16>(call, depth, [=](uint8_t code) { return value[code]; }));
   } else if (call.k % GROUP<int8_t> == 0) {
-    multiply<int8_t, int32_t>(call, [&](int64_t first, int64_t) { return call.q + first * call.k; });
+    multiply<int8_t, int32_t>(call, [&](int64_t first, int64_t, int64_t) { return call.q + first * call.k; });
   } else {
     multiply<int8_t, int32_t>(
         call, copied<uint8_t>(call, inner<int8_t>(call.k), [](uint8_t code) { return code; }));
@@ -358,9 +441,56 @@ at::Tensor product(
   return y;
 }
 
+at::Tensor convolution(
+    const at::Tensor& q,
+    const at::Tensor& zero_point,
+    const at::Tensor& codes,
+    const std::optional<at::Tensor>& weight_zero_point,
+    const at::Tensor& scale,
+    const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& residual,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups,
+    std::string_view activation,
+    const std::optional<at::Tensor>& to_scale,
+    const std::optional<at::Tensor>& to_zero_point,
+    at::ScalarType dtype) {
+  const at::Tensor images = q.permute({0, 2, 3, 1}).contiguous();
+  Geometry of{.height = images.size(1), .width = images.size(2), .channels = images.size(3)};
+  for (int64_t i : {0, 1}) {
+    of.kernel[i] = codes.dim() == 4 ? codes.size(2 + i) : i ? codes.size(2) : 1;
+    of.stride[i] = stride[i];
+    of.dilation[i] = dilation[i];
+    const int64_t size = images.size(1 + i) + padding[2 * i] + padding[2 * i + 1];
+    of.windows[i] = (size - dilation[i] * (of.kernel[i] - 1) - 1) / stride[i] + 1;
+  }
+  of.above = padding[0];
+  of.left = padding[2];
+  const at::Tensor y = at::empty(
+      {images.size(0), of.windows[0], of.windows[1], codes.size(0)}, q.options().dtype(to_scale ? at::kByte : dtype));
+  const at::Tensor result = y.permute({0, 3, 1, 2});
+  if (y.numel() == 0) return result;
+  const auto weight = packed(codes, groups);
+  const std::optional<at::Tensor> last = residual ? std::optional(residual->permute({0, 2, 3, 1})) : std::nullopt;
+  const Operands operands{zero_point, weight_zero_point, bias, last, to_scale, to_zero_point, scale};
+  Held held;
+  const Call call = call_of(images, *weight, operands, activation, y, held);
+  const bool padded = std::any_of(padding.begin(), padding.end(), [](int64_t size) { return size != 0; });
+  if (of.kernel[0] * of.kernel[1] * stride[0] * stride[1] * groups == 1 && !padded && call.k % GROUP<int8_t> == 0)
+    multiply<int8_t, int32_t>(call, [&](int64_t first, int64_t, int64_t) { return call.q + first * call.k; });
+  else
+    multiply<int8_t, int32_t>(call, gathered(call, of));
+  return result;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(functional_sq, CPU, library) { library.impl("brgemm_product", product); }
+TORCH_LIBRARY_IMPL(functional_sq, CPU, library) {
+  library.impl("brgemm_product", product);
+  library.impl("brgemm_convolution", convolution);
+}
 
 // Whether brgemm multiplies integers on this processor.
 extern "C" bool works() try {

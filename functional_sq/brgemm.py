@@ -1,8 +1,9 @@
-"""The product of codes on a CPU with VNNI, by the kernels of oneDNN that torch gives to C++: all that follows inside.
+"""Products and convolutions of codes on a CPU with VNNI, by kernels of oneDNN that torch gives to C++: all inside.
 
 The weight is packed once. A tile of sums is scaled, corrected, activated and made codes of while it is in the cache, so
 no int32 matrix is written or read: asymmetric weights cost what symmetric ones do, and float8 is multiplied as bfloat16
-and summed in float32, which no function of torch does on a CPU. The operations are those of `functional_sq.linear` in
+and summed in float32, which no function of torch does on a CPU. Of a convolution a tile copies its windows, which takes
+a fifth of the time of 64 columns and less of more. The operations are those of `functional_sq.linear` in
 its order, so the same bits. `brgemm.cpp` is compiled when a weight is first asked about, in 10 s, by the compiler that
 Inductor takes, and kept beside what Inductor compiles; where that fails, a warning says so, and others multiply.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,12 @@ from functional_sq.tracing import asked_once, define_operator
 __all__ = [
     "CODES",
     "NAME",
+    "convolve",
     "float8_product",
     "is_built",
     "is_capable_of_float8",
     "key",
+    "least_windows",
     "plus",
     "product",
     "requantizes",
@@ -67,10 +71,10 @@ HAS_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()
 
 
 def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
-    """Whether a folded weight is multiplied: int8, on a CPU with VNNI.
+    """Whether a folded weight is multiplied or convolved with: int8, on a CPU with VNNI.
 
     Args:
-        codes: `(N, K)`, the weight's.
+        codes: `(N, K)`, or `(N, C / groups, *kernel)` in one or two dimensions: the weight's.
         zero_point: the weight's; None where it is 0.
 
     Example:
@@ -79,7 +83,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         >>> brgemm.supports(torch.zeros(4, 8), None)
         False
     """
-    return codes.dtype is torch.int8 and _takes(codes) and codes.shape[1] <= INT32_TERMS
+    return codes.dtype is torch.int8 and codes.ndim in (2, 3, 4) and _takes(codes) and codes[0].numel() <= INT32_TERMS
 
 
 def is_capable_of_float8(codes: Tensor) -> bool:
@@ -91,11 +95,11 @@ def is_capable_of_float8(codes: Tensor) -> bool:
         >>> brgemm.is_capable_of_float8(torch.zeros(4, 8))
         False
     """
-    return HAS_BFLOAT16 and codes.is_floating_point() and codes.itemsize == 1 and _takes(codes)
+    return HAS_BFLOAT16 and codes.is_floating_point() and codes.itemsize == 1 and codes.ndim == 2 and _takes(codes)
 
 
 def _takes(codes: Tensor) -> bool:
-    return codes.device.type == "cpu" and codes.ndim == 2 and codes.numel() > 0 and is_built()
+    return codes.device.type == "cpu" and codes.numel() > 0 and is_built()
 
 
 def rows(codes: Tensor, zero_point: Tensor | None) -> range:
@@ -180,6 +184,73 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     return _call(q, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
 
 
+def least_windows(
+    codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> int:
+    """Return from how many windows on, of all images together, it is the faster one.
+
+    Args:
+        codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
+        stride, dilation, groups: as `functional_sq.conv`, one for each dimension.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import brgemm
+        >>> brgemm.least_windows(torch.empty(64, 64, 3, 3), None, (1, 1), (1, 1), 1) == 1
+        False
+    """
+    return 1 if zero_point is not None and groups == 1 else sys.maxsize
+
+
+def convolve(
+    operands: Operands,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+    to_scale: Tensor | None = None,
+    to_zero_point: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return the sums of `(q - zero_point) (codes - weight_zero_point)` over windows, times `scale`, plus `bias`.
+
+    Args:
+        operands: uint8 codes, fastest with their channels last in memory, and a weight that `supports` takes; packed
+            at the first call, and again once it changes.
+        stride, dilation: along height and width.
+        padding: above, below, left and right; the zero point is what is there.
+        groups: as `functional_sq.conv`.
+        activation: what `requantizes` takes, applied before codes are made; without `to_scale` "none", or "relu" with
+            a residual.
+        to_scale, to_zero_point, dtype: as `product`.
+        residual: `(B, N, height, width)` of `dtype`, without a gradient, or None: what is added before the activation.
+
+    Returns:
+        `(B, N, height, width)` in `dtype`, or uint8 with `to_scale`; the channels last in memory.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import brgemm
+        >>> from functional_sq.operands import Operands
+        >>> q, w = torch.tensor([[[[1, 3, 1]]]], dtype=torch.uint8), torch.tensor([[[1, 2]]], dtype=torch.int8)
+        >>> one, half = torch.tensor([1], dtype=torch.int32), torch.tensor([0.5])
+        >>> if brgemm.is_built():
+        ...     y = brgemm.convolve(Operands(q, one, w, None, half, None, None), (1, 1), (0, 0, 0, 1), (1, 1), 1)
+        ...     assert y.tolist() == [[[[2.0, 1.0, 0.0]]]]
+    """
+    _require()
+    q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
+    weight = codes, weight_zero_point, scale, bias, residual
+    then = activation, to_scale, to_zero_point, dtype
+    y: Tensor = torch.ops.functional_sq.brgemm_convolution.default(
+        q, zero_point, *weight, stride, padding, dilation, groups, *then
+    )
+    return y
+
+
 def float8_product(
     q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -196,9 +267,13 @@ def float8_product(
     return _call(q, None, codes, None, scale, bias, residual, "none", None, None, dtype)
 
 
-def _call(*arguments: Any) -> Tensor:
+def _require() -> None:
     if not is_built():
         raise RuntimeError("brgemm.cpp is not compiled on this machine; ask `supports` before")
+
+
+def _call(*arguments: Any) -> Tensor:
+    _require()
     y: Tensor = torch.ops.functional_sq.brgemm_product.default(*arguments)
     return y
 
@@ -208,12 +283,29 @@ def _fake(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Te
     return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
 
 
+def _fake_convolution(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    *_, stride, padding, dilation, _, _, to_scale, _, dtype = rest
+    kernel, before, after = (1, *codes.shape[2:])[-2:], padding[::2], padding[1::2]
+    axes = zip(q.shape[2:], kernel, stride, before, after, dilation, strict=True)
+    size = [(s + low + high - gap * (k - 1) - 1) // step + 1 for s, k, step, low, high, gap in axes]
+    y = q.new_empty((q.shape[0], *size, codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
+    return y.movedim(-1, 1)
+
+
 define_operator(
     "brgemm_product",
     "(Tensor q, Tensor? zero_point, Tensor codes, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
     "Tensor? residual, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
     None,  # in brgemm.cpp
     _fake,
+)
+define_operator(
+    "brgemm_convolution",
+    "(Tensor q, Tensor zero_point, Tensor codes, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
+    "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, str activation, "
+    "Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
+    None,
+    _fake_convolution,
 )
 
 

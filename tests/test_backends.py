@@ -143,6 +143,7 @@ class Signed(Int64):
 @pytest.mark.skipif(not brgemm.AVAILABLE, reason="this machine has no VNNI, or no compiler")
 def test_brgemm_obeys() -> None:
     check_product_backend(brgemm)
+    check_convolution_backend(brgemm)
 
 
 @pytest.mark.skipif(not onednn.AVAILABLE, reason="this machine has no oneDNN, or no VNNI")

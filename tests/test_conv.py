@@ -32,6 +32,7 @@ from test_linear import (
     codes,
     epilogue,
     float8_codes,
+    needs_brgemm,
     needs_onednn,
     qparams,
 )
@@ -41,7 +42,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_map
 
 import functional_sq as fsq
-from functional_sq import FoldedWeight, MappingType, QParams, QuantSpec, onednn, onednn_conv
+from functional_sq import FoldedWeight, MappingType, QParams, QuantSpec, brgemm, onednn, onednn_conv
 from functional_sq.formats import REAL_DTYPES
 from functional_sq.operands import Operands
 
@@ -403,8 +404,9 @@ def test_the_reference_has_the_bits_of_torch_on_dequantized_operands(name: str, 
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def calls(multiply_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The results that oneDNN gave, which is asked for small convolutions too."""
+    multiply_by("oneDNN")
     monkeypatch.setattr(onednn_conv, "WORTH", 0)
     found: list[Tensor] = []
     convolve = onednn_conv.convolve
@@ -523,20 +525,62 @@ def test_an_asymmetric_weight_by_onednn_has_the_integers_and_roundings_of_numpy(
             assert len(calls) == taken
 
 
-@needs_onednn
+@needs_brgemm
+@pytest.mark.parametrize("fill", FILLS, ids=str)
+@pytest.mark.parametrize("name", [*GEOMETRIES, *UNFIT])
+def test_an_asymmetric_weight_by_brgemm_has_the_integers_and_roundings_of_numpy(
+    name: str, fill: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = (GEOMETRIES | UNFIT)[name]
+    found: list[Tensor] = []
+    convolve = brgemm.convolve
+    monkeypatch.setattr(brgemm, "convolve", lambda *of, **to: found.append(convolve(*of, **to)) or found[-1])
+    for formats in ("uint8-uint8", "int8-asymmetric"):
+        case = draw(geometry, *FORMATS[formats], fill=fill)
+        for dtype in (torch.float32, torch.bfloat16):
+            found.clear()
+            y = case.kept(dtype)
+            assert y.is_contiguous()
+            assert_exact(y, case)
+            assert len(found) == (len(geometry.weight) < 5 and geometry.groups == 1 and geometry.shape[0] > 0)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_an_asymmetric_weight_is_compiled_to_two_convolutions(
-    groups: int, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+def test_an_asymmetric_weight_is_compiled_to_its_convolutions(
+    groups: int, dynamic: bool, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of oneDNN, and where there are groups, two."""
     monkeypatch.setattr(onednn_conv, "WORTH", 0)
     layer = quantized(SCHEMES["uint8"], nn.Conv2d(6, 6, 3, padding=1, groups=groups))
     x = torch.randn(2, 6, 9, 8)
     with torch.inference_mode():
         y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=dynamic), x)
         assert torch.equal(y, layer(x))
-    assert source.count("functional_sq.onednn_conv_sums.default(") == 2
-    assert repr(layer).endswith("by oneDNN from 1 windows on)")
+    inside = packing == "brgemm" and groups == 1
+    assert source.count("functional_sq.onednn_conv_sums.default(") == (0 if inside else 2)
+    assert source.count("functional_sq.brgemm_convolution.default(") == inside
+    assert repr(layer).endswith(f"by {'brgemm' if inside else 'oneDNN'} from 1 windows on)")
+
+
+@needs_brgemm
+def test_what_the_compiler_expects_of_convolutions_by_brgemm_is_what_they_do() -> None:
+    op = torch.ops.functional_sq.brgemm_convolution.default
+    assert brgemm.is_built()
+    to = torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)
+    for groups, (rows, kernel), padding, then in itertools.product(
+        (1, 2), ((5, (3, 2)), (1, (2,))), ([0, 0, 0, 0], [2, 1, 0, 3]), ((None, None), to)
+    ):
+        q = torch.randint(0, 256, (2, 4, rows, 7), dtype=torch.uint8)
+        if len(kernel) == 1:
+            padding = [0, 0, *padding[2:]]
+        w = torch.randint(-128, 128, (6, 4 // groups, *kernel), dtype=torch.int8)
+        known = q, torch.tensor([3], dtype=torch.int32), w, None, torch.rand(6), None
+        how = [1 if rows == 1 else 2, 1], padding, [1, 2], groups, "none", *then
+        y = op(*known, None, *how, torch.bfloat16)
+        residual = torch.randn(y.shape).to(y.dtype) if then[0] is None else None
+        given = (*known, residual, *how, torch.bfloat16)
+        torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_onednn
@@ -928,7 +972,8 @@ def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(mon
         assert not torch.equal(other(x), y)
 
 
-def test_the_repr_says_which_convolution_is_made_by_onednn() -> None:
+def test_the_repr_says_which_convolution_is_made_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brgemm, "is_built", lambda: False)
     by = ", by oneDNN from " if onednn.AVAILABLE else ""
     shown = repr(quantized(SYMMETRIC_INT8, LAYERS["2d"]()))
     assert f"int8 product{by}" in shown
