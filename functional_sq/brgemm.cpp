@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
-#include <numeric>
 #include <optional>
 #include <string_view>
 #include <type_traits>
@@ -213,6 +212,17 @@ Finish<Sum> finisher(const Call& call) {
   return call.dtype == at::kHalf ? finish<Sum, at::Half> : finish<Sum, float>;
 }
 
+inline int32_t sum(const uint8_t* codes, int64_t count) {
+  __m512i sums = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 64) {
+    const __mmask64 some = ~uint64_t(0) >> std::max<int64_t>(0, 64 - (count - i));
+    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(some, codes + i), _mm512_setzero_si512()));
+  }
+  return static_cast<int32_t>(_mm512_reduce_add_epi64(sums));
+}
+
+inline int32_t sum(const at::BFloat16*, int64_t) { return 0; }  // float8 has no zero points
+
 // Each task has some rows, and all or a part of the columns: as many tasks as keep every thread at work.
 template <typename Code, typename Sum, typename Rows>
 void multiply(const Call& call, Rows rows_of) {
@@ -235,14 +245,14 @@ void multiply(const Call& call, Rows rows_of) {
           rows = rows_of(row, tile.height, group);
           if (call.weight_zero_point)
             for (int64_t i = 0; i < tile.height; ++i)
-              row_sums[i] = std::accumulate(rows + i * depth, rows + (i + 1) * depth, int32_t{0});
+              row_sums[i] = sum(rows + i * depth, depth);
           last = group;
         }
         const Code* weight = static_cast<const Code*>(call.packed) + j * size;
         for (int64_t k = 0; k < depth; k += DEPTH)
           brgemm(
-              tile.height, COLUMNS, std::min(DEPTH, depth - k), depth, COLUMNS, COLUMNS, k > 0, rows + k,
-              weight + k * COLUMNS, sums);
+              tile.height, (tile.count + LANES - 1) / LANES * LANES, std::min(DEPTH, depth - k), depth, COLUMNS,
+              COLUMNS, k > 0, rows + k, weight + k * COLUMNS, sums);
         finish(call, sums, tile, row_sums);
       }
     }
@@ -271,6 +281,15 @@ auto copied(const Call& call, int64_t depth, From from) {
   };
 }
 
+// As std::copy_n, which calls a function: a few bytes at a time are most of the time of an image of three channels.
+inline uint8_t* copy(const uint8_t* from, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; i += 64) {
+    const __mmask64 some = ~uint64_t(0) >> std::max<int64_t>(0, 64 - (count - i));
+    _mm512_mask_storeu_epi8(to + i, some, _mm512_maskz_loadu_epi8(some, from + i));
+  }
+  return to + count;
+}
+
 // What a convolution takes: of images (batch, height, width, channels) in memory.
 struct Geometry {
   int64_t height, width, channels;
@@ -296,12 +315,12 @@ auto gathered(const Call& call, const Geometry& of) {
         const bool inside = 0 <= y && y < of.height;
         const bool whole = inside && 0 <= left && left + (along - 1) * of.dilation[1] < of.width;
         if (whole && step == channels) {  // pixels that lie side by side
-          to = std::copy_n(from, along * channels, to);
+          to = copy(from, along * channels, to);
           continue;
         }
         for (int64_t b = 0; b < along; ++b, from += step) {
           const int64_t x = left + b * of.dilation[1];
-          to = inside && 0 <= x && x < of.width ? std::copy_n(from, channels, to)
+          to = inside && 0 <= x && x < of.width ? copy(from, channels, to)
                                                 : std::fill_n(to, channels, static_cast<uint8_t>(*call.zero_point));
         }
       }

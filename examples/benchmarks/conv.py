@@ -4,8 +4,8 @@
 
 Each row is one layer of ResNet-50, MobileNetV2 or Wav2Vec2 and a batch, images `channels_last`. The floor is a
 compiled pass that makes codes of the input, and oneDNN's int8 convolution alone, of codes that are there already
-and a weight that is packed already. The column uint8 has asymmetric weights: two convolutions by oneDNN with
-groups or up to 1028 elements a window, else a copy of all windows; a depthwise one is a loop, and no call of oneDNN.
+and a weight that is packed already. The column uint8 has asymmetric weights: tiles of `functional_sq.brgemm`, with
+groups two convolutions by oneDNN; a depthwise one is a loop, and no call of oneDNN.
 Then blocks of two networks, batch norms in them, as multiples of their bare convolutions; `apart` hands no codes on.
 All columns of a row are timed in turn; a cell is the median and its ratio to the floor. Below the table oneDNN
 names the kernels of one call, for a layer without groups and a depthwise one. `OMP_NUM_THREADS=1` makes it
@@ -21,7 +21,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from linear import Calls, calibrated, cpu, keep_memory, quantized, table
+from linear import Calls, calibrated, cpu, keep_memory, quantized, show_kernels, table
 from torch import nn
 
 import bridge
@@ -176,11 +176,10 @@ def main() -> None:
     made = blocks([1] if args.quick else [1, 8], small=args.quick)
     table(((name, block_columns(block, x)) for name, block, x in made), ("convolutions",), seconds)
     print("", *modules, sep="\n", flush=True)
-    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-        for layer_name, named in shown.items():
-            for name, call in named.items():
-                print(f"\n{name}, {layer_name}:", flush=True)
-                call()
+    for layer_name, named in shown.items():
+        for name, call in named.items():
+            print(f"\n{name}, {layer_name}:")
+            show_kernels(call)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,15 @@ def printed() -> Iterator[list[str]]:
             lines += file.read().splitlines()
 
 
+def show_kernels(call: Callable[[], object]) -> None:
+    """Print what oneDNN says of its kernels in a call, without the time that each takes."""
+    with printed() as lines, torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        call()
+    ran = Counter(line.rpartition(",")[0] for line in lines if ",exec," in line)
+    for line, count in ran.items():
+        print(f"{count} x {line}" if count > 1 else line)
+
+
 def medians(calls: Calls, seconds: float) -> dict[str, float]:
     """Time the calls in turn; return medians in ms."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -263,11 +272,7 @@ def main() -> None:
     print(f"\n{quantized(torch.nn.Linear(k, n), torch.randn(rows, k), torch.int8)}", flush=True)
     for name in ("product", "int8, eager", "int8", "uint8", "float8", *(n for n in PEERS if n in calls)):
         print(f"\n{name}, {rows}x{k}x{n}:")
-        with printed() as lines, torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-            calls[name]()
-        ran = Counter(line.rpartition(",")[0] for line in lines if ",exec," in line)  # without the time
-        for line, count in ran.items():
-            print(f"{count} x {line}" if count > 1 else line)
+        show_kernels(calls[name])
 
 
 def cpu() -> str:
