@@ -3,6 +3,7 @@
 // at::native::cpublas::brgemm multiplies a tile, by a kernel that oneDNN makes for its sizes; this file packs a weight as
 // that wants it, and does what follows while the tile is in the cache. Compiled and called by brgemm.py.
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
@@ -428,6 +429,17 @@ Call call_of(
       .y = y.data_ptr()};
 }
 
+// oneDNN on, as for its other quantized operators: who turned it off means float ones, and brgemm would raise.
+struct Enabled {
+  const bool before = at::globalContext().userEnabledMkldnn();
+  Enabled() {
+    if (!before) at::globalContext().setUserEnabledMkldnn(true);
+  }
+  ~Enabled() {
+    if (!before) at::globalContext().setUserEnabledMkldnn(false);
+  }
+};
+
 at::Tensor product(
     const at::Tensor& q,
     const std::optional<at::Tensor>& zero_point,
@@ -442,6 +454,7 @@ at::Tensor product(
     at::ScalarType dtype) {
   const at::Tensor y = at::empty({q.size(0), codes.size(0)}, q.options().dtype(to_scale ? at::kByte : dtype));
   if (y.numel() == 0) return y;
+  const Enabled enabled;
   const auto weight = packed(codes, 1);
   const Operands operands{zero_point, weight_zero_point, bias, residual, to_scale, to_zero_point, scale};
   Held held;
@@ -491,6 +504,7 @@ at::Tensor convolution(
       {images.size(0), of.windows[0], of.windows[1], codes.size(0)}, q.options().dtype(to_scale ? at::kByte : dtype));
   const at::Tensor result = y.permute({0, 3, 1, 2});
   if (y.numel() == 0) return result;
+  const Enabled enabled;
   const auto weight = packed(codes, groups);
   const std::optional<at::Tensor> last = residual ? std::optional(residual->permute({0, 2, 3, 1})) : std::nullopt;
   const Operands operands{zero_point, weight_zero_point, bias, last, to_scale, to_zero_point, scale};

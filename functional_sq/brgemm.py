@@ -117,7 +117,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return is_built(), HAS_BFLOAT16
+    return AVAILABLE, HAS_BFLOAT16, _COMPILER
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:

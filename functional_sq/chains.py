@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from functional_sq import brgemm
 from functional_sq.backends import codes_dtype
 from functional_sq.batch_norm import fold_batch_norm
 from functional_sq.conv import conv
@@ -103,6 +104,8 @@ def layer(
         >>> chains.layer(chains.describe(spec), x, one, weight.codes, weight.zero_point, None, known)
         tensor([[12., 34.]])
     """
+    if codes.device.type == "cpu":
+        brgemm.is_built()  # A graph that a cache on disk has calls it, and asks nobody.
     q = torch.ops.functional_sq.quantize.default(x, *qp, spec)
     product = torch.ops.functional_sq.product.default
     how = geometry, dtype, fast_accum, known_by

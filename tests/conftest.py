@@ -52,7 +52,7 @@ def multiply_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         if not there[name]:
             pytest.skip(f"this machine has no {name}, or no VNNI")
         if name != "brgemm":
-            monkeypatch.setattr(brgemm, "is_built", lambda: False)
+            monkeypatch.setattr(brgemm, "AVAILABLE", False)
         monkeypatch.setattr(onednn, "WORTH", 0 if name == "oneDNN" else 10**18)
 
     return choose

@@ -973,7 +973,7 @@ def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(mon
 
 
 def test_the_repr_says_which_convolution_is_made_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(brgemm, "is_built", lambda: False)
+    monkeypatch.setattr(brgemm, "AVAILABLE", False)
     by = ", by oneDNN from " if onednn.AVAILABLE else ""
     shown = repr(quantized(SYMMETRIC_INT8, LAYERS["2d"]()))
     assert f"int8 product{by}" in shown

@@ -669,6 +669,21 @@ def test_brgemm_packs_again_what_was_written_to_or_is_another_tensor() -> None:
 
 
 @needs_brgemm
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # which the flags ask for, whatever the device
+def test_brgemm_multiplies_where_onednn_is_turned_off() -> None:
+    for case in (
+        symmetric(5, 64, 7),
+        float8_product(np.random.default_rng(0), *[torch.float8_e4m3fn] * 2, rows=5, k=64),
+    ):
+        case = dataclasses.replace(case, qp=QParams(*(value.reshape(-1)[:1] for value in case.qp)))
+        case = dataclasses.replace(case, act=dataclasses.replace(case.act, granularity=fsq.PerTensor()))
+        y = case.kept()
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert torch.equal(case.kept(), y)
+            assert not torch._C._get_mkldnn_enabled()
+
+
+@needs_brgemm
 def test_what_brgemm_packed_is_freed_with_its_codes() -> None:
     case = symmetric(4, 2048, 2048, torch.uint8, bias=False)
     given = by_brgemm(case, None, torch.float32)
@@ -807,7 +822,7 @@ def test_without_a_backend_the_bits_are_the_same(calls: list[Tensor], monkeypatc
     y = case.kept()
     assert len(calls) == 1
     monkeypatch.setattr(onednn, "AVAILABLE", False)
-    monkeypatch.setattr(brgemm, "is_built", lambda: False)
+    monkeypatch.setattr(brgemm, "AVAILABLE", False)
     assert torch.equal(case.kept(), y)
     assert len(calls) == 1
 
