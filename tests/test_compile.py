@@ -512,8 +512,11 @@ def test_a_cuda_device_gives_the_bits_of_the_cpu(spec: fsq.QuantSpec) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_statistic_is_computed_once_and_not_in_the_loop_that_reads_it(dynamic: bool) -> None:
+def test_a_statistic_is_computed_once_and_not_in_the_loop_that_reads_it(
+    dynamic: bool, multiply_by: Callable[[str], None]
+) -> None:
     """The reciprocals of the scales are stored as one number each, the roots of the variances in a loop over them."""
+    multiply_by("torch")  # so that Inductor makes the codes
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
     bridge.prepare_(model, bridge.StaticQuantConfig(torch.uint8))
     bridge.calibrate(model, torch.randn(2, 4, 3, 40, 40))
