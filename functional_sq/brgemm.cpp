@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <string_view>
@@ -260,6 +261,11 @@ void multiply(const Call& call, Rows rows_of) {
   });
 }
 
+// Return what gives some rows of the activations' codes where K needs no zeros behind it.
+auto where_they_lie(const Call& call) {
+  return [q = call.q, k = call.k](int64_t first, int64_t, int64_t) { return q + first * k; };
+}
+
 // Memory for some rows, of each thread.
 template <typename Code>
 Code* scratch(int64_t size) {
@@ -331,6 +337,16 @@ auto gathered(const Call& call, const Geometry& of) {
   };
 }
 
+// The bfloat16 value of each of the 256 codes of a float8 format.
+const at::BFloat16* values_of(at::ScalarType format) {
+  static std::mutex mutex;
+  static std::map<at::ScalarType, at::Tensor> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  at::Tensor& values = known[format];
+  if (!values.defined()) values = at::arange(256, at::kByte).view(format).to(at::kBFloat16);
+  return values.const_data_ptr<at::BFloat16>();
+}
+
 // A packed weight, which lives and dies with the tensor of its codes.
 struct Packed : c10::BackendMeta {
   const c10::TensorImpl* owner;  // of two tensors that share it, one may have been written to
@@ -338,7 +354,7 @@ struct Packed : c10::BackendMeta {
   int64_t groups, depth = 0;  // K
   uint32_t version = 0;
   at::Tensor copy;  // of codes in inference mode, which have no version
-  at::Tensor weight, sums, values;
+  at::Tensor weight, sums;  // no sums of float8
 
   Packed(const at::Tensor& codes, int64_t groups)
       : owner(codes.unsafeGetTensorImpl()), memory(codes.const_data_ptr()), groups(groups) {
@@ -351,9 +367,8 @@ struct Packed : c10::BackendMeta {
     const int64_t n = rows.size(0), k = depth = rows.size(1), width = groups * tiles(n / groups) * COLUMNS;
     const uint8_t* from = static_cast<const uint8_t*>(rows.const_data_ptr());
     if (codes.is_floating_point()) {
-      values = at::arange(256, at::kByte).view(codes.scalar_type()).to(at::kBFloat16);
+      const at::BFloat16* value = values_of(codes.scalar_type());
       weight = at::empty({width, inner<at::BFloat16>(k)}, at::kBFloat16);
-      const auto* value = values.const_data_ptr<at::BFloat16>();
       pack(from, n, k, groups, weight.data_ptr<at::BFloat16>(), [=](uint8_t code) { return value[code]; });
     } else {
       sums = rows.sum(1, false, at::kInt);
@@ -389,13 +404,17 @@ int64_t place(std::string_view activation) {
   return found - std::begin(names);
 }
 
-// What operands are read of: contiguous, and held until the call is over.
+// What operands are read of: contiguous, and held until the call is over; no memory but theirs.
 struct Held {
   std::vector<at::Tensor> tensors;
 
-  template <typename T>
-  const T* at(const std::optional<at::Tensor>& x) {
-    return x ? static_cast<const T*>(tensors.emplace_back(x->contiguous()).const_data_ptr()) : nullptr;
+  template <typename T = void>
+  const T* at(const char* name, const std::optional<at::Tensor>& x, int64_t count, at::ScalarType dtype) {
+    if (!x) return nullptr;
+    TORCH_CHECK(
+        x->numel() == count && x->scalar_type() == dtype && x->is_cpu(), name, " has ", x->numel(), " elements of ",
+        x->scalar_type(), " on ", x->device(), "; give ", count, " of ", dtype, " on the CPU");
+    return static_cast<const T*>(tensors.emplace_back(x->contiguous()).const_data_ptr());
   }
 };
 
@@ -409,23 +428,32 @@ Call call_of(
     const at::Tensor& q, const Packed& weight, const Operands& operands, std::string_view activation,
     const at::Tensor& y, Held& held) {
   const auto& bias = operands.bias;
+  const int64_t n = y.size(-1);
+  const at::ScalarType dtype = y.scalar_type();
+  const bool floats = !weight.sums.defined(), codes = operands.to_scale.has_value();
+  TORCH_CHECK(codes == operands.to_zero_point.has_value(), "give to_scale and to_zero_point, or neither");
+  TORCH_CHECK(floats || operands.zero_point, "integers have a zero point; give one");
+  TORCH_CHECK(!floats || q.is_floating_point(), "a weight of float8 meets codes of ", q.scalar_type());
+  TORCH_CHECK(
+      codes || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, "the result is ", dtype,
+      "; ask for float32, bfloat16 or float16");
   return {
-      .m = y.size(-1) ? y.numel() / y.size(-1) : 0,
-      .n = y.size(-1),
+      .m = y.numel() / n,
+      .n = n,
       .k = weight.depth,
       .groups = weight.groups,
       .activation = place(activation),
-      .dtype = y.scalar_type(),
-      .q = held.at<uint8_t>(q),
+      .dtype = dtype,
+      .q = held.at<uint8_t>("q", q, q.numel(), floats ? q.scalar_type() : at::kByte),
       .packed = weight.weight.const_data_ptr(),
-      .sums = weight.sums.defined() ? weight.sums.const_data_ptr<int32_t>() : nullptr,
-      .zero_point = held.at<int32_t>(operands.zero_point),
-      .weight_zero_point = held.at<int32_t>(operands.weight_zero_point),
-      .scale = held.at<float>(operands.scale),
-      .bias = held.at<float>(bias ? std::optional(bias->to(at::kFloat)) : std::nullopt),
-      .residual = held.at<void>(operands.residual),
-      .to_scale = held.at<float>(operands.to_scale),
-      .to_zero_point = held.at<int32_t>(operands.to_zero_point),
+      .sums = floats ? nullptr : weight.sums.const_data_ptr<int32_t>(),
+      .zero_point = held.at<int32_t>("zero_point", operands.zero_point, 1, at::kInt),
+      .weight_zero_point = held.at<int32_t>("weight_zero_point", operands.weight_zero_point, n, at::kInt),
+      .scale = held.at<float>("scale", operands.scale, n, at::kFloat),
+      .bias = held.at<float>("bias", bias ? std::optional(bias->to(at::kFloat)) : std::nullopt, n, at::kFloat),
+      .residual = held.at("residual", operands.residual, y.numel(), dtype),
+      .to_scale = held.at<float>("to_scale", operands.to_scale, 1, at::kFloat),
+      .to_zero_point = held.at<int32_t>("to_zero_point", operands.to_zero_point, 1, at::kInt),
       .y = y.data_ptr()};
 }
 
@@ -452,6 +480,10 @@ at::Tensor product(
     const std::optional<at::Tensor>& to_scale,
     const std::optional<at::Tensor>& to_zero_point,
     at::ScalarType dtype) {
+  TORCH_CHECK(
+      q.dim() == 2 && codes.dim() == 2 && q.size(1) == codes.size(1), "q of shape ", q.sizes(), " meets codes of shape ",
+      codes.sizes(), "; the last axes must be equal");
+  TORCH_CHECK(q.element_size() == 1 && codes.element_size() == 1, "codes of 8 bits are multiplied");
   const at::Tensor y = at::empty({q.size(0), codes.size(0)}, q.options().dtype(to_scale ? at::kByte : dtype));
   if (y.numel() == 0) return y;
   const Enabled enabled;
@@ -459,13 +491,13 @@ at::Tensor product(
   const Operands operands{zero_point, weight_zero_point, bias, residual, to_scale, to_zero_point, scale};
   Held held;
   const Call call = call_of(q, *weight, operands, activation, y, held);
-  if (weight->values.defined()) {
-    const auto* value = weight->values.const_data_ptr<at::BFloat16>();
+  if (codes.is_floating_point()) {
+    const at::BFloat16* value = values_of(q.scalar_type());  // its format may be another one than the weight's
     const int64_t depth = inner<at::BFloat16>(call.k);
     multiply<at::BFloat16, float>(
         call, copied<at::BFloat16>(call, depth, [=](uint8_t code) { return value[code]; }));
   } else if (call.k % GROUP<int8_t> == 0) {
-    multiply<int8_t, int32_t>(call, [&](int64_t first, int64_t, int64_t) { return call.q + first * call.k; });
+    multiply<int8_t, int32_t>(call, where_they_lie(call));
   } else {
     multiply<int8_t, int32_t>(
         call, copied<uint8_t>(call, inner<int8_t>(call.k), [](uint8_t code) { return code; }));
@@ -489,6 +521,10 @@ at::Tensor convolution(
     const std::optional<at::Tensor>& to_scale,
     const std::optional<at::Tensor>& to_zero_point,
     at::ScalarType dtype) {
+  TORCH_CHECK(
+      q.dim() == 4 && (codes.dim() == 3 || codes.dim() == 4) && q.size(1) == codes.size(1) * groups &&
+          codes.size(0) % groups == 0,
+      "q of shape ", q.sizes(), " meets codes of shape ", codes.sizes(), " in ", groups, " groups");
   const at::Tensor images = q.permute({0, 2, 3, 1}).contiguous();
   Geometry of{.height = images.size(1), .width = images.size(2), .channels = images.size(3)};
   for (int64_t i : {0, 1}) {
@@ -512,7 +548,7 @@ at::Tensor convolution(
   const Call call = call_of(images, *weight, operands, activation, y, held);
   const bool padded = std::any_of(padding.begin(), padding.end(), [](int64_t size) { return size != 0; });
   if (of.kernel[0] * of.kernel[1] * stride[0] * stride[1] * groups == 1 && !padded && call.k % GROUP<int8_t> == 0)
-    multiply<int8_t, int32_t>(call, [&](int64_t first, int64_t, int64_t) { return call.q + first * call.k; });
+    multiply<int8_t, int32_t>(call, where_they_lie(call));
   else
     multiply<int8_t, int32_t>(call, gathered(call, of));
   return result;

@@ -3,9 +3,9 @@
 The weight is packed once. A tile of sums is scaled, corrected, activated and made codes of while it is in the cache, so
 no int32 matrix is written or read: asymmetric weights cost what symmetric ones do, and float8 is multiplied as bfloat16
 and summed in float32, which no function of torch does on a CPU. Of a convolution a tile copies its windows, which takes
-a fifth of the time of 64 columns and less of more. The operations are those of `functional_sq.linear` in
-its order, so the same bits. `brgemm.cpp` is compiled when a weight is first asked about, in 10 s, by the compiler that
-Inductor takes, and kept beside what Inductor compiles; where that fails, a warning says so, and others multiply.
+a fifth of the time of 64 columns and less of more. The operations are those of `functional_sq.linear` in its order, so
+the same bits. `brgemm.cpp` is compiled when a weight is first asked about, in 10 s, by the compiler of Inductor,
+and kept beside what Inductor compiles; where that fails, a warning says so, and others multiply.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from functional_sq.operands import Operands
 from functional_sq.requantize import ACTIVATIONS, fills_a_byte
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import asked_once, define_operator
+from functional_sq.windows import window_sizes
 
 __all__ = [
     "CODES",
@@ -158,14 +159,18 @@ def product(
     Returns:
         `(M, N)` in `dtype`, or uint8 with `to_scale`.
 
+    Raises:
+        RuntimeError: operands do not fit, or `brgemm.cpp` is not compiled.
+
     Example:
         >>> import torch
         >>> from functional_sq import brgemm
         >>> from functional_sq.operands import Operands
         >>> q, w = torch.tensor([[10, 1]], dtype=torch.uint8), torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)
         >>> z, scale = torch.tensor([1], dtype=torch.int32), torch.tensor([1.0, 0.5])
-        >>> brgemm.product(Operands(q, z, w, None, scale, torch.empty(0), None))
-        tensor([[ 9.0000, 13.5000]])
+        >>> if brgemm.is_built():
+        ...     y = brgemm.product(Operands(q, z, w, None, scale, None, None))
+        ...     assert y.tolist() == [[9.0, 13.5]]
     """
     q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
     then = activation, to_scale, to_zero_point, dtype
@@ -176,8 +181,11 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     """Return `product(operands) + residual`, rounded once to the residual's dtype.
 
     Args:
-        residual: `(..., N)`, in all M rows, of any real dtype; without a gradient.
+        residual: `(..., N)`, in all M rows, float32, bfloat16 or float16; without a gradient.
         operands: as `product`.
+
+    Raises:
+        RuntimeError: as `product`.
     """
     q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
     added = residual.reshape(-1, codes.shape[0]), "none", None, None, residual.dtype
@@ -231,6 +239,9 @@ def convolve(
     Returns:
         `(B, N, height, width)` in `dtype`, or uint8 with `to_scale`; the channels last in memory.
 
+    Raises:
+        RuntimeError: as `product`.
+
     Example:
         >>> import torch
         >>> from functional_sq import brgemm
@@ -263,6 +274,9 @@ def float8_product(
         bias: `(N,)` of any real dtype, or None.
         residual: `(M, N)` in `dtype`, or None.
         dtype: of the result: float32, bfloat16 or float16.
+
+    Raises:
+        RuntimeError: as `product`.
     """
     return _call(q, None, codes, None, scale, bias, residual, "none", None, None, dtype)
 
@@ -285,9 +299,8 @@ def _fake(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Te
 
 def _fake_convolution(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     *_, stride, padding, dilation, _, _, to_scale, _, dtype = rest
-    kernel, before, after = (1, *codes.shape[2:])[-2:], padding[::2], padding[1::2]
-    axes = zip(q.shape[2:], kernel, stride, before, after, dilation, strict=True)
-    size = [(s + low + high - gap * (k - 1) - 1) // step + 1 for s, k, step, low, high, gap in axes]
+    padded = [n + before + after for n, before, after in zip(q.shape[2:], padding[::2], padding[1::2], strict=True)]
+    size = window_sizes(padded, (1, *codes.shape[2:])[-2:], stride, dilation)
     y = q.new_empty((q.shape[0], *size, codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
     return y.movedim(-1, 1)
 

@@ -56,6 +56,7 @@ from functional_sq import (
 )
 from functional_sq.formats import REAL_DTYPES, Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
+from functional_sq.operands import Operands
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
@@ -618,17 +619,20 @@ def test_what_the_compiler_expects_of_brgemm_is_what_it_does() -> None:
 
 @needs_brgemm
 @pytest.mark.parametrize("dtype", REALS_OF_BRGEMM, ids=str)
-@pytest.mark.parametrize("weight", FLOAT8S, ids=str)
+@pytest.mark.parametrize(
+    ("act", "weight"),
+    [*((d, d) for d in FLOAT8S), *itertools.permutations((torch.float8_e4m3fn, torch.float8_e5m2))],
+)
 @pytest.mark.parametrize(("rows", "k"), [(1, 64), (5, 71), (130, 4100), (0, 8)])
 def test_brgemm_sums_float8_within_the_bound_of_a_float32_sum(
-    rows: int, k: int, weight: torch.dtype, dtype: torch.dtype
+    rows: int, k: int, act: torch.dtype, weight: torch.dtype, dtype: torch.dtype
 ) -> None:
     """Every code is a bfloat16 value; K above DEPTH is summed in parts. The residual is added before the rounding."""
     if not brgemm.HAS_BFLOAT16:
         pytest.skip("this CPU does not multiply bfloat16")
     rng = np.random.default_rng(k)
-    spec = QuantSpec(weight, fsq.PerTensor())
-    case = float8_product(rng, weight, weight, rows=rows, k=k)
+    spec = QuantSpec(act, fsq.PerTensor())
+    case = float8_product(rng, act, weight, rows=rows, k=k)
     largest = float(np.abs(array(case.q).astype(np.float64) @ array(case.w).astype(np.float64).T).max(initial=1.0))
     one = QParams(torch.tensor([1000 / largest]), torch.zeros(1, dtype=torch.int32))
     case = dataclasses.replace(case, act=spec, qp=one)
@@ -681,6 +685,36 @@ def test_brgemm_multiplies_where_onednn_is_turned_off() -> None:
         with torch.backends.mkldnn.flags(enabled=False):
             assert torch.equal(case.kept(), y)
             assert not torch._C._get_mkldnn_enabled()
+
+
+@needs_brgemm
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"q": torch.zeros(3, 9, dtype=torch.uint8)}, "the last axes must be equal"),
+        ({"q": torch.zeros(3, 8)}, "codes of 8 bits"),
+        ({"q": torch.zeros(3, 8, dtype=torch.int8)}, "q has 24 elements of"),
+        ({"zero_point": None}, "integers have a zero point"),
+        ({"scale": torch.ones(4)}, "scale has 4 elements"),
+        ({"scale": torch.ones(5).double()}, "scale has 5 elements of"),
+        ({"bias": torch.ones(1)}, "bias has 1 elements"),
+        ({"weight_zero_point": torch.zeros(5)}, "weight_zero_point has 5 elements of"),
+    ],
+)
+def test_brgemm_reads_no_memory_but_that_of_operands_that_fit(wrong: dict[str, Any], said: str) -> None:
+    q, w = torch.zeros(3, 8, dtype=torch.uint8), torch.ones(5, 8, dtype=torch.int8)
+    right = Operands(q, torch.zeros(1, dtype=torch.int32), w, None, torch.ones(5), None, None)
+    assert brgemm.product(right).tolist() == [[0.0] * 5] * 3
+    with pytest.raises(RuntimeError, match=said):
+        brgemm.product(right._replace(**wrong))
+    for residual in (torch.ones(3, 5).double(), torch.ones(2, 5)):
+        with pytest.raises(RuntimeError, match=r"the result is|residual has 10 elements"):
+            brgemm.plus(residual, right)
+    with pytest.raises(RuntimeError, match="or neither"):
+        brgemm.product(right, "relu", torch.ones(1))
+    images = right._replace(q=q[:1, :, None, None].expand(1, 8, 3, 3), codes=w[:, :4, None, None])
+    with pytest.raises(RuntimeError, match="in 2 groups"):
+        brgemm.convolve(images, (1, 1), (0, 0, 0, 0), (1, 1), 2)
 
 
 @needs_brgemm
