@@ -44,6 +44,7 @@ from functional_sq.conv import is_looped_first, is_tapped
 from functional_sq.folded import check_zero_point, fixed_zero_point
 from functional_sq.formats import Float8
 from functional_sq.granularity import check_stats
+from functional_sq.linear import quantized_linear
 from functional_sq.qparams import check_qparams
 
 __all__ = [
@@ -114,8 +115,6 @@ class Quantized(Buffers):
     shared_zero_point: Tensor
     observed: ClassVar[type[Observed]]
     settings: ClassVar[tuple[str, ...]]
-    _product: ClassVar[Callable[..., Tensor]]
-    """Multiplies codes."""
     _reference: ClassVar[Callable[..., Tensor]]
     """Multiplies the floats that codes stand for."""
     _geometry: Mapping[str, Any] = {}
@@ -368,14 +367,18 @@ class Quantized(Buffers):
                 known_by=inductor.install(),
             )
         qp = self.act_qparams
-        q, geometry = fsq.quantize(self.act_spec, self._padded(x), qp), {**self._geometry, **changed}
+        x, geometry = self._padded(x), {**self._geometry, **changed}
         if self.reference:
             w = self._dequantized(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
-            return self._reference(self.act_spec, q, qp, w, bias, **geometry)
+            return self._reference(self.act_spec, fsq.quantize(self.act_spec, x, qp), qp, w, bias, **geometry)
         exact = x.dtype is torch.float64  # Its model wants the scales' product in float64.
-        how = {"dtype": x.dtype, "epilogue": None if exact else known, "fast_accum": self.fast_accum}
-        return self._product(self.act_spec, q, qp, self.folded, bias, **geometry, **how)
+        how = {"epilogue": None if exact else known, "fast_accum": self.fast_accum}
+        return self._multiply(x, qp, bias, **geometry, **how)
+
+    @abstractmethod
+    def _multiply(self, x: Tensor, qp: fsq.QParams, bias: Tensor | None, **how: Any) -> Tensor:
+        """Multiply the codes of the input with the weight's."""
 
     def _padded(self, x: Tensor) -> Tensor:
         """Return the input with what a product of codes cannot add."""
@@ -452,7 +455,6 @@ class QuantizedLinear(Quantized):
 
     observed = ObservedLinear
     settings = ("in_features", "out_features")
-    _product = staticmethod(fsq.linear)
     _reference = staticmethod(fsq.linear_reference)
 
     def __init__(
@@ -512,6 +514,9 @@ class QuantizedLinear(Quantized):
         linear.extra_repr = partial(_repr_of_weight, linear)  # type: ignore[method-assign]
         return linear.train(self.training)
 
+    def _multiply(self, x: Tensor, qp: fsq.QParams, bias: Tensor | None, **how: Any) -> Tensor:
+        return quantized_linear(self.act_spec, x, qp, self.folded, bias, **how)
+
     def _backend(self) -> str:
         weight = self.weight_codes, self.weight_zero_point
         return _taken_by(
@@ -534,6 +539,7 @@ class _QuantizedConv(Quantized):
     padding_mode: str
     settings: ClassVar[tuple[str, ...]] = ObservedConv2d.settings
     _product: ClassVar[Callable[..., Tensor]] = staticmethod(fsq.conv)
+    """Multiplies codes."""
     _reference: ClassVar[Callable[..., Tensor]] = staticmethod(fsq.conv_reference)
 
     def __init__(
@@ -575,6 +581,10 @@ class _QuantizedConv(Quantized):
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, self._around, mode=self.padding_mode) if self._around else x
+
+    def _multiply(self, x: Tensor, qp: fsq.QParams, bias: Tensor | None, **how: Any) -> Tensor:
+        q = fsq.quantize(self.act_spec, x, qp)
+        return self._product(self.act_spec, q, qp, self.folded, bias, dtype=x.dtype, **how)
 
     def _backend(self) -> str:
         # A transposed one is a convolution of codes that were spread, by windows at each step.

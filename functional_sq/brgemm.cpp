@@ -1,4 +1,5 @@
-// A product or convolution of codes, its scale, bias, residual, activation and the next codes, a tile at a time.
+// A product or convolution of codes, its scale, bias, residual, activation and the next codes, a tile at a time; of a
+// product also the codes of real values.
 //
 // at::native::cpublas::brgemm multiplies a tile, by a kernel that oneDNN makes for its sizes; this file packs a weight as
 // that wants it, and does what follows while the tile is in the cache. Compiled and called by brgemm.py.
@@ -15,6 +16,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -34,7 +36,8 @@ static_assert(LANES == 16);
 struct Call {
   int64_t m, n, k, groups, activation;  // (M, K) for each group, N of all together
   at::ScalarType dtype;
-  const uint8_t* q;
+  const void* q;         // codes, or real values that they are made of
+  const float* q_scale;  // of real values
   const void* packed;
   const int32_t* sums;  // of each row of the weight's codes
   const int32_t* zero_point;
@@ -144,6 +147,11 @@ inline void write(uint8_t* p, __mmask16 some, Reals y) {
 
 inline __m512i read(const int32_t* p, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, p); }
 
+// Codes of 8 bits, as floats, of real values in steps.
+inline Reals codes_of(Reals steps, Reals zero_point) {
+  return at::vec::clamp(steps.round() + zero_point, Reals(0), Reals(255));
+}
+
 // Where a tile of sums lies in the result.
 struct Tile {
   int64_t row, height, column, count;
@@ -190,8 +198,7 @@ void finish(const Call& call, const Sum* sums, const Tile& tile, const int32_t* 
       x = x * scale;
       if (biased) x = x + bias;
       if constexpr (codes) {
-        x = (activated<activation>(x) * inverse).round() + to_zero_point;
-        x = at::vec::clamp(x, Reals(0), Reals(255));
+        x = codes_of(activated<activation>(x) * inverse, to_zero_point);
       } else if (added) {
         x = x + read(residual + i * n, some);
         if (rectified) x = activated<1>(x);
@@ -225,9 +232,17 @@ inline int32_t sum(const uint8_t* codes, int64_t count) {
 
 inline int32_t sum(const at::BFloat16*, int64_t) { return 0; }  // float8 has no zero points
 
+// VNNI adds products of unsigned and signed codes.
+template <typename Code>
+using Factor = std::conditional_t<sizeof(Code) == 1, uint8_t, Code>;
+
+// What gives some rows of the activations: the first of them, how many, and the group.
+template <typename Code>
+using Rows = std::function<const Factor<Code>*(int64_t, int64_t, int64_t)>;
+
 // Each task has some rows, and all or a part of the columns: as many tasks as keep every thread at work.
-template <typename Code, typename Sum, typename Rows>
-void multiply(const Call& call, Rows rows_of) {
+template <typename Code, typename Sum>
+void multiply(const Call& call, const Rows<Code>& rows_of) {
   const int64_t each = call.n / call.groups, heights = (call.m + ROWS - 1) / ROWS, widths = call.groups * tiles(each);
   const int64_t parts = std::min(widths, (4 * at::get_num_threads() + heights - 1) / heights);
   const int64_t depth = inner<Code>(call.k), size = COLUMNS * depth;
@@ -235,20 +250,21 @@ void multiply(const Call& call, Rows rows_of) {
   at::parallel_for(0, heights * parts, 1, [&](int64_t begin, int64_t end) {
     alignas(64) Sum sums[ROWS * COLUMNS];
     int32_t row_sums[ROWS] = {};
-    for (int64_t task = begin; task < end; ++task) {
+    const Factor<Code>* rows = nullptr;
+    for (int64_t task = begin, last = -1, last_row = -1; task < end; ++task) {
       const int64_t row = task / parts * ROWS, part = task % parts;
       Tile tile{.row = row, .height = std::min(ROWS, call.m - row)};
-      decltype(rows_of(0, 0, 0)) rows = nullptr;
-      for (int64_t j = widths * part / parts, last = -1; j < widths * (part + 1) / parts; ++j) {
+      for (int64_t j = widths * part / parts; j < widths * (part + 1) / parts; ++j) {
         const int64_t group = j / tiles(each), column = j % tiles(each) * COLUMNS;
         tile.column = group * each + column;
         tile.count = std::min(COLUMNS, each - column);
-        if (group != last) {
+        if (group != last || row != last_row) {
           rows = rows_of(row, tile.height, group);
           if (call.weight_zero_point)
             for (int64_t i = 0; i < tile.height; ++i)
               row_sums[i] = sum(rows + i * depth, depth);
           last = group;
+          last_row = row;
         }
         const Code* weight = static_cast<const Code*>(call.packed) + j * size;
         for (int64_t k = 0; k < depth; k += DEPTH)
@@ -261,9 +277,9 @@ void multiply(const Call& call, Rows rows_of) {
   });
 }
 
-// Return what gives some rows of the activations' codes where K needs no zeros behind it.
-auto where_they_lie(const Call& call) {
-  return [q = call.q, k = call.k](int64_t first, int64_t, int64_t) { return q + first * k; };
+// Of codes where K needs no zeros behind it.
+Rows<int8_t> where_they_lie(const Call& call) {
+  return [q = static_cast<const uint8_t*>(call.q), k = call.k](int64_t first, int64_t, int64_t) { return q + first * k; };
 }
 
 // Memory for some rows, of each thread.
@@ -274,18 +290,35 @@ Code* scratch(int64_t size) {
   return memory.data();
 }
 
-// Return what gives some rows of the activations' codes, each made of one and followed by zeros.
-template <typename Code, typename From>
-auto copied(const Call& call, int64_t depth, From from) {
-  return [=](int64_t first, int64_t height, int64_t) {
-    Code* rows = scratch<Code>(ROWS * depth);
+// Of rows that are made, each by `make` of where it begins in `X`, and followed by zeros.
+template <typename Code, typename X, typename Make>
+Rows<Code> made(const Call& call, Make make) {
+  return [=, q = static_cast<const X*>(call.q), k = call.k](int64_t first, int64_t height, int64_t) {
+    const int64_t depth = inner<Code>(k);
+    Factor<Code>* rows = scratch<Factor<Code>>(ROWS * depth);
     for (int64_t i = 0; i < height; ++i) {
-      const uint8_t* q = call.q + (first + i) * call.k;
-      Code* end = std::transform(q, q + call.k, rows + i * depth, from);
-      std::fill(end, rows + (i + 1) * depth, Code(0));
+      make(q + (first + i) * k, k, rows + i * depth);
+      std::fill(rows + i * depth + k, rows + (i + 1) * depth, Factor<Code>(0));
     }
-    return const_cast<const Code*>(rows);
+    return rows;
   };
+}
+
+// Of real values, each 16 of which `code` makes codes, or their values.
+template <typename Code, typename X, typename F>
+Rows<Code> coded(const Call& call, F code) {
+  return made<Code, X>(call, [=](const X* from, int64_t count, Factor<Code>* to) {
+    for (int64_t i = 0; i < count; i += LANES) {
+      const __mmask16 some = (1u << std::min(LANES, count - i)) - 1;
+      write(to + i, some, code(read(from + i, some)));
+    }
+  });
+}
+
+template <typename Code, typename F>
+Rows<Code> coded(const Call& call, at::ScalarType of, F code) {
+  if (of == at::kBFloat16) return coded<Code, at::BFloat16>(call, code);
+  return of == at::kHalf ? coded<Code, at::Half>(call, code) : coded<Code, float>(call, code);
 }
 
 // As std::copy_n, which calls a function: a few bytes at a time are most of the time of an image of three channels.
@@ -304,9 +337,9 @@ struct Geometry {
   int64_t windows[2];  // of an image, along height and width
 };
 
-// Return what gives some windows of images, (taps, channels of the group), with the zero point where there is no pixel.
-auto gathered(const Call& call, const Geometry& of) {
-  return [=](int64_t first, int64_t height, int64_t group) {
+// Of windows of images, (taps, channels of the group), with the zero point where there is no pixel.
+Rows<int8_t> gathered(const Call& call, const Geometry& of) {
+  return [=, q = static_cast<const uint8_t*>(call.q)](int64_t first, int64_t height, int64_t group) {
     const int64_t depth = inner<int8_t>(call.k), channels = of.channels / call.groups;
     const int64_t step = of.dilation[1] * of.channels, along = of.kernel[1];
     uint8_t* rows = scratch<uint8_t>(ROWS * depth);
@@ -314,7 +347,7 @@ auto gathered(const Call& call, const Geometry& of) {
       const int64_t window = first + i, row = window / of.windows[1];
       const int64_t top = row % of.windows[0] * of.stride[0] - of.above;
       const int64_t left = window % of.windows[1] * of.stride[1] - of.left;
-      const uint8_t* image = call.q + row / of.windows[0] * of.height * of.width * of.channels + group * channels;
+      const uint8_t* image = q + row / of.windows[0] * of.height * of.width * of.channels + group * channels;
       uint8_t* to = rows + i * depth;
       for (int64_t a = 0; a < of.kernel[0]; ++a) {
         const int64_t y = top + a * of.dilation[0];
@@ -333,7 +366,7 @@ auto gathered(const Call& call, const Geometry& of) {
       }
       std::fill(to, rows + (i + 1) * depth, uint8_t(0));
     }
-    return const_cast<const uint8_t*>(rows);
+    return rows;
   };
 }
 
@@ -345,6 +378,44 @@ const at::BFloat16* values_of(at::ScalarType format) {
   at::Tensor& values = known[format];
   if (!values.defined()) values = at::arange(256, at::kByte).view(format).to(at::kBFloat16);
   return values.const_data_ptr<at::BFloat16>();
+}
+
+// The values of float8 codes, looked up in registers.
+void decode(const at::BFloat16* values, const uint8_t* codes, int64_t count, at::BFloat16* to) {
+  const __m512i t0 = _mm512_loadu_si512(values), t1 = _mm512_loadu_si512(values + 32);
+  const __m512i t2 = _mm512_loadu_si512(values + 64), t3 = _mm512_loadu_si512(values + 96);
+  const __m512i sign = _mm512_set1_epi16(128), minus_zero = _mm512_set1_epi16(values[128].x);  // or NaN
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 some = ~uint32_t(0) >> std::max<int64_t>(0, 32 - (count - i));
+    const __m512i code = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(some, codes + i));
+    const __m512i low = _mm512_permutex2var_epi16(t0, code, t1), high = _mm512_permutex2var_epi16(t2, code, t3);
+    __m512i value = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(code, _mm512_set1_epi16(64)), low, high);
+    value = _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(code, sign), 8));
+    value = _mm512_mask_mov_epi16(value, _mm512_cmpeq_epi16_mask(code, sign), minus_zero);
+    _mm512_mask_storeu_epi16(to + i, some, value);
+  }
+}
+
+// A float8 format: bits of its mantissa, the least exponent of a normal number, and the largest value.
+struct Float8 {
+  int mantissa, least;
+  float largest;
+
+  // Real values rounded to those of its codes, to even.
+  Reals operator()(Reals x) const {
+    x = at::vec::clamp(x, Reals(-largest), Reals(largest));
+    const __m512 exponent = _mm512_max_ps(_mm512_getexp_ps(x), Reals(static_cast<float>(least)));
+    const Reals shift = Reals(static_cast<float>(mantissa)) - Reals(exponent);
+    return _mm512_scalef_ps(Reals(_mm512_scalef_ps(x, shift)).round(), Reals(0) - shift);
+  }
+};
+
+Float8 float8_of(at::ScalarType format) {
+  if (format == at::kFloat8_e4m3fn) return {3, -6, 448};
+  if (format == at::kFloat8_e5m2) return {2, -14, 57344};
+  if (format == at::kFloat8_e4m3fnuz) return {3, -7, 240};
+  TORCH_CHECK(format == at::kFloat8_e5m2fnuz, format, " is no float8 format");
+  return {2, -15, 57344};
 }
 
 // A packed weight, which lives and dies with the tensor of its codes.
@@ -419,9 +490,11 @@ struct Held {
 };
 
 struct Operands {
-  const std::optional<at::Tensor>&zero_point, &weight_zero_point, &bias, &residual, &to_scale, &to_zero_point;
+  const std::optional<at::Tensor>&q_scale, &zero_point, &weight_zero_point, &bias, &residual, &to_scale, &to_zero_point;
   const at::Tensor& scale;
 };
+
+bool is_real(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
 
 // Return the call that writes to `y`, `(..., N)`.
 Call call_of(
@@ -433,10 +506,12 @@ Call call_of(
   const bool floats = !weight.sums.defined(), codes = operands.to_scale.has_value();
   TORCH_CHECK(codes == operands.to_zero_point.has_value(), "give to_scale and to_zero_point, or neither");
   TORCH_CHECK(floats || operands.zero_point, "integers have a zero point; give one");
-  TORCH_CHECK(!floats || q.is_floating_point(), "a weight of float8 meets codes of ", q.scalar_type());
+  const at::ScalarType read = q.scalar_type();
+  TORCH_CHECK(!operands.q_scale || is_real(read), "real values are made codes of, not ", read);
   TORCH_CHECK(
-      codes || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, "the result is ", dtype,
-      "; ask for float32, bfloat16 or float16");
+      operands.q_scale || (floats ? q.is_floating_point() && q.element_size() == 1 : read == at::kByte), "a weight of ",
+      floats ? "float8" : "integers", " meets codes of ", read);
+  TORCH_CHECK(codes || is_real(dtype), "the result is ", dtype, "; ask for float32, bfloat16 or float16");
   return {
       .m = y.numel() / n,
       .n = n,
@@ -444,7 +519,8 @@ Call call_of(
       .groups = weight.groups,
       .activation = place(activation),
       .dtype = dtype,
-      .q = held.at<uint8_t>("q", q, q.numel(), floats ? q.scalar_type() : at::kByte),
+      .q = held.at("q", q, q.numel(), read),
+      .q_scale = held.at<float>("q_scale", operands.q_scale, 1, at::kFloat),
       .packed = weight.weight.const_data_ptr(),
       .sums = floats ? nullptr : weight.sums.const_data_ptr<int32_t>(),
       .zero_point = held.at<int32_t>("zero_point", operands.zero_point, 1, at::kInt),
@@ -468,8 +544,34 @@ struct Enabled {
   }
 };
 
+// Of codes, or of real values in steps of a scale.
+Rows<int8_t> integer_rows(const Call& call, at::ScalarType dtype) {
+  if (call.q_scale)
+    return coded<int8_t>(
+        call, dtype,
+        [inverse = Reals(1 / *call.q_scale), zero_point = Reals(static_cast<float>(*call.zero_point))](Reals x) {
+          return codes_of(x * inverse, zero_point);
+        });
+  if (call.k % GROUP<int8_t> == 0) return where_they_lie(call);
+  return made<int8_t, uint8_t>(call, copy);
+}
+
+// Of codes, whose format may be another one than the weight's, or of real values that are made codes of a format.
+Rows<at::BFloat16> float8_rows(const Call& call, at::ScalarType dtype, std::optional<at::ScalarType> format) {
+  if (call.q_scale) {
+    TORCH_CHECK(format, "real values are made codes of a float8 format; give one");
+    return coded<at::BFloat16>(
+        call, dtype, [to = float8_of(*format), scale = Reals(*call.q_scale)](Reals x) { return to(x / scale); });
+  }
+  return made<at::BFloat16, uint8_t>(call, [values = values_of(dtype)](const uint8_t* q, int64_t k, at::BFloat16* to) {
+    decode(values, q, k, to);
+  });
+}
+
 at::Tensor product(
     const at::Tensor& q,
+    const std::optional<at::Tensor>& q_scale,
+    const std::optional<at::ScalarType> q_format,
     const std::optional<at::Tensor>& zero_point,
     const at::Tensor& codes,
     const std::optional<at::Tensor>& weight_zero_point,
@@ -483,25 +585,18 @@ at::Tensor product(
   TORCH_CHECK(
       q.dim() == 2 && codes.dim() == 2 && q.size(1) == codes.size(1), "q of shape ", q.sizes(), " meets codes of shape ",
       codes.sizes(), "; the last axes must be equal");
-  TORCH_CHECK(q.element_size() == 1 && codes.element_size() == 1, "codes of 8 bits are multiplied");
+  TORCH_CHECK(codes.element_size() == 1, "codes of 8 bits are multiplied");
   const at::Tensor y = at::empty({q.size(0), codes.size(0)}, q.options().dtype(to_scale ? at::kByte : dtype));
   if (y.numel() == 0) return y;
   const Enabled enabled;
   const auto weight = packed(codes, 1);
-  const Operands operands{zero_point, weight_zero_point, bias, residual, to_scale, to_zero_point, scale};
+  const Operands operands{q_scale, zero_point, weight_zero_point, bias, residual, to_scale, to_zero_point, scale};
   Held held;
   const Call call = call_of(q, *weight, operands, activation, y, held);
-  if (codes.is_floating_point()) {
-    const at::BFloat16* value = values_of(q.scalar_type());  // its format may be another one than the weight's
-    const int64_t depth = inner<at::BFloat16>(call.k);
-    multiply<at::BFloat16, float>(
-        call, copied<at::BFloat16>(call, depth, [=](uint8_t code) { return value[code]; }));
-  } else if (call.k % GROUP<int8_t> == 0) {
-    multiply<int8_t, int32_t>(call, where_they_lie(call));
-  } else {
-    multiply<int8_t, int32_t>(
-        call, copied<uint8_t>(call, inner<int8_t>(call.k), [](uint8_t code) { return code; }));
-  }
+  if (codes.is_floating_point())
+    multiply<at::BFloat16, float>(call, float8_rows(call, q.scalar_type(), q_format));
+  else
+    multiply<int8_t, int32_t>(call, integer_rows(call, q.scalar_type()));
   return y;
 }
 
@@ -543,7 +638,7 @@ at::Tensor convolution(
   const Enabled enabled;
   const auto weight = packed(codes, groups);
   const std::optional<at::Tensor> last = residual ? std::optional(residual->permute({0, 2, 3, 1})) : std::nullopt;
-  const Operands operands{zero_point, weight_zero_point, bias, last, to_scale, to_zero_point, scale};
+  const Operands operands{std::nullopt, zero_point, weight_zero_point, bias, last, to_scale, to_zero_point, scale};
   Held held;
   const Call call = call_of(images, *weight, operands, activation, y, held);
   const bool padded = std::any_of(padding.begin(), padding.end(), [](int64_t size) { return size != 0; });

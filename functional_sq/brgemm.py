@@ -27,9 +27,11 @@ import torch
 from torch import Tensor
 
 from functional_sq import onednn
+from functional_sq.formats import Float8
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
-from functional_sq.requantize import ACTIVATIONS, fills_a_byte
+from functional_sq.qparams import QParams
+from functional_sq.requantize import ACTIVATIONS, fills_a_byte, has_one_scale
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import asked_once, define_operator
 from functional_sq.windows import window_sizes
@@ -45,6 +47,8 @@ __all__ = [
     "least_windows",
     "plus",
     "product",
+    "product_of_reals",
+    "quantizes",
     "requantizes",
     "rows",
     "supports",
@@ -66,6 +70,9 @@ _FLAGS = (
     *(f"-m{isa}" for isa in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")),
     *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
 )
+
+_FEW = 2**21
+"""How many codes of a weight at most one row takes to multiply as long as with `torch._int_mm`."""
 
 HAS_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()
 """Whether this CPU multiplies bfloat16 and adds in float32."""
@@ -104,16 +111,19 @@ def _takes(codes: Tensor) -> bool:
 
 
 def rows(codes: Tensor, zero_point: Tensor | None) -> range:
-    """Return for how many rows it is the faster one: for any number but one, for which `torch._int_mm` streams a weight
-    at 25 GB/s, and this at 20.
+    """Return for how many rows it is the faster one: for any number, but one with a large weight, which `torch._int_mm`
+    streams from memory at 25 GB/s, and this at 20.
+
+    One row takes a layer of 384 x 384 in a compiled chain 14 us and `torch._int_mm` 32, of 1024 x 1024 80 and 90, of
+    2048 x 2048 260 and 240.
 
     Example:
         >>> import torch
         >>> from functional_sq import brgemm
-        >>> 1 in brgemm.rows(torch.empty(4096, 1024), None), 2 in brgemm.rows(torch.empty(4096, 1024), None)
-        (False, True)
+        >>> [1 in brgemm.rows(torch.empty(n, 1024), None) for n in (1024, 4096)]
+        [True, False]
     """
-    return range(2, sys.maxsize)
+    return range(1 if codes.numel() <= _FEW else 2, sys.maxsize)
 
 
 def key() -> tuple[object, ...]:
@@ -174,7 +184,7 @@ def product(
     """
     q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
     then = activation, to_scale, to_zero_point, dtype
-    return _call(q, zero_point, codes, weight_zero_point, scale, bias, None, *then)
+    return _call(q, None, None, zero_point, codes, weight_zero_point, scale, bias, None, *then)
 
 
 def plus(residual: Tensor, operands: Operands) -> Tensor:
@@ -189,7 +199,7 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     """
     q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
     added = residual.reshape(-1, codes.shape[0]), "none", None, None, residual.dtype
-    return _call(q, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
+    return _call(q, None, None, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
 
 
 def least_windows(
@@ -278,7 +288,64 @@ def float8_product(
     Raises:
         RuntimeError: as `product`.
     """
-    return _call(q, None, codes, None, scale, bias, residual, "none", None, None, dtype)
+    return _call(q, None, None, None, codes, None, scale, bias, residual, "none", None, None, dtype)
+
+
+def quantizes(spec: QuantSpec, scale: Tensor, x: Tensor) -> bool:
+    """Whether `product_of_reals` makes the codes of real values: float8 or all 8 bits, one scale.
+
+    Args:
+        spec: the codes' quantization.
+        scale: its scale.
+        x: real values.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq import brgemm
+        >>> brgemm.quantizes(fsq.QuantSpec(torch.int4, fsq.PerTensor()), torch.ones(1), torch.ones(2, 3))
+        False
+    """
+    fits = has_one_scale if isinstance(spec.format, Float8) else fills_a_byte
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and fits(spec, scale)
+
+
+def product_of_reals(
+    x: Tensor,
+    spec: QuantSpec,
+    qp: QParams,
+    codes: Tensor,
+    weight_zero_point: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return the product of the codes of `x`, which are made when a tile reads them and never written.
+
+    Args:
+        x: real values `(M, K)`: float32, bfloat16 or float16.
+        spec, qp: their quantization, that `quantizes` takes.
+        codes, weight_zero_point: the weight's, as `Operands` and `float8_product` have them.
+        scale, bias: as `Operands`.
+
+    Returns:
+        `(M, N)` in the dtype of `x`: what `product` or `float8_product` returns of `quantize(spec, x, qp)`.
+
+    Raises:
+        RuntimeError: as `product`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq import brgemm
+        >>> spec, w = fsq.QuantSpec(torch.int8, fsq.PerTensor()), torch.tensor([[1, 2]], dtype=torch.int8)
+        >>> qp = fsq.QParams(torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32))
+        >>> if brgemm.is_built():
+        ...     y = brgemm.product_of_reals(torch.tensor([[2.0, 0.6]]), spec, qp, w, None, torch.tensor([0.5]), None)
+        ...     assert y.tolist() == [[3.0]]
+    """
+    format, zero_point = spec.format.storage, qp.zero_point
+    if format is torch.int8:
+        zero_point = zero_point + 128
+    kept = qp.scale, format, zero_point.to(torch.int32), codes, weight_zero_point, scale, bias, None
+    return _call(x.detach(), *kept, "none", None, None, x.dtype)
 
 
 def _require() -> None:
@@ -292,7 +359,9 @@ def _call(*arguments: Any) -> Tensor:
     return y
 
 
-def _fake(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
+def _fake(
+    q: Tensor, q_scale: Tensor | None, format: torch.dtype | None, z: Tensor | None, codes: Tensor, *rest: Any
+) -> Tensor:
     *_, to_scale, _, dtype = rest
     return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
 
@@ -307,8 +376,9 @@ def _fake_convolution(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) 
 
 define_operator(
     "brgemm_product",
-    "(Tensor q, Tensor? zero_point, Tensor codes, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
-    "Tensor? residual, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
+    "(Tensor q, Tensor? q_scale, ScalarType? q_format, Tensor? zero_point, Tensor codes, Tensor? weight_zero_point, "
+    "Tensor scale, Tensor? bias, Tensor? residual, str activation, Tensor? to_scale, Tensor? to_zero_point, "
+    "ScalarType dtype) -> Tensor",
     None,  # in brgemm.cpp
     _fake,
 )
