@@ -38,7 +38,7 @@ from bridge.observed import (
     weight_of,
 )
 from bridge.observer import qparams_of, weight_qparams
-from functional_sq import backends, chains
+from functional_sq import backends, brgemm, chains
 from functional_sq.compat import is_exporting
 from functional_sq.conv import is_looped_first, is_tapped
 from functional_sq.folded import check_zero_point, fixed_zero_point
@@ -583,7 +583,7 @@ class _QuantizedConv(Quantized):
         return F.pad(x, self._around, mode=self.padding_mode) if self._around else x
 
     def _multiply(self, x: Tensor, qp: fsq.QParams, bias: Tensor | None, **how: Any) -> Tensor:
-        q = fsq.quantize(self.act_spec, x, qp)
+        q = brgemm.quantize(self.act_spec, x, qp)
         return self._product(self.act_spec, q, qp, self.folded, bias, dtype=x.dtype, **how)
 
     def _backend(self) -> str:

@@ -1,5 +1,5 @@
 // A product or convolution of codes, its scale, bias, residual, activation and the next codes, a tile at a time; of a
-// product also the codes of real values.
+// product also the codes of real values. And codes of real values by themselves.
 //
 // at::native::cpublas::brgemm multiplies a tile, by a kernel that oneDNN makes for its sizes; this file packs a weight as
 // that wants it, and does what follows while the tile is in the cache. Compiled and called by brgemm.py.
@@ -11,6 +11,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 
@@ -148,8 +149,8 @@ inline void write(uint8_t* p, __mmask16 some, Reals y) {
 inline __m512i read(const int32_t* p, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, p); }
 
 // Codes of 8 bits, as floats, of real values in steps.
-inline Reals codes_of(Reals steps, Reals zero_point) {
-  return at::vec::clamp(steps.round() + zero_point, Reals(0), Reals(255));
+inline Reals codes_of(Reals steps, Reals zero_point, Reals low = Reals(0), Reals high = Reals(255)) {
+  return at::vec::clamp(steps.round() + zero_point, low, high);
 }
 
 // Where a tile of sums lies in the result.
@@ -240,20 +241,20 @@ using Factor = std::conditional_t<sizeof(Code) == 1, uint8_t, Code>;
 template <typename Code>
 using Rows = std::function<const Factor<Code>*(int64_t, int64_t, int64_t)>;
 
-// Each task has some rows, and all or a part of the columns: as many tasks as keep every thread at work.
+// Each task has some rows, and all or a part of the columns: as many tasks as keep every thread at work, alike in height.
 template <typename Code, typename Sum>
 void multiply(const Call& call, const Rows<Code>& rows_of) {
   const int64_t each = call.n / call.groups, heights = (call.m + ROWS - 1) / ROWS, widths = call.groups * tiles(each);
   const int64_t parts = std::min(widths, (4 * at::get_num_threads() + heights - 1) / heights);
-  const int64_t depth = inner<Code>(call.k), size = COLUMNS * depth;
+  const int64_t depth = inner<Code>(call.k), size = COLUMNS * depth, height = (call.m + heights - 1) / heights;
   const Finish<Sum> finish = finisher<Sum>(call);
   at::parallel_for(0, heights * parts, 1, [&](int64_t begin, int64_t end) {
     alignas(64) Sum sums[ROWS * COLUMNS];
     int32_t row_sums[ROWS] = {};
     const Factor<Code>* rows = nullptr;
     for (int64_t task = begin, last = -1, last_row = -1; task < end; ++task) {
-      const int64_t row = task / parts * ROWS, part = task % parts;
-      Tile tile{.row = row, .height = std::min(ROWS, call.m - row)};
+      const int64_t row = task / parts * height, part = task % parts;
+      Tile tile{.row = row, .height = std::min(height, call.m - row)};
       for (int64_t j = widths * part / parts; j < widths * (part + 1) / parts; ++j) {
         const int64_t group = j / tiles(each), column = j % tiles(each) * COLUMNS;
         tile.column = group * each + column;
@@ -304,21 +305,30 @@ Rows<Code> made(const Call& call, Make make) {
   };
 }
 
-// Of real values, each 16 of which `code` makes codes, or their values.
-template <typename Code, typename X, typename F>
-Rows<Code> coded(const Call& call, F code) {
-  return made<Code, X>(call, [=](const X* from, int64_t count, Factor<Code>* to) {
-    for (int64_t i = 0; i < count; i += LANES) {
-      const __mmask16 some = (1u << std::min(LANES, count - i)) - 1;
-      write(to + i, some, code(read(from + i, some)));
-    }
-  });
+// Write what `code` makes of real values, 16 at a time.
+template <typename X, typename Y, typename F>
+void each(const X* from, int64_t count, Y* to, F code) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const __mmask16 some = (1u << std::min(LANES, count - i)) - 1;
+    write(to + i, some, code(read(from + i, some)));
+  }
 }
 
+// Call a function with a pointer to real values of their type.
+template <typename F>
+auto typed(const void* reals, at::ScalarType dtype, F function) {
+  if (dtype == at::kBFloat16) return function(static_cast<const at::BFloat16*>(reals));
+  if (dtype == at::kHalf) return function(static_cast<const at::Half*>(reals));
+  return function(static_cast<const float*>(reals));
+}
+
+// Of real values, which `code` makes codes, or their values.
 template <typename Code, typename F>
 Rows<Code> coded(const Call& call, at::ScalarType of, F code) {
-  if (of == at::kBFloat16) return coded<Code, at::BFloat16>(call, code);
-  return of == at::kHalf ? coded<Code, at::Half>(call, code) : coded<Code, float>(call, code);
+  return typed(call.q, of, [&]<typename X>(const X*) {
+    return made<Code, X>(
+        call, [code](const X* from, int64_t count, Factor<Code>* to) { each(from, count, to, code); });
+  });
 }
 
 // As std::copy_n, which calls a function: a few bytes at a time are most of the time of an image of three channels.
@@ -649,9 +659,30 @@ at::Tensor convolution(
   return result;
 }
 
+at::Tensor quantize(
+    const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, int64_t low, int64_t high,
+    at::ScalarType storage) {
+  TORCH_CHECK(is_real(x.scalar_type()), "real values are made codes of, not ", x.scalar_type());
+  TORCH_CHECK(storage == at::kByte || storage == at::kChar, "codes of ", storage, " are none of 8 bits");
+  Held held;
+  const at::Tensor dense = x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x);
+  const at::Tensor y = at::empty_like(x, x.options().dtype(storage));  // as it lies in memory
+  const Reals inverse(1 / *held.at<float>("scale", scale, 1, at::kFloat));
+  const Reals z(static_cast<float>(*held.at<int32_t>("zero_point", zero_point, 1, at::kInt)));
+  const Reals least(static_cast<float>(low)), most(static_cast<float>(high));
+  typed(dense.const_data_ptr(), x.scalar_type(), [&](const auto* from) {
+    uint8_t* to = static_cast<uint8_t*>(y.data_ptr());
+    at::parallel_for(0, y.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+      each(from + begin, end - begin, to + begin, [&](Reals r) { return codes_of(r * inverse, z, least, most); });
+    });
+  });
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(functional_sq, CPU, library) {
+  library.impl("brgemm_quantize", quantize);
   library.impl("brgemm_product", product);
   library.impl("brgemm_convolution", convolution);
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import functional_sq.testing.law
-from functional_sq import brgemm, onednn
+from functional_sq import brgemm, onednn, onednn_conv
 
 hypothesis.settings.register_profile(
     "functional_sq",
@@ -53,7 +53,9 @@ def multiply_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             pytest.skip(f"this machine has no {name}, or no VNNI")
         if name != "brgemm":
             monkeypatch.setattr(brgemm, "AVAILABLE", False)
-        monkeypatch.setattr(onednn, "WORTH", 0 if name == "oneDNN" else 10**18)
+        monkeypatch.setattr(brgemm, "_COPIED", 0)
+        for each in (onednn, onednn_conv):
+            monkeypatch.setattr(each, "WORTH", 0 if name == "oneDNN" else 10**18)
 
     return choose
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from test_linear import (
     ARRAYS,
+    BY,
     FLOAT8S,
     array,
     assert_within,
@@ -528,14 +529,15 @@ def test_an_asymmetric_weight_by_onednn_has_the_integers_and_roundings_of_numpy(
 @needs_brgemm
 @pytest.mark.parametrize("fill", FILLS, ids=str)
 @pytest.mark.parametrize("name", [*GEOMETRIES, *UNFIT])
-def test_an_asymmetric_weight_by_brgemm_has_the_integers_and_roundings_of_numpy(
-    name: str, fill: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+def test_brgemm_has_the_integers_and_roundings_of_numpy(
+    name: str, fill: tuple[str, str], multiply_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    multiply_by("brgemm")
     geometry = (GEOMETRIES | UNFIT)[name]
     found: list[Tensor] = []
     convolve = brgemm.convolve
     monkeypatch.setattr(brgemm, "convolve", lambda *of, **to: found.append(convolve(*of, **to)) or found[-1])
-    for formats in ("uint8-uint8", "int8-asymmetric"):
+    for formats in (*SYMMETRIC_WEIGHT, "uint8-uint8", "int8-asymmetric"):
         case = draw(geometry, *FORMATS[formats], fill=fill)
         for dtype in (torch.float32, torch.bfloat16):
             found.clear()
@@ -561,6 +563,30 @@ def test_an_asymmetric_weight_is_compiled_to_its_convolutions(
     assert source.count("functional_sq.onednn_conv_sums.default(") == (0 if inside else 2)
     assert source.count("functional_sq.brgemm_convolution.default(") == inside
     assert repr(layer).endswith(f"by {'brgemm' if inside else 'oneDNN'} from 1 windows on)")
+
+
+@needs_brgemm
+def test_windows_from_which_on_brgemm_is_asked() -> None:
+    """From shapes alone: not where windows are copied in short pieces, unless no other takes an asymmetric weight."""
+    zero_point = torch.empty(64, 1, 1, 1)
+    for shape, dilation, groups, symmetric, asymmetric in (
+        ((64, 16, 3, 3), 1, 1, True, True),
+        ((64, 16, 3, 3), 2, 1, False, True),
+        ((64, 3, 7, 7), 1, 1, False, True),
+        ((64, 3, 16, 16), 1, 1, True, True),
+        ((64, 16, 1, 1), 1, 1, True, True),
+        ((64, 16, 3, 3), 1, 4, False, False),
+    ):
+        for of_weight, taken in ((None, symmetric), (zero_point, asymmetric)):
+            least = brgemm.least_windows(torch.empty(shape), of_weight, (1, 1), (dilation, dilation), groups)
+            assert least == (1 if taken else sys.maxsize)
+    x = torch.randn(1, 6, 9, 8)
+    layer = quantized(SYMMETRIC_INT8, nn.Conv2d(6, 6, (3, 6), padding=1))
+    with torch.inference_mode():
+        y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
+        assert torch.equal(y, layer(x))
+    assert source.count("functional_sq.brgemm_convolution.default(") == 1
+    assert repr(layer).endswith("by brgemm from 1 windows on)")
 
 
 @needs_brgemm
@@ -790,8 +816,9 @@ def test_what_the_compiler_expects_of_the_operator_is_what_it_returns(name: str)
 
 
 @needs_onednn
-def test_windows_from_which_on_onednn_is_asked() -> None:
+def test_windows_from_which_on_onednn_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """From shapes alone; groups always; and from the first one on where the weight is large."""
+    monkeypatch.setattr(brgemm, "AVAILABLE", False)
     least = onednn_conv.least_windows
     one, two, small, large = (1, 1), (2, 2), torch.empty(16, 16, 3, 3), torch.empty(512, 512, 3, 3)
     assert least(large, None, one, one, 1) == least(small, None, one, one, 2) == 1
@@ -1628,11 +1655,11 @@ def test_a_layer_is_refused_with_value_rule_and_remedy(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["1d", "1d-unbatched", "2d-padded", "2d-pointwise", "2d-groups", "3d"])
-@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("by", BY)
 def test_a_residual_is_added_before_the_one_rounding_and_a_relu_after(
-    name: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, by: str, multiply_by: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(onednn_conv, "WORTH", 0 if by_onednn else 10**18)
+    multiply_by(by)
     wide = torch.promote_types(dtype, torch.float32)
     for formats in ("uint8-uint8", "int8-tensor"):
         case = draw(GEOMETRIES[name], *FORMATS[formats])
@@ -1650,11 +1677,9 @@ def test_a_residual_is_added_before_the_one_rounding_and_a_relu_after(
         assert torch.equal(case.kept(dtype, relu=True, then=then), fsq.requantize(case.kept(dtype).relu(), then))
 
 
-@pytest.mark.parametrize("by_onednn", [True, False])
-def test_a_residual_of_any_stride_with_a_gradient_and_under_vmap(
-    by_onednn: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onednn_conv, "WORTH", 0 if by_onednn else 10**18)
+@pytest.mark.parametrize("by", BY)
+def test_a_residual_of_any_stride_with_a_gradient_and_under_vmap(by: str, multiply_by: Callable[[str], None]) -> None:
+    multiply_by(by)
     case = draw(GEOMETRIES["2d-padded"], *FORMATS["int8-int8"])
     plain = case.kept()
     residual = torch.randn(plain.shape[::-1]).permute(3, 2, 1, 0)
@@ -1669,9 +1694,9 @@ def test_a_residual_of_any_stride_with_a_gradient_and_under_vmap(
 
 
 @pytest.mark.parametrize("formats", ["uint8-int8", "int8-tensor", "float8"])
-def test_floats_beside_their_codes_change_nothing(formats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("packing")
+def test_floats_beside_their_codes_change_nothing(formats: str) -> None:
     """A backend may read them; none on a CPU does, eager or compiled."""
-    monkeypatch.setattr(onednn_conv, "WORTH", 0)
     act, weight = FORMATS.get(formats, (QuantSpec(torch.float8_e4m3fn, PER_TENSOR),) * 2)
     case = draw(GEOMETRIES["2d-pointwise"], act, weight)
     x = fsq.dequantize(case.act, case.q, case.qp).requires_grad_()

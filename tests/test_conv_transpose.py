@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from test_chains import EXACT, assert_codes, difference, to
 from test_conv import FORMATS, PER_CHANNEL, PER_TENSOR, SCHEMES, Case, assert_exact, draw, last, quantized, twin
-from test_linear import ARRAYS, FLOAT8S, array, assert_within, bound, epilogue, needs_onednn
+from test_linear import ARRAYS, BY, FLOAT8S, array, assert_within, bound, epilogue
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_map
 
 import functional_sq as fsq
-from functional_sq import FoldedWeight, QParams, QuantSpec, onednn, onednn_conv
+from functional_sq import FoldedWeight, QParams, QuantSpec, brgemm, onednn, onednn_conv
 from functional_sq.formats import REAL_DTYPES
 
 with warnings.catch_warnings():
@@ -164,28 +164,29 @@ def assert_float8(y: Tensor, case: Case, unit: float) -> None:
     assert_within(array(y), exact, bias, 1.01 * k * unit * magnitude + bound(exact, bias, ARRAYS[y.dtype]))
 
 
-@needs_onednn
 @every_geometry
-def test_onednn_has_the_same_integers_and_roundings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn_conv, "WORTH", 0)
-    convolve, calls = onednn_conv.convolve, []
-    monkeypatch.setattr(onednn_conv, "convolve", lambda *given, dtype: calls.append(1) or convolve(*given, dtype=dtype))
+def test_a_backend_has_the_same_integers_and_roundings(
+    name: str, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = {"brgemm": brgemm, "oneDNN": onednn_conv}[packing]
+    convolve, calls = backend.convolve, []
+    monkeypatch.setattr(backend, "convolve", lambda *given, dtype: calls.append(1) or convolve(*given, dtype=dtype))
     geometry = GEOMETRIES[name]
     for formats, fill in itertools.product(("uint8-int8", "int8-int8", "int8-tensor"), ("all", "ends")):
         case = draw(geometry, *FORMATS[formats], fill=(fill, fill))
         y = convolved(case, kept=True)
         assert y.is_contiguous()
         assert_exact(y, case)
-    assert len(calls) == (6 if geometry.shape[0] and len(geometry.weight) < 5 else 0)
+    grouped = geometry.groups > 1 and packing == "brgemm"
+    assert len(calls) == (6 if geometry.shape[0] and len(geometry.weight) < 5 and not grouped else 0)
 
 
-@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("by", BY)
 @every_geometry
 def test_codes_for_the_next_layer_are_those_of_float64_within_the_rounding(
-    name: str, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, by: str, multiply_by: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(onednn_conv, "WORTH", 0)
-    monkeypatch.setattr(onednn, "AVAILABLE", by_onednn and onednn.AVAILABLE)
+    multiply_by(by)
     case = draw(GEOMETRIES[name], *FORMATS["int8-int8"])
     y = case.total() * case.scale(np.dtype(np.float64)) + case.bias_array()
     for activation in EXACT:
@@ -423,7 +424,8 @@ def test_the_observed_type_takes_what_computes_as_its_torch_type() -> None:
     assert observed_type(Resized(6, 8, 3)) is None
 
 
-def test_the_repr_says_which_is_made_by_onednn_and_how_it_is_laid_out() -> None:
+def test_the_repr_says_which_is_made_by_onednn_and_how_it_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brgemm, "AVAILABLE", False)
     layer = quantized(SCHEMES["int8"], LAYERS["2d"]())
     shown = repr(layer)
     assert (
@@ -463,8 +465,8 @@ def test_a_weight_of_any_granularity_by_the_reference_path_and_a_wrong_one_refus
             bridge.prepare_(nn.Sequential(layer), StaticQuantConfig(torch.int8, weight=weight))
 
 
-def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn_conv, "WORTH", 0)
+@pytest.mark.usefixtures("packing")
+def test_compiled_has_the_bits_of_eager_in_one_compilation_for_any_batch() -> None:
     two = (("int8", "2d"), ("uint8", "2d-no-bias"), ("int8", "2d-groups"))
     for rank, pairs in enumerate(((("int8", "1d"),), two, (("uint8", "3d"),)), 1):
         layers = [quantized(SCHEMES[scheme], LAYERS[name]()) for scheme, name in pairs]
@@ -576,10 +578,10 @@ def quantized_anew(layer: nn.Module, x: Tensor) -> nn.Module:
     return bridge.convert_(model)
 
 
-@pytest.mark.parametrize("worth", [0, 10**18], ids=["by oneDNN", "not by oneDNN"])
+@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("rank", [2, 3])
-def test_transposed_convolutions_hand_on_and_take(worth: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn_conv, "WORTH", worth)
+def test_transposed_convolutions_hand_on_and_take(by: str, rank: int, multiply_by: Callable[[str], None]) -> None:
+    multiply_by(by)
     torch.manual_seed(0)
     conv, up = (nn.Conv2d, nn.ConvTranspose2d) if rank == 2 else (nn.Conv3d, nn.ConvTranspose3d)
     model = nn.Sequential(conv(4, 8, 3, padding=1), nn.ReLU(), up(8, 6, 4, 2, 1), nn.SiLU(), conv(6, 4, 1)).eval()
@@ -590,11 +592,12 @@ def test_transposed_convolutions_hand_on_and_take(worth: int, rank: int, monkeyp
     assert list(map(str, bridge.chains(model, x))) == ["0 -> relu 2", "2 -> silu 4"]
     assert difference(model, x) < 0.02
     assert difference(model, last(x)) < 0.02
-    if worth == 0 and rank == 2 and onednn.AVAILABLE:
+    if by != "torch" and rank == 2:
         torch.compiler.reset()
         with torch.inference_mode():
             _, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
-        assert source.count("functional_sq.onednn_conv.default(") == 3
+        name = {"brgemm": "brgemm_convolution", "oneDNN": "onednn_conv"}[by]
+        assert source.count(f"functional_sq.{name}.default(") == 3
 
 
 # --- CUDA ------------------------------------------------------------------------------------------
