@@ -40,6 +40,7 @@ from functional_sq.serialize import spec_from_json, spec_to_json
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, computed_together, hide_from_dynamo
 from functional_sq.triton_conv import reads_real
+from functional_sq.windows import Geometry, geometry_of
 
 __all__ = ["CODES", "Link", "describe", "hand_on", "layer"]
 
@@ -176,9 +177,9 @@ _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default
 _PLUS = torch.ops.functional_sq.plus.default
 _BATCH_NORMS = torch.ops.functional_sq.batch_norms.default
-CODES, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL, _ACTIVATION, _X = (
+CODES, _WEIGHT_ZERO_POINT, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL, _ACTIVATION, _X = (
     [argument.name for argument in _PRODUCT._schema.arguments].index(name)
-    for name in ("codes", "bias", "product_scale", "geometry", "residual", "activation", "x")
+    for name in ("codes", "weight_zero_point", "bias", "product_scale", "geometry", "residual", "activation", "x")
 )
 """Where the arguments of a `functional_sq::product` are."""
 
@@ -205,10 +206,10 @@ def hand_on(graph: fx.Graph) -> list[Link]:
     result, through dropouts, goes only into a sum of its shape and dtype adds the other term itself, in the dtype in
     which it scales, and the sum is rounded once. A batch norm in evaluation, of one layer's result alone, becomes part
     of that layer's scale and bias, as if folded into the weight before quantization, unless its gradient is asked for.
-    A convolution adds a residual on CUDA alone, with the channels last in memory, and a ReLU after it is part of that:
-    oneDNN takes longer than a pass that adds it, applies the activation and makes the next codes (8 images of
-    256 x 56 x 56: 3.6 against 3.2 ms). There it is also given what it convolves the codes of, where that is written
-    anyway.
+    A convolution on CUDA, and one by `brgemm`, adds a residual with the channels last in memory, and a ReLU after it is
+    part of that; oneDNN takes longer than a pass that adds it, applies the activation and makes the next codes (8
+    images of 256 x 56 x 56: 3.6 against 3.2 ms). On CUDA it is also given what it convolves the codes of, where that
+    is written anyway.
 
     Args:
         graph: as Dynamo captures it: functions of torch, in-place ones too, and the operators of `layer`.
@@ -457,10 +458,22 @@ def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | N
         if source is None or not isinstance(residual, fx.Node) or residual is x or not _alike(x, residual):
             continue
         producer, activation, passed = source
-        adds = producer.args[_GEOMETRY] == "" or (_is_cuda_conv(producer) and _is_channels_last(producer, residual))
-        if activation == "none" and adds and producer.args[_RESIDUAL] is None:
+        adds = activation == "none" and producer.args[_RESIDUAL] is None and _adds(producer)
+        if adds and (producer.args[_GEOMETRY] == "" or _is_channels_last(producer, residual)):
             return producer, passed, residual
     return None
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether a layer adds a residual: a linear one, a convolution on CUDA, or one by `brgemm`, of any number."""
+    if node.args[_GEOMETRY] == "" or _is_cuda_conv(node):
+        return True
+    codes, zero_point = _example(node.args[CODES]), _example(node.args[_WEIGHT_ZERO_POINT])
+    function, settings = _function_of(str(node.args[_GEOMETRY]))
+    if codes is None or function is not conv or not brgemm.supports(codes, zero_point):
+        return False
+    stride, _, dilation = geometry_of(codes.shape[2:], *(settings[name] for name in Geometry._fields))
+    return brgemm.least_windows(codes, zero_point, stride, dilation, settings["groups"]) == 1
 
 
 def _is_cuda_conv(node: fx.Node) -> bool:
