@@ -518,6 +518,8 @@ class QuantizedLinear(Quantized):
         return quantized_linear(self.act_spec, x, qp, self.folded, bias, **how)
 
     def _backend(self) -> str:
+        if brgemm.float8(self.weight_codes) is not None:
+            return f", by {brgemm.NAME}"
         weight = self.weight_codes, self.weight_zero_point
         return _taken_by(
             ((each.NAME, each.rows(*weight)) for each in backends.PRODUCTS if each.supports(*weight)), "rows"
@@ -587,6 +589,8 @@ class _QuantizedConv(Quantized):
         return self._product(self.act_spec, q, qp, self.folded, bias, dtype=x.dtype, **how)
 
     def _backend(self) -> str:
+        if brgemm.float8(self.weight_codes, self.groups) is not None:
+            return f", by {brgemm.NAME}"
         # A transposed one is a convolution of codes that were spread, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
         weight = self.weight_codes, self.weight_zero_point

@@ -153,6 +153,40 @@ inline Reals codes_of(Reals steps, Reals zero_point, Reals low = Reals(0), Reals
   return at::vec::clamp(steps.round() + zero_point, low, high);
 }
 
+// A float8 format: bits of its mantissa, the least exponent of a normal number, and the largest value.
+struct Float8 {
+  int mantissa, least;
+  float largest;
+
+  // Real values rounded to those of its codes, to even.
+  Reals operator()(Reals x) const {
+    x = at::vec::clamp(x, Reals(-largest), Reals(largest));
+    const __m512 exponent = _mm512_max_ps(_mm512_getexp_ps(x), Reals(static_cast<float>(least)));
+    const Reals shift = Reals(static_cast<float>(mantissa)) - Reals(exponent);
+    return _mm512_scalef_ps(Reals(_mm512_scalef_ps(x, shift)).round(), Reals(0) - shift);
+  }
+};
+
+Float8 float8_of(at::ScalarType format) {
+  if (format == at::kFloat8_e4m3fn) return {3, -6, 448};
+  if (format == at::kFloat8_e5m2) return {2, -14, 57344};
+  if (format == at::kFloat8_e4m3fnuz) return {3, -7, 240};
+  TORCH_CHECK(format == at::kFloat8_e5m2fnuz, format, " is no float8 format");
+  return {2, -15, 57344};
+}
+
+// Codes of float8_e4m3fn, the format of which codes are made in a tile.
+inline void write_float8(uint8_t* p, __mmask16 some, Reals x) {
+  const Reals y = Float8{3, -6, 448}(x), size = y.abs();
+  const __m512i bits = _mm512_castps_si512(size);
+  __m512i code = _mm512_sub_epi32(_mm512_srli_epi32(bits, 23 - 3), _mm512_set1_epi32((127 - 7) << 3));
+  const __m512i steps = _mm512_cvtps_epi32(size * Reals(512));  // of a number that is not normal
+  code = _mm512_mask_mov_epi32(code, _mm512_cmp_ps_mask(size, Reals(0x1p-6f), _CMP_LT_OQ), steps);
+  code = _mm512_mask_mov_epi32(code, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), _mm512_set1_epi32(0x7f));
+  const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(_mm512_castps_si512(y), 31), 7);
+  _mm_mask_storeu_epi8(p, some, _mm512_cvtepi32_epi8(_mm512_or_si512(code, sign)));
+}
+
 // Where a tile of sums lies in the result.
 struct Tile {
   int64_t row, height, column, count;
@@ -165,8 +199,9 @@ void finish(const Call& call, const Sum* sums, const Tile& tile, const int32_t* 
   const bool biased = call.bias, asymmetric = call.weight_zero_point, added = call.residual;
   const bool rectified = call.activation == 1;  // after a residual
   const int64_t n = call.n;
-  Reals inverse(0), to_zero_point(0);
+  Reals to_scale(1), inverse(1), to_zero_point(0);
   if constexpr (codes) {
+    to_scale = Reals(*call.to_scale);
     inverse = Reals(1 / *call.to_scale);
     to_zero_point = Reals(static_cast<float>(*call.to_zero_point));
   }
@@ -198,13 +233,15 @@ void finish(const Call& call, const Sum* sums, const Tile& tile, const int32_t* 
       }
       x = x * scale;
       if (biased) x = x + bias;
-      if constexpr (codes) {
-        x = codes_of(activated<activation>(x) * inverse, to_zero_point);
-      } else if (added) {
-        x = x + read(residual + i * n, some);
-        if (rectified) x = activated<1>(x);
+      if constexpr (codes && integers) {
+        write(y + i * n, some, codes_of(activated<activation>(x) * inverse, to_zero_point));
+      } else if constexpr (codes) {
+        write_float8(y + i * n, some, activated<activation>(x) / to_scale);
+      } else {
+        if (added) x = x + read(residual + i * n, some);
+        if (added && rectified) x = activated<1>(x);
+        write(y + i * n, some, x);
       }
-      write(y + i * n, some, x);
     }
   }
 }
@@ -332,12 +369,11 @@ Rows<Code> coded(const Call& call, at::ScalarType of, F code) {
 }
 
 // As std::copy_n, which calls a function: a few bytes at a time are most of the time of an image of three channels.
-inline uint8_t* copy(const uint8_t* from, int64_t count, uint8_t* to) {
+inline void copy(const uint8_t* from, int64_t count, uint8_t* to) {
   for (int64_t i = 0; i < count; i += 64) {
     const __mmask64 some = ~uint64_t(0) >> std::max<int64_t>(0, 64 - (count - i));
     _mm512_mask_storeu_epi8(to + i, some, _mm512_maskz_loadu_epi8(some, from + i));
   }
-  return to + count;
 }
 
 // What a convolution takes: of images (batch, height, width, channels) in memory.
@@ -347,34 +383,38 @@ struct Geometry {
   int64_t windows[2];  // of an image, along height and width
 };
 
-// Of windows of images, (taps, channels of the group), with the zero point where there is no pixel.
-Rows<int8_t> gathered(const Call& call, const Geometry& of) {
+// Of windows of images, (taps, channels of the group), by `take` of codes; where there is no pixel, what `outside` is.
+template <typename Code, typename Take>
+Rows<Code> gathered(const Call& call, const Geometry& of, Factor<Code> outside, Take take) {
   return [=, q = static_cast<const uint8_t*>(call.q)](int64_t first, int64_t height, int64_t group) {
-    const int64_t depth = inner<int8_t>(call.k), channels = of.channels / call.groups;
+    const int64_t depth = inner<Code>(call.k), channels = of.channels / call.groups;
     const int64_t step = of.dilation[1] * of.channels, along = of.kernel[1];
-    uint8_t* rows = scratch<uint8_t>(ROWS * depth);
+    Factor<Code>* rows = scratch<Factor<Code>>(ROWS * depth);
     for (int64_t i = 0; i < height; ++i) {
       const int64_t window = first + i, row = window / of.windows[1];
       const int64_t top = row % of.windows[0] * of.stride[0] - of.above;
       const int64_t left = window % of.windows[1] * of.stride[1] - of.left;
       const uint8_t* image = q + row / of.windows[0] * of.height * of.width * of.channels + group * channels;
-      uint8_t* to = rows + i * depth;
+      Factor<Code>* to = rows + i * depth;
       for (int64_t a = 0; a < of.kernel[0]; ++a) {
         const int64_t y = top + a * of.dilation[0];
         const uint8_t* from = image + (y * of.width + left) * of.channels;
         const bool inside = 0 <= y && y < of.height;
         const bool whole = inside && 0 <= left && left + (along - 1) * of.dilation[1] < of.width;
         if (whole && step == channels) {  // pixels that lie side by side
-          to = copy(from, along * channels, to);
+          take(from, along * channels, to);
+          to += along * channels;
           continue;
         }
-        for (int64_t b = 0; b < along; ++b, from += step) {
+        for (int64_t b = 0; b < along; ++b, from += step, to += channels) {
           const int64_t x = left + b * of.dilation[1];
-          to = inside && 0 <= x && x < of.width ? copy(from, channels, to)
-                                                : std::fill_n(to, channels, static_cast<uint8_t>(*call.zero_point));
+          if (inside && 0 <= x && x < of.width)
+            take(from, channels, to);
+          else
+            std::fill_n(to, channels, outside);
         }
       }
-      std::fill(to, rows + (i + 1) * depth, uint8_t(0));
+      std::fill(to, rows + (i + 1) * depth, Factor<Code>(0));
     }
     return rows;
   };
@@ -391,7 +431,7 @@ const at::BFloat16* values_of(at::ScalarType format) {
 }
 
 // The values of float8 codes, looked up in registers.
-void decode(const at::BFloat16* values, const uint8_t* codes, int64_t count, at::BFloat16* to) {
+inline void decode(const at::BFloat16* values, const uint8_t* codes, int64_t count, at::BFloat16* to) {
   const __m512i t0 = _mm512_loadu_si512(values), t1 = _mm512_loadu_si512(values + 32);
   const __m512i t2 = _mm512_loadu_si512(values + 64), t3 = _mm512_loadu_si512(values + 96);
   const __m512i sign = _mm512_set1_epi16(128), minus_zero = _mm512_set1_epi16(values[128].x);  // or NaN
@@ -404,28 +444,6 @@ void decode(const at::BFloat16* values, const uint8_t* codes, int64_t count, at:
     value = _mm512_mask_mov_epi16(value, _mm512_cmpeq_epi16_mask(code, sign), minus_zero);
     _mm512_mask_storeu_epi16(to + i, some, value);
   }
-}
-
-// A float8 format: bits of its mantissa, the least exponent of a normal number, and the largest value.
-struct Float8 {
-  int mantissa, least;
-  float largest;
-
-  // Real values rounded to those of its codes, to even.
-  Reals operator()(Reals x) const {
-    x = at::vec::clamp(x, Reals(-largest), Reals(largest));
-    const __m512 exponent = _mm512_max_ps(_mm512_getexp_ps(x), Reals(static_cast<float>(least)));
-    const Reals shift = Reals(static_cast<float>(mantissa)) - Reals(exponent);
-    return _mm512_scalef_ps(Reals(_mm512_scalef_ps(x, shift)).round(), Reals(0) - shift);
-  }
-};
-
-Float8 float8_of(at::ScalarType format) {
-  if (format == at::kFloat8_e4m3fn) return {3, -6, 448};
-  if (format == at::kFloat8_e5m2) return {2, -14, 57344};
-  if (format == at::kFloat8_e4m3fnuz) return {3, -7, 240};
-  TORCH_CHECK(format == at::kFloat8_e5m2fnuz, format, " is no float8 format");
-  return {2, -15, 57344};
 }
 
 // A packed weight, which lives and dies with the tensor of its codes.
@@ -506,6 +524,11 @@ struct Operands {
 
 bool is_real(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
 
+// Which codes are made of a result.
+at::ScalarType codes_dtype(const at::Tensor& weight) {
+  return weight.is_floating_point() ? at::kFloat8_e4m3fn : at::kByte;
+}
+
 // Return the call that writes to `y`, `(..., N)`.
 Call call_of(
     const at::Tensor& q, const Packed& weight, const Operands& operands, std::string_view activation,
@@ -554,6 +577,11 @@ struct Enabled {
   }
 };
 
+// What takes float8 codes as their values.
+auto decoder(at::ScalarType format) {
+  return [values = values_of(format)](const uint8_t* q, int64_t count, at::BFloat16* to) { decode(values, q, count, to); };
+}
+
 // Of codes, or of real values in steps of a scale.
 Rows<int8_t> integer_rows(const Call& call, at::ScalarType dtype) {
   if (call.q_scale)
@@ -573,9 +601,7 @@ Rows<at::BFloat16> float8_rows(const Call& call, at::ScalarType dtype, std::opti
     return coded<at::BFloat16>(
         call, dtype, [to = float8_of(*format), scale = Reals(*call.q_scale)](Reals x) { return to(x / scale); });
   }
-  return made<at::BFloat16, uint8_t>(call, [values = values_of(dtype)](const uint8_t* q, int64_t k, at::BFloat16* to) {
-    decode(values, q, k, to);
-  });
+  return made<at::BFloat16, uint8_t>(call, decoder(dtype));
 }
 
 at::Tensor product(
@@ -596,7 +622,7 @@ at::Tensor product(
       q.dim() == 2 && codes.dim() == 2 && q.size(1) == codes.size(1), "q of shape ", q.sizes(), " meets codes of shape ",
       codes.sizes(), "; the last axes must be equal");
   TORCH_CHECK(codes.element_size() == 1, "codes of 8 bits are multiplied");
-  const at::Tensor y = at::empty({q.size(0), codes.size(0)}, q.options().dtype(to_scale ? at::kByte : dtype));
+  const at::Tensor y = at::empty({q.size(0), codes.size(0)}, q.options().dtype(to_scale ? codes_dtype(codes) : dtype));
   if (y.numel() == 0) return y;
   const Enabled enabled;
   const auto weight = packed(codes, 1);
@@ -612,7 +638,7 @@ at::Tensor product(
 
 at::Tensor convolution(
     const at::Tensor& q,
-    const at::Tensor& zero_point,
+    const std::optional<at::Tensor>& zero_point,
     const at::Tensor& codes,
     const std::optional<at::Tensor>& weight_zero_point,
     const at::Tensor& scale,
@@ -642,7 +668,8 @@ at::Tensor convolution(
   of.above = padding[0];
   of.left = padding[2];
   const at::Tensor y = at::empty(
-      {images.size(0), of.windows[0], of.windows[1], codes.size(0)}, q.options().dtype(to_scale ? at::kByte : dtype));
+      {images.size(0), of.windows[0], of.windows[1], codes.size(0)},
+      q.options().dtype(to_scale ? codes_dtype(codes) : dtype));
   const at::Tensor result = y.permute({0, 3, 1, 2});
   if (y.numel() == 0) return result;
   const Enabled enabled;
@@ -652,10 +679,14 @@ at::Tensor convolution(
   Held held;
   const Call call = call_of(images, *weight, operands, activation, y, held);
   const bool padded = std::any_of(padding.begin(), padding.end(), [](int64_t size) { return size != 0; });
-  if (of.kernel[0] * of.kernel[1] * stride[0] * stride[1] * groups == 1 && !padded && call.k % GROUP<int8_t> == 0)
-    multiply<int8_t, int32_t>(call, where_they_lie(call));
+  const bool rows = of.kernel[0] * of.kernel[1] * stride[0] * stride[1] * groups == 1 && !padded;
+  const at::ScalarType read = q.scalar_type();
+  if (codes.is_floating_point())
+    multiply<at::BFloat16, float>(
+        call, rows ? float8_rows(call, read, {}) : gathered<at::BFloat16>(call, of, 0, decoder(read)));
   else
-    multiply<int8_t, int32_t>(call, gathered(call, of));
+    multiply<int8_t, int32_t>(
+        call, rows ? integer_rows(call, read) : gathered<int8_t>(call, of, *call.zero_point, copy));
   return result;
 }
 

@@ -41,10 +41,10 @@ from functional_sq.windows import window_sizes
 __all__ = [
     "CODES",
     "NAME",
+    "Float8Products",
     "convolve",
-    "float8_product",
+    "float8",
     "is_built",
-    "is_capable_of_float8",
     "key",
     "least_windows",
     "plus",
@@ -102,16 +102,47 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
     return codes.dtype is torch.int8 and codes.ndim in (2, 3, 4) and _takes(codes) and codes[0].numel() <= INT32_TERMS
 
 
-def is_capable_of_float8(codes: Tensor) -> bool:
-    """Whether a weight is float8, and its values are multiplied as bfloat16 by this CPU.
+class Float8Products:
+    """What `linear` and `conv` ask for a weight of float8, as they ask a backend: codes that it makes are `CODES`."""
+
+    CODES: torch.dtype = torch.float8_e4m3fn
+
+    def requantizes(self, spec: QuantSpec, scale: Tensor, activation: str) -> bool:
+        """As a backend's."""
+        return spec.dtype is self.CODES and has_one_scale(spec, scale) and activation in ACTIVATIONS
+
+    def product(self, *given: Any, **rest: Any) -> Tensor:
+        """As `brgemm.product`."""
+        return product(*given, **rest)
+
+    def plus(self, residual: Tensor, operands: Operands) -> Tensor:
+        """As `brgemm.plus`."""
+        return plus(residual, operands)
+
+    def convolve(self, *given: Any, **rest: Any) -> Tensor:
+        """As `brgemm.convolve`."""
+        return convolve(*given, **rest)
+
+
+_FLOAT8 = Float8Products()
+
+
+def float8(codes: Tensor, groups: int = 1) -> Float8Products | None:
+    """Return what multiplies, or convolves, codes of float8 with those of a weight as bfloat16 on this CPU, or None.
+
+    Args:
+        codes: `(N, K)`, or `(N, C / groups, *kernel)` in one or two dimensions.
+        groups: as `functional_sq.conv`.
 
     Example:
         >>> import torch
         >>> from functional_sq import brgemm
-        >>> brgemm.is_capable_of_float8(torch.zeros(4, 8))
-        False
+        >>> brgemm.float8(torch.zeros(4, 8)) is None
+        True
     """
-    return HAS_BFLOAT16 and codes.is_floating_point() and codes.itemsize == 1 and codes.ndim == 2 and _takes(codes)
+    is_float8 = codes.is_floating_point() and codes.itemsize == 1
+    fits = HAS_BFLOAT16 and is_float8 and codes.ndim in (2, 3, 4) and groups == 1 and _takes(codes)
+    return _FLOAT8 if fits else None
 
 
 def _takes(codes: Tensor) -> bool:
@@ -166,16 +197,19 @@ def product(
 ) -> Tensor:
     """Return `(q - zero_point) @ (codes - weight_zero_point).T * scale + bias`: exact, rounded, then as written.
 
+    Of float8 products are exact, and summed in float32.
+
     Args:
-        operands: uint8 codes, and a weight that `supports` takes; packed at the first call, and again once it changes.
+        operands: uint8 codes, and a weight that `supports` takes; or codes of float8 without zero points, and a weight
+            that `float8` takes. Packed at the first call, and again once it changes.
         activation: what `requantizes` takes, applied before codes are made; "none" without `to_scale`.
-        to_scale, to_zero_point: float32 and int32, one element each: the result is uint8 codes of them. Beside
-            `functional_sq.quantize` a code may differ by one where the value lies on the border of two, as `erf`, `exp`
-            and `tanh` are polynomials.
+        to_scale, to_zero_point: float32 and int32, one element each: the result is codes of them, uint8 or those of
+            `Float8Products`. Beside `functional_sq.quantize` a code may differ by one where the value lies on the
+            border of two, as `erf`, `exp` and `tanh` are polynomials.
         dtype: what the result is rounded to, once, where it is no codes.
 
     Returns:
-        `(M, N)` in `dtype`, or uint8 with `to_scale`.
+        `(M, N)` in `dtype`, or codes with `to_scale`.
 
     Raises:
         RuntimeError: operands do not fit, or `brgemm.cpp` is not compiled.
@@ -251,8 +285,7 @@ def convolve(
     """Return the sums of `(q - zero_point) (codes - weight_zero_point)` over windows, times `scale`, plus `bias`.
 
     Args:
-        operands: uint8 codes, fastest with their channels last in memory, and a weight that `supports` takes; packed
-            at the first call, and again once it changes.
+        operands: as `product`; fastest where codes have their channels last in memory.
         stride, dilation: along height and width.
         padding: above, below, left and right; the zero point is what is there.
         groups: as `functional_sq.conv`.
@@ -262,7 +295,7 @@ def convolve(
         residual: `(B, N, height, width)` of `dtype`, without a gradient, or None: what is added before the activation.
 
     Returns:
-        `(B, N, height, width)` in `dtype`, or uint8 with `to_scale`; the channels last in memory.
+        `(B, N, height, width)` in `dtype`, or codes with `to_scale`; the channels last in memory.
 
     Raises:
         RuntimeError: as `product`.
@@ -285,25 +318,6 @@ def convolve(
         q, zero_point, *weight, stride, padding, dilation, groups, *then
     )
     return y
-
-
-def float8_product(
-    q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Return `q @ codes.T * scale + bias + residual` of float8: products exact, summed in float32, rounded once.
-
-    Args:
-        q: codes `(M, K)`.
-        codes: `(N, K)`, a weight that `is_capable_of_float8` takes; packed at the first call, as bfloat16.
-        scale: `(N,)` float32.
-        bias: `(N,)` of any real dtype, or None.
-        residual: `(M, N)` in `dtype`, or None.
-        dtype: of the result: float32, bfloat16 or float16.
-
-    Raises:
-        RuntimeError: as `product`.
-    """
-    return _call(q, None, None, None, codes, None, scale, bias, residual, "none", None, None, dtype)
 
 
 def quantizes(spec: QuantSpec, scale: Tensor, x: Tensor) -> bool:
@@ -338,11 +352,10 @@ def product_of_reals(
     Args:
         x: real values `(M, K)`: float32, bfloat16 or float16.
         spec, qp: their quantization, that `quantizes` takes.
-        codes, weight_zero_point: the weight's, as `Operands` and `float8_product` have them.
-        scale, bias: as `Operands`.
+        codes, weight_zero_point, scale, bias: as `Operands`.
 
     Returns:
-        `(M, N)` in the dtype of `x`: what `product` or `float8_product` returns of `quantize(spec, x, qp)`.
+        `(M, N)` in the dtype of `x`: what `product` returns of `quantize(spec, x, qp)`.
 
     Raises:
         RuntimeError: as `product`.
@@ -408,14 +421,18 @@ def _fake(
     q: Tensor, q_scale: Tensor | None, format: torch.dtype | None, z: Tensor | None, codes: Tensor, *rest: Any
 ) -> Tensor:
     *_, to_scale, _, dtype = rest
-    return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
+    return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else _made_by(codes))
 
 
-def _fake_convolution(q: Tensor, zero_point: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+def _made_by(codes: Tensor) -> torch.dtype:
+    return Float8Products.CODES if codes.is_floating_point() else CODES
+
+
+def _fake_convolution(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
     *_, stride, padding, dilation, _, _, to_scale, _, dtype = rest
     padded = [n + before + after for n, before, after in zip(q.shape[2:], padding[::2], padding[1::2], strict=True)]
     size = window_sizes(padded, (1, *codes.shape[2:])[-2:], stride, dilation)
-    y = q.new_empty((q.shape[0], *size, codes.shape[0]), dtype=dtype if to_scale is None else torch.uint8)
+    y = q.new_empty((q.shape[0], *size, codes.shape[0]), dtype=dtype if to_scale is None else _made_by(codes))
     return y.movedim(-1, 1)
 
 
@@ -435,7 +452,7 @@ define_operator(
 )
 define_operator(
     "brgemm_convolution",
-    "(Tensor q, Tensor zero_point, Tensor codes, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
+    "(Tensor q, Tensor? zero_point, Tensor codes, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
     "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, str activation, "
     "Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
     None,

@@ -470,8 +470,10 @@ def _adds(node: fx.Node) -> bool:
         return True
     codes, zero_point = _example(node.args[CODES]), _example(node.args[_WEIGHT_ZERO_POINT])
     function, settings = _function_of(str(node.args[_GEOMETRY]))
-    if codes is None or function is not conv or not brgemm.supports(codes, zero_point):
+    if codes is None or function is not conv:
         return False
+    if not brgemm.supports(codes, zero_point):
+        return brgemm.float8(codes, settings["groups"]) is not None
     stride, _, dilation = geometry_of(codes.shape[2:], *(settings[name] for name in Geometry._fields))
     return brgemm.least_windows(codes, zero_point, stride, dilation, settings["groups"]) == 1
 

@@ -16,7 +16,7 @@ rounds to the integer. So such groups are exact, and no faster than floats.
 A weight that is used again (`epilogue=`) is convolved by a backend where that is faster, with groups too: neither
 windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's sum; and where
 each channel is convolved alone, compiled code for a CPU is one loop over the elements of a window instead, fused with
-all that follows. Triton convolves float8 alike. No backend takes three dimensions.
+all that follows. Triton convolves float8 alike, and on a CPU `brgemm`. No backend takes three dimensions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq import folded, triton_conv
+from functional_sq import brgemm, folded, triton_conv
 from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
 from functional_sq.folded import Epilogue, FoldedWeight, backend_codes, check_epilogue, operand
@@ -160,9 +160,11 @@ def conv(
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
     looped_first = tapped and is_looped_first(weight.codes, weight.zero_point)
     fits = fits_operator(scale, bias, wide) and not looped_first
-    backend: Convolution | triton_conv.Float8 | None = None
+    backend: Convolution | triton_conv.Float8 | brgemm.Float8Products | None = None
     if offset is None and fits:
         backend = triton_conv.float8(images, weight.codes, groups, fast_accum)
+        if backend is None and epilogue is not None:
+            backend = brgemm.float8(weight.codes, groups)
     elif epilogue is not None and fits:
         count, of_weight = images.shape[0] * math.prod(size), (weight.codes, weight.zero_point)
         backend = convolution_for(count, *of_weight, geometry.stride, geometry.dilation, groups)
@@ -300,7 +302,7 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: Geo
 
 
 def _convolve_by(
-    backend: Convolution | triton_conv.Float8,
+    backend: Convolution | triton_conv.Float8 | brgemm.Float8Products,
     operands: Operands,
     geometry: Geometry,
     groups: int,

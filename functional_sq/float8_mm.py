@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from functional_sq import brgemm, triton_mm
+from functional_sq import triton_mm
 from functional_sq.compat import is_exporting
 from functional_sq.formats import as_float32
 from functional_sq.int_mm import as_written, is_large, whole_and_rest
@@ -46,21 +46,15 @@ def float8_linear(
     b: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    residual: Tensor | None,
     dtype: torch.dtype,
     fast_accum: bool,
-    kept: bool,
 ) -> Tensor | None:
-    """Return `float8_product(a, b) * scale + bias + residual`, where one kernel does all of it faster, or None.
+    """Return `float8_product(a, b) * scale + bias`, where one kernel of CUDA does all of it faster, or None.
 
-    `scale` and `bias` are `(N,)`. On a CPU by `brgemm`, which packs `b`, if that is kept. On CUDA by Triton for a few
-    hundred rows at most; on Hopper by `torch._scaled_mm`, which rounds to bfloat16: no float32 matrix is written or
-    read, and on an H200 that takes as long as the bare product where rows are many.
+    `scale` and `bias` are `(N,)`. By Triton for a few hundred rows at most; on Hopper by `torch._scaled_mm`, which
+    rounds to bfloat16: no float32 matrix is written or read, and on an H200 that takes as long as the bare product
+    where rows are many.
     """
-    if kept and brgemm.is_capable_of_float8(b):
-        return brgemm.float8_product(a, b, scale, bias, residual, dtype)
-    if residual is not None:
-        return None
     few = triton_mm.float8_product(a, b, scale, bias, dtype, fast_accum)
     if few is not None:
         return few

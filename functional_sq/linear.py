@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq import brgemm, folded
-from functional_sq.backends import product_for
+from functional_sq.backends import Product, product_for
 from functional_sq.compat import is_exporting
 from functional_sq.float8_mm import float8_linear, float8_product
 from functional_sq.folded import (
@@ -134,14 +134,14 @@ def linear(
             f"tokens; quantize and multiply with the same qp"
         )
     per_output = scale.ndim == 1 and fits_operator(scale, bias, wide)
-    backend = None
-    if per_output and epilogue is not None and offset is not None:
-        backend = product_for(flat.shape[0], weight.codes, weight.zero_point)
+    backend: Product | brgemm.Float8Products | None = None
+    if per_output and epilogue is not None:
+        of_weight = weight.codes, weight.zero_point
+        backend = brgemm.float8(weight.codes) if offset is None else product_for(flat.shape[0], *of_weight)
     y: Tensor | None = None
     if backend is not None:
-        assert offset is not None
         zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(n)
-        taken = backend_codes(backend.CODES, spec, flat, qp)
+        taken = (flat, None) if offset is None else backend_codes(backend.CODES, spec, flat, qp)
         operands = Operands(*taken, weight.codes, zero_point, scale, offset, bias)
         if residual is not None and residual.requires_grad:  # which an operator of a backend would not hand on
             y = (backend.product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(dtype)
@@ -151,11 +151,10 @@ def linear(
             y, then = requantize_by(partial(backend.product, operands), then, backend.CODES), None
         else:
             y = backend.product(operands, dtype=dtype)
-    added = None if residual is None else residual.reshape(-1, n)
-    if per_output and offset is None and (added is None or not added.requires_grad):
-        how = dtype, fast_accum, epilogue is not None
-        y = float8_linear(operand(spec, flat), weight.codes, scale, bias, added, *how)
+    elif per_output and offset is None and residual is None:
+        y = float8_linear(flat, weight.codes, scale, bias, dtype, fast_accum)
     if y is None:
+        added = None if residual is None else residual.reshape(-1, n)
         product = bracket(operand(spec, flat), weight, offset, fast_accum)
         y = apply_epilogue(product, scale, bias, dtype, added)
     y = y.reshape(*lead, n)
@@ -219,7 +218,7 @@ def _codes_are_made_by_brgemm(
     if floats is not codes.is_floating_point() or not brgemm.quantizes(spec, qp.scale, x):
         return False
     if floats:
-        return brgemm.is_capable_of_float8(codes)
+        return brgemm.float8(codes) is not None
     # One row of a large weight too: what another saves there is less than what `quantize` takes.
     return product_for(2, codes, weight.zero_point) is brgemm
 

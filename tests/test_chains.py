@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -38,7 +39,7 @@ from torch._inductor.utils import run_and_get_code
 import bridge
 import functional_sq as fsq
 from bridge import StaticQuantConfig, inductor
-from functional_sq import backends, chains, onednn, onednn_conv
+from functional_sq import backends, brgemm, chains, onednn, onednn_conv
 
 ASYMMETRIC = fsq.MappingType.ASYMMETRIC
 erf = np.vectorize(math.erf, otypes=[float])
@@ -126,6 +127,60 @@ def test_codes_of_a_convolution_are_those_of_float64_within_the_rounding(
         got = case.kept(then=then)
         assert got.is_contiguous()
         assert_codes(got, y, then)
+
+
+@pytest.mark.parametrize("by", ["brgemm", "torch"])
+@pytest.mark.parametrize("scale", [2.0**-5, 0.7, 40.0])
+@pytest.mark.parametrize("activation", EXACT)
+def test_codes_of_float8_are_those_of_float64_within_the_rounding(
+    activation: str, scale: float, by: str, multiply_by: Callable[[str], None]
+) -> None:
+    """Casts are monotone, so a code lies between those of the ends of an interval. The sums are exact."""
+    multiply_by(by)
+    rows, k, n = 33, 41, 65
+    rng = np.random.default_rng(0)
+    spec = fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor())
+    q, w = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((rows, k), (n, k)))
+    s = rng.uniform(1e-3, 2e-2, (n, 1)).astype(np.float32)
+    one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    w_qp = fsq.QParams(torch.from_numpy(s), torch.zeros(n, 1, dtype=torch.int32))
+    codes = (torch.from_numpy(each).to(torch.float8_e4m3fn) for each in (q, w))
+    q_codes, w_codes = codes
+    weight = fsq.fold(fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerAxis(0)), w_codes, w_qp)
+    then = fsq.Requantization(spec, fsq.QParams(torch.tensor([scale]), one.zero_point), activation)
+    known = fsq.epilogue(spec, one, weight)
+    got = fsq.linear(spec, q_codes, one, weight, epilogue=known, then=then)
+    assert got.dtype is torch.float8_e4m3fn
+    y = q.astype(np.float64) @ w.astype(np.float64).T * s.astype(np.float64).reshape(-1)
+    v = EXACT[activation](y) / float(np.float32(scale))
+    slack = 16 * 2.0**-24 * (np.abs(v) + (np.abs(y) + 1) / scale)
+    low, high = (np.clip(v + side, -448, 448).astype(ml_dtypes.float8_e4m3fn) for side in (-slack, slack))
+    value = got.float().numpy()
+    assert ((low.astype(np.float32) <= value) & (value <= high.astype(np.float32))).all()
+    assert len(np.unique(value)) > 20 or activation == "relu6"
+
+
+def test_codes_of_float8_are_those_of_quantize_for_numbers_of_all_sizes(multiply_by: Callable[[str], None]) -> None:
+    """A product of 1 and 1, whose scale is the number: those that are not normal, infinite, or NaN too."""
+    multiply_by("brgemm")
+    spec = fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor())
+    bits = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32)
+    near = (np.arange(-512, 512)[:, None] * 2.0**-11 * (1 + np.arange(-2, 3) * 2.0**-23)).astype(np.float32)
+    numbers = torch.from_numpy(np.concatenate([bits.view(np.float32), near.ravel(), np.float32([0, -0.0, np.inf])]))
+    q, codes = torch.ones(1, 1), torch.ones(len(numbers), 1)
+    q, codes = (each.to(torch.float8_e4m3fn) for each in (q, codes))
+    one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    weight = fsq.FoldedWeight(codes, torch.ones(len(numbers), 1), None, None)
+    known = fsq.Epilogue(numbers, None)
+    if brgemm.float8(codes) is None:
+        pytest.skip("this CPU does not multiply bfloat16")
+    for scale in (1.0, 3.0):
+        then = fsq.Requantization(spec, one._replace(scale=torch.tensor([scale])))
+        got = fsq.linear(spec, q, one, weight, epilogue=known, then=then)[0]
+        expected = fsq.quantize(spec, numbers, then.qp)
+        nan = expected.float().isnan()
+        assert torch.equal(got.float().isnan(), nan)
+        assert torch.equal(got.view(torch.uint8)[~nan], expected.view(torch.uint8)[~nan])
 
 
 @pytest.mark.parametrize("activation", EXACT)
@@ -1046,14 +1101,13 @@ def test_a_convolution_on_a_cpu_leaves_the_floats_and_adds_by_brgemm(
     by: str, dtype: torch.dtype, multiply_by: Callable[[str], None]
 ) -> None:
     multiply_by(by)
-    adds = by == "brgemm" and not dtype.is_floating_point
-    codes = "relu codes"
+    codes, adds = "relu codes", by == "brgemm"
     assert fused(FUSED["a block"][1], dtype) == [codes, codes, "plus relu" if adds else ""]
     assert fused(FUSED["no ReLU"][1], dtype, torch.contiguous_format) == [""]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scheme", [torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("scheme", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("case", ["a block", "two blocks", "no ReLU", "a sum that is read later"])
 def test_a_compiled_convolution_by_brgemm_adds_and_rounds_once(
     case: str, scheme: torch.dtype, dtype: torch.dtype, multiply_by: Callable[[str], None]

@@ -337,6 +337,36 @@ def test_float8_is_within_the_bound_of_a_float32_sum(name: str, dtype: torch.dty
     assert_float8(case.conv(), case, 2.0**-24)
 
 
+@needs_brgemm
+@pytest.mark.parametrize(
+    ("act", "weight"),
+    [*((d, d) for d in FLOAT8S), *itertools.permutations((torch.float8_e4m3fn, torch.float8_e5m2))],
+)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_float8_by_brgemm_is_within_the_bound_of_a_float32_sum(
+    name: str, act: torch.dtype, weight: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not brgemm.HAS_BFLOAT16:
+        pytest.skip("this CPU does not multiply bfloat16")
+    found: list[Tensor] = []
+    convolve = brgemm.convolve
+    monkeypatch.setattr(brgemm, "convolve", lambda *of, **to: found.append(convolve(*of, **to)) or found[-1])
+    geometry = GEOMETRIES[name]
+    case = draw(geometry, QuantSpec(act, PER_TENSOR), QuantSpec(weight, PER_CHANNEL))
+    y = case.kept()
+    assert_float8(y, case, 2.0**-24)
+    assert y.is_contiguous()
+    taken = len(geometry.weight) < 5 and geometry.groups == 1
+    assert len(found) == taken
+    if taken:
+        residual = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+        added = case.kept(torch.bfloat16, residual=residual.bfloat16(), relu=True)
+        assert torch.equal(added, (y + residual.bfloat16()).relu().bfloat16())
+        then = fsq.Requantization(QuantSpec(torch.float8_e4m3fn, PER_TENSOR), case.qp, "relu6")
+        codes, expected = case.kept(then=then), fsq.requantize(y, then)
+        assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+
+
 def assert_float8(y: Tensor, case: Case, unit: float) -> None:
     """Assert the bound of a sum of K exact products in any order: `K u` of the magnitudes (Higham 2002, 4.4)."""
     q, w = (array(t).astype(np.float64) for t in (case.q, case.w))

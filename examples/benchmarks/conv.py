@@ -157,6 +157,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small layers, little time")
     args = parser.parse_args()
     keep_memory()
+    torch._dynamo.config.recompile_limit = 64  # what is shown at the end is compiled again, all of it as one function
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     rows, seconds = (layers([1], small=True), 0.1) if args.quick else (layers([1, 8], small=False), 4.0)
     print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("compiled where not said; medians in ms, and as multiples of quantize + convolution\n")
