@@ -78,6 +78,18 @@ def _shared(qp: fsq.QParams) -> fsq.QParams:
     return fsq.QParams(*(_SHARED.setdefault((*both, name), value.clone()) for name, value in qp._asdict().items()))
 
 
+_NAMES = {
+    prefix: [f"{prefix}_{name}" for name in kind._fields]
+    for prefix, kind in {
+        "act": fsq.QParams,
+        "shared": fsq.QParams,
+        "weight": fsq.FoldedWeight,
+        "product": fsq.Epilogue,
+    }.items()
+}
+"""The buffers of each tuple that a layer has, by what their names begin with."""
+
+
 class Quantized(Buffers):
     """A layer with static ranges that multiplies codes: integers, or float8.
 
@@ -305,7 +317,7 @@ class Quantized(Buffers):
     def _values(self, kind: type[_T], prefix: str) -> _T:
         """Return the buffers that `_set` and `_fold` registered; as attributes each of them would take 1 us."""
         buffers: Mapping[str, Any] = self._buffers
-        return kind(*(buffers[f"{prefix}_{name}"] for name in kind._fields))
+        return kind(*[buffers[name] for name in _NAMES[prefix]])
 
     @property
     def act_qparams(self) -> fsq.QParams:

@@ -628,7 +628,9 @@ at::Tensor product(
   const auto weight = packed(codes, 1);
   const Operands operands{q_scale, zero_point, weight_zero_point, bias, residual, to_scale, to_zero_point, scale};
   Held held;
-  const Call call = call_of(q, *weight, operands, activation, y, held);
+  Call call = call_of(q, *weight, operands, activation, y, held);
+  const int32_t shifted = zero_point && q_format == at::kChar ? *call.zero_point + 128 : 0;
+  if (q_format == at::kChar) call.zero_point = &shifted;  // codes of uint8 are multiplied
   if (codes.is_floating_point())
     multiply<at::BFloat16, float>(call, float8_rows(call, q.scalar_type(), q_format));
   else

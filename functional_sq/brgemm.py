@@ -369,11 +369,8 @@ def product_of_reals(
         ...     y = brgemm.product_of_reals(torch.tensor([[2.0, 0.6]]), spec, qp, w, None, torch.tensor([0.5]), None)
         ...     assert y.tolist() == [[3.0]]
     """
-    format, zero_point = spec.format.storage, qp.zero_point.to(torch.int32)
-    if format is torch.int8:
-        zero_point = zero_point + 128
-    kept = qp.scale, format, zero_point, codes, weight_zero_point, scale, bias, None
-    return _call(x.detach(), *kept, "none", None, None, x.dtype)
+    of_x = x.detach(), qp.scale, spec.format.storage, qp.zero_point.to(torch.int32)
+    return _call(*of_x, codes, weight_zero_point, scale, bias, None, "none", None, None, x.dtype)
 
 
 def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
