@@ -234,7 +234,7 @@ def check_epilogue(epilogue: Epilogue | None, bias: Tensor | None, weight: Folde
     """Raise unless what follows a product has one entry for each of its columns; a backend reads as many."""
     n = weight.codes.shape[0]
     if bias is not None:
-        check_real(bias, "the bias")
+        check_real(bias, "a product (bias)")
         if bias.shape != (n,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, and the weight {n} outputs; give one entry for each")
     if epilogue is None:

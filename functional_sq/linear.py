@@ -305,7 +305,7 @@ def check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.d
     """Raise unless what is added to a result has its shape and dtype."""
     if residual is None:
         return
-    check_real(residual, "the residual")
+    check_real(residual, "a product (residual)")
     if residual.shape != tuple(shape):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}, and the result {tuple(shape)}; expand it to the result's"

@@ -704,6 +704,8 @@ def test_what_a_layer_cannot_make_codes_of_is_refused(by: str, multiply_by: Call
         run(x.T, qp, folded, epilogue=known)
     with pytest.raises(ValueError, match=r"bias has shape \(4,\), and the weight 5 outputs"):
         run(x, qp, folded, bias[:4], epilogue=known)
+    with pytest.raises(TypeError, match=r"a product \(bias\) got a tensor of torch\.int64; convert it to one of"):
+        run(x, qp, folded, bias.long(), epilogue=known)
     with pytest.raises(TypeError, match="epilogue is a tuple"):
         run(x, qp, folded, bias, epilogue=tuple(known))
     _, float8, _, scales = layer_of(spec, 0.25, 0, torch.float8_e4m3fn, 5, 16)
