@@ -637,6 +637,10 @@ def test_what_the_compiler_expects_of_convolutions_by_brgemm_is_what_they_do() -
         residual = torch.randn(y.shape).to(y.dtype) if then[0] is None else None
         given = (*known, residual, *how, torch.bfloat16)
         torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
+        if brgemm.HAS_BFLOAT16:
+            codes = (float8_codes(np.random.default_rng(0), torch.float8_e4m3fn, each.shape) for each in (q, w))
+            of_floats = next(codes), None, next(codes), *given[3:]
+            torch.library.opcheck(op, of_floats, test_utils="test_faketensor")
 
 
 @needs_onednn

@@ -412,7 +412,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "residual is torch.float16, and the result torch.float32",
         "cast it, or ask for dtype=torch.float16",
     ),
-    "linear(tensor, q, qp, folded, residual=[1])": (TypeError, "the residual got a list", "give a tensor"),
+    "linear(tensor, q, qp, folded, residual=[1])": (TypeError, "a product (residual) got a list", "give a tensor"),
     "linear(tensor, [1], qp, folded)": (TypeError, "got codes of list", "are a tensor of torch.int8"),
     "linear(tensor, q[0, 0], qp, folded)": (ValueError, "activations of shape ()", "the last axes must be equal"),
     "linear(tensor, q, qp.scale, folded)": (TypeError, "qp is tensor([[", "give QParams(scale, zero_point)"),
@@ -423,7 +423,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "one entry",
     ),
     "linear(tensor, q, qp, folded, x[0, 0])": (ValueError, "bias has shape ()", "4 outputs; give one entry for each"),
-    "linear(tensor, q, qp, folded, x[:, 0].to(torch.complex64))": (TypeError, "the bias got a tensor", CONVERT),
+    "linear(tensor, q, qp, folded, x[:, 0].to(torch.complex64))": (TypeError, "a product (bias) got a tensor", CONVERT),
     "linear(tensor, q, qp, folded, epilogue=Epilogue(torch.ones(3), torch.ones(3)))": (
         ValueError,
         "shapes (3,) and (3,), and the weight 4 outputs",

@@ -681,6 +681,54 @@ def test_a_layer_that_makes_codes_is_transformed_and_traced(
 
 
 @needs_brgemm
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("to", [*INTEGERS, torch.int16, torch.float8_e4m3fn], ids=str)
+def test_one_pass_makes_the_codes_of_quantize(to: torch.dtype, dtype: torch.dtype) -> None:
+    """Of any format, those that take several passes too; values at the borders of codes; as they lie in memory."""
+    floats = isinstance(FORMATS[to], Float8)
+    spec = QuantSpec(to, fsq.PerTensor(), mapping=MappingType.SYMMETRIC if floats else MappingType.ASYMMETRIC)
+    qp = QParams(
+        torch.tensor([0.25]), torch.tensor([0 if floats else spec.bounds[1] // 3], dtype=spec.zero_point_dtype)
+    )
+    values = (torch.randint(-700, 700, (3, 5, 6, 70)) / 16).to(dtype)
+    values[0, 0, 0, :2] = torch.tensor([np.inf, -np.inf])
+    images = values.contiguous(memory_format=torch.channels_last)
+    for x in (values, images, values[..., ::3], images[:, 1:4], values[0, 0, 0, 0], values[:0], values.transpose(1, 3)):
+        q, expected = brgemm.quantize(spec, x, qp), fsq.quantize(spec, x, qp)
+        assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8)) if floats else torch.equal(q, expected)
+        assert (q.dtype, q.stride()) == (expected.dtype, expected.stride())
+    each = QuantSpec(torch.int8, fsq.PerAxis(0))
+    several = QParams(torch.rand(3, 1, 1, 1) + 0.1, torch.zeros(3, 1, 1, 1, dtype=torch.int32))
+    assert torch.equal(brgemm.quantize(each, values, several), fsq.quantize(each, values, several))
+    learned = values.clone().requires_grad_()
+    assert not brgemm.quantize(spec, learned, qp).requires_grad
+
+
+@needs_brgemm
+def test_one_pass_is_transformed_traced_and_refuses_as_quantize() -> None:
+    spec = QuantSpec(torch.int8, fsq.PerTensor())
+    qp = QParams(torch.tensor([0.25]), torch.tensor([0], dtype=torch.int32))
+    x = torch.randn(3, 4)
+    q = fsq.quantize(spec, x, qp)
+    quantize = partial(brgemm.quantize, spec)
+    assert torch.equal(torch.vmap(lambda x: quantize(x, qp))(x), q)
+    assert torch.equal(torch.compile(quantize, fullgraph=True)(x, qp), q)
+    scales = torch.tensor([[0.25], [0.5]])
+    expected = torch.stack([fsq.quantize(spec, x, qp._replace(scale=scale)) for scale in scales])
+    assert torch.equal(torch.vmap(lambda scale: quantize(x, qp._replace(scale=scale)))(scales), expected)
+    for wrong, said in ((x.long(), r"quantize got a tensor of torch\.int64"), ([1.0], "quantize got a list")):
+        with pytest.raises(TypeError, match=said):
+            quantize(wrong, qp)
+    op = torch.ops.functional_sq.brgemm_quantize.default
+    for reals in (x, x.T, torch.randn(2, 6, 4)[:, ::2].bfloat16(), x[:0]):
+        torch.library.opcheck(op, (reals, *qp, -8, 7, torch.int8), test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="real values are made codes of"):
+        op(x.double(), *qp, -8, 7, torch.int8)
+    with pytest.raises(RuntimeError, match="scale has 2 elements"):
+        op(x, torch.ones(2), qp.zero_point, -8, 7, torch.int8)
+
+
+@needs_brgemm
 @pytest.mark.parametrize("act", FLOAT8S, ids=str)
 def test_a_nan_stays_one_in_a_layer_of_float8(act: torch.dtype) -> None:
     spec = QuantSpec(act, fsq.PerTensor())
@@ -733,6 +781,9 @@ def test_what_the_compiler_expects_of_brgemm_is_what_it_does() -> None:
                 # The first compares float8 with what it was, which torch does not.
                 tests = ("test_schema", "test_faketensor")[case is floats :]
                 torch.library.opcheck(op, given, test_utils=tests)
+                if not then:  # of real values
+                    made = torch.randn(rows, 16).to(dtype), torch.rand(1), case.act.format.storage
+                    torch.library.opcheck(op, (*made, *given[3:]), test_utils=tests)
 
 
 @needs_brgemm
