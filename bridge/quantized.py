@@ -79,12 +79,12 @@ def _shared(qp: fsq.QParams) -> fsq.QParams:
 
 
 _NAMES = {
-    prefix: [f"{prefix}_{name}" for name in kind._fields]
-    for prefix, kind in {
-        "act": fsq.QParams,
-        "shared": fsq.QParams,
-        "weight": fsq.FoldedWeight,
-        "product": fsq.Epilogue,
+    prefix: [f"{prefix}_{name}" for name in fields]
+    for prefix, fields in {
+        "act": fsq.QParams._fields,
+        "shared": fsq.QParams._fields,
+        "weight": fsq.FoldedWeight._fields,
+        "product": fsq.Epilogue._fields,
     }.items()
 }
 """The buffers of each tuple that a layer has, by what their names begin with."""
