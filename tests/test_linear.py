@@ -653,6 +653,7 @@ def test_a_layer_makes_the_codes_that_quantize_makes(
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch._int_mm under vmap
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch.func.jvp calls
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("act", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_a_layer_that_makes_codes_is_transformed_and_traced(
