@@ -1106,8 +1106,11 @@ def test_a_convolution_on_a_cpu_leaves_the_floats_and_adds_by_brgemm(
     assert fused(FUSED["no ReLU"][1], dtype, torch.contiguous_format) == [""]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scheme", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [(torch.int8, torch.float32), (torch.uint8, torch.bfloat16), (torch.float8_e4m3fn, torch.float16)],
+    ids=str,
+)
 @pytest.mark.parametrize("case", ["a block", "two blocks", "no ReLU", "a sum that is read later"])
 def test_a_compiled_convolution_by_brgemm_adds_and_rounds_once(
     case: str, scheme: torch.dtype, dtype: torch.dtype, multiply_by: Callable[[str], None]
