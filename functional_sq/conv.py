@@ -35,7 +35,14 @@ from torch import Tensor
 from functional_sq import brgemm, folded, triton_conv
 from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
-from functional_sq.folded import Epilogue, FoldedWeight, backend_codes, check_epilogue, operand
+from functional_sq.folded import (
+    Epilogue,
+    FoldedWeight,
+    backend_codes,
+    check_epilogue,
+    operand,
+    zero_point_of_rows,
+)
 from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.int_mm import as_written, integer_product, less, less_product
 from functional_sq.linear import bracket, check_operands, check_residual, fits_operator, requantize_by
@@ -169,8 +176,7 @@ def conv(
         count, of_weight = images.shape[0] * math.prod(size), (weight.codes, weight.zero_point)
         backend = convolution_for(count, *of_weight, geometry.stride, geometry.dilation, groups)
     if backend is not None:
-        zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(shape[0])
-        operands = Operands(images, None, weight.codes, zero_point, scale, offset, bias)
+        operands = Operands(images, None, weight.codes, zero_point_of_rows(weight), scale, offset, bias)
         if offset is not None:
             taken, z_x = backend_codes(backend.CODES, spec, images, qp)
             operands = operands._replace(q=taken, zero_point=z_x)

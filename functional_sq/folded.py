@@ -33,6 +33,7 @@ __all__ = [
     "fold",
     "operand",
     "unfold",
+    "zero_point_of_rows",
 ]
 
 
@@ -275,6 +276,11 @@ def backend_codes(dtype: torch.dtype, spec: QuantSpec, q: Tensor, qp: QParams) -
         shifted = zero_point - shift if shift else zero_point
         return operand(spec, q), None if fixed_zero_point(spec) == shift else shifted
     return (q, zero_point) if q.dtype is torch.uint8 else ((q ^ -128).view(torch.uint8), zero_point + 128)
+
+
+def zero_point_of_rows(weight: FoldedWeight) -> Tensor | None:
+    """Return a weight's zero point as `Operands` has it: `(N,)`; None where it is 0."""
+    return None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(weight.codes.shape[0])
 
 
 def check_storage(spec: QuantSpec, q: Tensor) -> None:

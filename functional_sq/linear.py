@@ -40,6 +40,7 @@ from functional_sq.folded import (
     check_folded,
     check_storage,
     operand,
+    zero_point_of_rows,
 )
 from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.int_mm import integer_product, less, less_product
@@ -140,9 +141,8 @@ def linear(
         backend = brgemm.float8(weight.codes) if offset is None else product_for(flat.shape[0], *of_weight)
     y: Tensor | None = None
     if backend is not None:
-        zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(n)
         taken = (flat, None) if offset is None else backend_codes(backend.CODES, spec, flat, qp)
-        operands = Operands(*taken, weight.codes, zero_point, scale, offset, bias)
+        operands = Operands(*taken, weight.codes, zero_point_of_rows(weight), scale, offset, bias)
         if residual is not None and residual.requires_grad:  # which an operator of a backend would not hand on
             y = (backend.product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(dtype)
         elif residual is not None:
@@ -201,10 +201,10 @@ def quantized_linear(
         check_epilogue(epilogue, bias, weight, torch.float32)
         if _codes_are_made_by_brgemm(spec, x, qp, weight, bias, epilogue):
             _check_inner(x, weight)
-            n, k = weight.codes.shape
-            zero_point = None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(n)
-            y = brgemm.product_of_reals(x.reshape(-1, k), spec, qp, weight.codes, zero_point, epilogue.scale, bias)
-            return y.reshape(*x.shape[:-1], n)
+            flat = x.reshape(-1, weight.codes.shape[1])
+            of_weight = weight.codes, zero_point_of_rows(weight), epilogue.scale, bias
+            y = brgemm.product_of_reals(flat, spec, qp, *of_weight)
+            return y.reshape(*x.shape[:-1], weight.codes.shape[0])
     q = quantize(spec, x, qp)
     return linear(spec, q, qp, weight, bias, dtype=x.dtype, epilogue=epilogue, fast_accum=fast_accum)
 
