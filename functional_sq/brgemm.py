@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from functional_sq import onednn
-from functional_sq.formats import Float8, Integer, check_real
+from functional_sq.formats import Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
@@ -104,7 +104,15 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
 
 
 class Float8Products:
-    """What `linear` and `conv` ask for a weight of float8, as they ask a backend: codes that it makes are `CODES`."""
+    """What `linear` and `conv` ask for a weight of float8, as they ask a backend: codes that it makes are `CODES`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq import brgemm
+        >>> spec = fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor())
+        >>> brgemm.Float8Products().requantizes(spec, torch.ones(1), "gelu")
+        True
+    """
 
     CODES: torch.dtype = torch.float8_e4m3fn
 
@@ -390,13 +398,12 @@ def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
         >>> brgemm.quantize(fsq.QuantSpec(torch.int4, fsq.PerTensor()), torch.tensor([0.6, 9.0]), qp)
         tensor([2, 7], dtype=torch.int8)
     """
+    if not (isinstance(x, Tensor) and x.is_cpu and not is_traced(x) and is_built()):
+        return _quantize(spec, x, qp)
     check_spec(spec)
-    check_real(x, "quantize")
     qp = check_qparams(qp)
     bits = spec.format.bits if isinstance(spec.format, Integer) else 0
-    if not 0 < bits <= 8 or x.dtype not in _REALS or not has_one_scale(spec, qp.scale):
-        return _quantize(spec, x, qp)
-    if x.device.type != "cpu" or is_traced(x) or is_batched(x, *qp) or not is_built():
+    if not 0 < bits <= 8 or x.dtype not in _REALS or not has_one_scale(spec, qp.scale) or is_batched(x, *qp):
         return _quantize(spec, x, qp)
     low, high = (int(bound) for bound in spec.bounds)
     how = qp.scale, qp.zero_point.to(torch.int32), low, high, spec.format.storage
@@ -419,18 +426,19 @@ def _fake(
     q: Tensor, q_scale: Tensor | None, format: torch.dtype | None, z: Tensor | None, codes: Tensor, *rest: Any
 ) -> Tensor:
     *_, to_scale, _, dtype = rest
-    return q.new_empty((q.shape[0], codes.shape[0]), dtype=dtype if to_scale is None else _made_by(codes))
+    return q.new_empty((q.shape[0], codes.shape[0]), dtype=_result_dtype(codes, to_scale, dtype))
 
 
-def _made_by(codes: Tensor) -> torch.dtype:
-    return Float8Products.CODES if codes.is_floating_point() else CODES
+def _result_dtype(codes: Tensor, to_scale: Tensor | None, dtype: torch.dtype) -> torch.dtype:
+    made = Float8Products.CODES if codes.is_floating_point() else CODES
+    return dtype if to_scale is None else made
 
 
 def _fake_convolution(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
     *_, stride, padding, dilation, _, _, to_scale, _, dtype = rest
     padded = [n + before + after for n, before, after in zip(q.shape[2:], padding[::2], padding[1::2], strict=True)]
     size = window_sizes(padded, (1, *codes.shape[2:])[-2:], stride, dilation)
-    y = q.new_empty((q.shape[0], *size, codes.shape[0]), dtype=dtype if to_scale is None else _made_by(codes))
+    y = q.new_empty((q.shape[0], *size, codes.shape[0]), dtype=_result_dtype(codes, to_scale, dtype))
     return y.movedim(-1, 1)
 
 

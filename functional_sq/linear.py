@@ -90,8 +90,8 @@ def linear(
         dtype: dtype of the result.
         epilogue: `epilogue(spec, qp, weight)`, if it was computed before, for the same bits; for
             `dtype=torch.float64` computed with that dtype. It also says that the weight is used again, so a
-            backend may take it. oneDNN packs it at the first call, one byte an element more for as long as
-            `weight.codes` live.
+            backend may take it. On a CPU it is packed at the first call, one byte an element more, of float8 two,
+            for as long as `weight.codes` live.
         residual: `(..., N)` in `dtype`, or None: what is added to the result before it is rounded to `dtype`.
         then: return the next layer's codes, `requantize(linear(...), then)`. Where a backend makes them, the
             result is not rounded to `dtype` before, and a code may differ by one where a value lies on the
@@ -195,7 +195,8 @@ def quantized_linear(
     """
     check_spec(spec)
     check_real(x, "quantized_linear")
-    if epilogue is not None and not is_traced(x) and x.dtype is not torch.float64:
+    # Asked first what costs least: elsewhere `quantize` and `linear` check the same.
+    if epilogue is not None and x.is_cpu and not is_traced(x) and x.dtype is not torch.float64 and brgemm.is_built():
         qp = check_qparams(qp)
         check_folded(weight)
         check_epilogue(epilogue, bias, weight, torch.float32)

@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_conv import FORMATS, GEOMETRIES, UNFIT, draw
-from test_linear import BY, needs_onednn, symmetric
+from test_linear import BY, needs_bfloat16, needs_onednn, symmetric
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
@@ -144,8 +144,7 @@ def test_codes_of_float8_are_those_of_float64_within_the_rounding(
     s = rng.uniform(1e-3, 2e-2, (n, 1)).astype(np.float32)
     one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
     w_qp = fsq.QParams(torch.from_numpy(s), torch.zeros(n, 1, dtype=torch.int32))
-    codes = (torch.from_numpy(each).to(torch.float8_e4m3fn) for each in (q, w))
-    q_codes, w_codes = codes
+    q_codes, w_codes = (torch.from_numpy(each).to(torch.float8_e4m3fn) for each in (q, w))
     weight = fsq.fold(fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerAxis(0)), w_codes, w_qp)
     then = fsq.Requantization(spec, fsq.QParams(torch.tensor([scale]), one.zero_point), activation)
     known = fsq.epilogue(spec, one, weight)
@@ -160,6 +159,7 @@ def test_codes_of_float8_are_those_of_float64_within_the_rounding(
     assert len(np.unique(value)) > 20 or activation == "relu6"
 
 
+@needs_bfloat16
 def test_codes_of_float8_are_those_of_quantize_for_numbers_of_all_sizes(multiply_by: Callable[[str], None]) -> None:
     """A product of 1 and 1, whose scale is the number: those that are not normal, infinite, or NaN too."""
     multiply_by("brgemm")
@@ -172,8 +172,6 @@ def test_codes_of_float8_are_those_of_quantize_for_numbers_of_all_sizes(multiply
     one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
     weight = fsq.FoldedWeight(codes, torch.ones(len(numbers), 1), None, None)
     known = fsq.Epilogue(numbers, None)
-    if brgemm.float8(codes) is None:
-        pytest.skip("this CPU does not multiply bfloat16")
     for scale in (1.0, 3.0):
         then = fsq.Requantization(spec, one._replace(scale=torch.tensor([scale])))
         got = fsq.linear(spec, q, one, weight, epilogue=known, then=then)[0]
@@ -1101,14 +1099,18 @@ def test_a_convolution_on_a_cpu_leaves_the_floats_and_adds_by_brgemm(
     by: str, dtype: torch.dtype, multiply_by: Callable[[str], None]
 ) -> None:
     multiply_by(by)
-    codes, adds = "relu codes", by == "brgemm"
+    codes, adds = "relu codes", by == "brgemm" and (brgemm.HAS_BFLOAT16 or not dtype.is_floating_point)
     assert fused(FUSED["a block"][1], dtype) == [codes, codes, "plus relu" if adds else ""]
     assert fused(FUSED["no ReLU"][1], dtype, torch.contiguous_format) == [""]
 
 
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
-    [(torch.int8, torch.float32), (torch.uint8, torch.bfloat16), (torch.float8_e4m3fn, torch.float16)],
+    [
+        (torch.int8, torch.float32),
+        (torch.uint8, torch.bfloat16),
+        pytest.param(torch.float8_e4m3fn, torch.float16, marks=needs_bfloat16),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("case", ["a block", "two blocks", "no ReLU", "a sum that is read later"])

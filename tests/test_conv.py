@@ -33,6 +33,7 @@ from test_linear import (
     codes,
     epilogue,
     float8_codes,
+    needs_bfloat16,
     needs_brgemm,
     needs_onednn,
     qparams,
@@ -337,7 +338,7 @@ def test_float8_is_within_the_bound_of_a_float32_sum(name: str, dtype: torch.dty
     assert_float8(case.conv(), case, 2.0**-24)
 
 
-@needs_brgemm
+@needs_bfloat16
 @pytest.mark.parametrize(
     ("act", "weight"),
     [*((d, d) for d in FLOAT8S), *itertools.permutations((torch.float8_e4m3fn, torch.float8_e5m2))],
@@ -346,8 +347,6 @@ def test_float8_is_within_the_bound_of_a_float32_sum(name: str, dtype: torch.dty
 def test_float8_by_brgemm_is_within_the_bound_of_a_float32_sum(
     name: str, act: torch.dtype, weight: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not brgemm.HAS_BFLOAT16:
-        pytest.skip("this CPU does not multiply bfloat16")
     found: list[Tensor] = []
     convolve = brgemm.convolve
     monkeypatch.setattr(brgemm, "convolve", lambda *of, **to: found.append(convolve(*of, **to)) or found[-1])

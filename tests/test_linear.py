@@ -587,6 +587,11 @@ def test_a_residual_and_then_codes() -> None:
 
 needs_brgemm = pytest.mark.skipif(not brgemm.AVAILABLE, reason="this machine has no VNNI, or no compiler")
 
+needs_bfloat16 = pytest.mark.skipif(
+    not (brgemm.AVAILABLE and brgemm.HAS_BFLOAT16),
+    reason="this CPU has no instructions for bfloat16, so that floats are multiplied, as other tests do",
+)
+
 
 def by_brgemm(case: Product, residual: Tensor | None, dtype: torch.dtype, *to: object) -> tuple[object, ...]:
     """Return what the operator is given."""
@@ -787,7 +792,7 @@ def test_what_the_compiler_expects_of_brgemm_is_what_it_does() -> None:
                     torch.library.opcheck(op, (*made, *given[3:]), test_utils=tests)
 
 
-@needs_brgemm
+@needs_bfloat16
 @pytest.mark.parametrize("dtype", REALS_OF_BRGEMM, ids=str)
 @pytest.mark.parametrize(
     ("act", "weight"),
@@ -798,8 +803,6 @@ def test_brgemm_sums_float8_within_the_bound_of_a_float32_sum(
     rows: int, k: int, act: torch.dtype, weight: torch.dtype, dtype: torch.dtype
 ) -> None:
     """Every code is a bfloat16 value; K above DEPTH is summed in parts. The residual is added before the rounding."""
-    if not brgemm.HAS_BFLOAT16:
-        pytest.skip("this CPU does not multiply bfloat16")
     rng = np.random.default_rng(k)
     spec = QuantSpec(act, fsq.PerTensor())
     case = float8_product(rng, act, weight, rows=rows, k=k)
