@@ -419,13 +419,13 @@ class Quantized(Buffers):
 
 def _taken_by(backends: Iterable[tuple[str, range]], what: str) -> str:
     """Say which backend takes how many rows or windows; the first that takes a number does, in the order given."""
-    shown, least = "", sys.maxsize
-    for name, taken in backends:
-        taken = range(taken.start, min(taken.stop, least))
-        if taken:
+    shown, free = "", [range(1, sys.maxsize)]
+    for name, asked in ((name, asked) for name, asked in backends if asked):
+        for taken in filter(None, (range(max(each.start, asked.start), min(each.stop, asked.stop)) for each in free)):
             last = f"{what} on" if taken.stop == sys.maxsize else f"to {taken.stop - 1} {what}"
             shown += f", by {name} from {taken.start} {last}"
-            least = taken.start
+        parts = ((range(a.start, min(a.stop, asked.start)), range(max(a.start, asked.stop), a.stop)) for a in free)
+        free = [part for both in parts for part in both if part]
     return shown
 
 
@@ -606,12 +606,12 @@ class _QuantizedConv(Quantized):
         # A transposed one is a convolution of codes that were spread, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
         weight = self.weight_codes, self.weight_zero_point
-        least = (
-            (each.NAME, each.least_windows(*weight, steps, self.dilation, self.groups))
+        taken = (
+            (each.NAME, each.windows(*weight, steps, self.dilation, self.groups))
             for each in backends.CONVOLUTIONS
             if each.supports(*weight)
         )
-        by = _taken_by(((name, range(count, sys.maxsize)) for name, count in least), "windows")
+        by = _taken_by(taken, "windows")
         if is_tapped(self.act_spec, self.weight_codes, self.groups) and (not by or is_looped_first(*weight)):
             by += ", compiled to one loop"
         return by

@@ -23,7 +23,7 @@ from torch import Tensor
 from functional_sq import brgemm, onednn, onednn_conv, triton_conv, triton_mm
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
-from functional_sq.tracing import is_among, reaches
+from functional_sq.tracing import is_among
 
 __all__ = [
     "CONVOLUTIONS",
@@ -80,7 +80,7 @@ class Product(_Backend, Protocol):
 class Convolution(_Backend, Protocol):
     """What `conv` asks; `functional_sq.onednn_conv` is one, and says what the arguments are."""
 
-    def least_windows(
+    def windows(
         self,
         codes: Tensor,
         zero_point: Tensor | None,
@@ -88,8 +88,8 @@ class Convolution(_Backend, Protocol):
         dilation: Sequence[int],
         groups: int,
         /,
-    ) -> int:
-        """From how many windows on, of all images together, it is the faster one; `sys.maxsize`: never."""
+    ) -> range:
+        """For how many windows, of all images together, it is the faster one; as `Product.rows`."""
 
     def convolve(
         self,
@@ -150,7 +150,7 @@ def convolution_for(
     """
     for each in CONVOLUTIONS:
         weight = codes, zero_point
-        if each.supports(*weight) and reaches(windows, each.least_windows(*weight, stride, dilation, groups)):
+        if each.supports(*weight) and is_among(windows, each.windows(*weight, stride, dilation, groups)):
             return each
     return None
 

@@ -7,6 +7,7 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/arange.h>
@@ -16,9 +17,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string_view>
@@ -30,7 +33,8 @@ namespace {
 using Reals = at::vec::Vectorized<float>;
 using at::native::cpublas::brgemm;
 
-constexpr int64_t ROWS = 64, COLUMNS = 64, DEPTH = 2048, LANES = Reals::size();
+constexpr int64_t ROWS = 128, COLUMNS = 64, DEPTH = 2048, LINE = 64, LANES = Reals::size();
+constexpr size_t STREAMED = 1 << 24, NEW = 1 << 25;
 static_assert(LANES == 16);
 
 // What a product is made of; a null pointer: there is none.
@@ -49,15 +53,26 @@ struct Call {
   const float* to_scale;
   const int32_t* to_zero_point;
   void* y;
+  bool streamed;  // past the caches
 };
 
 // Integers in groups of 4 along K, as VNNI adds them; bfloat16 in groups of 2.
 template <typename Code>
 constexpr int64_t GROUP = sizeof(Code) == 1 ? 4 : 2;
 
+bool has_amx() {
+  static const bool answer = at::cpu::init_amx();
+  return answer;
+}
+
+int64_t parts(int64_t count, int64_t most) { return (count + most - 1) / most; }
+
+// How many codes of a row are multiplied, with the zeros behind it: with AMX so many that the steps in which oneDNN
+// takes them are few, and alike, as it takes the largest step that divides them, be it one group.
 template <typename Code>
 int64_t inner(int64_t k) {
-  return (k + GROUP<Code> - 1) / GROUP<Code> * GROUP<Code>;
+  const int64_t steps = has_amx() ? parts(k, LINE / sizeof(Code)) : 1, together = GROUP<Code> * steps;
+  return parts(k, together) * together;
 }
 
 // Ask for pages of 2 MB for what few rows stream from memory, before anything is written there.
@@ -68,7 +83,7 @@ void huge(void* memory, size_t bytes) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
-int64_t tiles(int64_t n) { return (n + COLUMNS - 1) / COLUMNS; }
+int64_t tiles(int64_t n) { return parts(n, COLUMNS); }
 
 // (N, K) -> (N / COLUMNS, K / GROUP, COLUMNS, GROUP), filled up with zeros; each of `groups` begins a tile of columns.
 template <typename Code, typename From>
@@ -87,34 +102,76 @@ void pack(const uint8_t* codes, int64_t n, int64_t k, int64_t groups, Code* pack
   });
 }
 
-// e**x to 20 units in the last place: half the time of Sleef's, and codes are far coarser.
-inline Reals exp(Reals x) { return x.exp_u20(); }
+// An odd function that comes to 1, of polynomials that are chosen in registers.
+template <int DEGREE>
+class Odd {
+  static constexpr int PIECES = 2 * LANES;
+  alignas(64) float power[DEGREE + 1][PIECES] = {};
+  float pieces;  // to 1 along x
 
-inline Reals tanh(Reals x) { return Reals(1) - Reals(2) / (exp(x + x) + Reals(1)); }
+ public:
+  // Each goes through the zeros of a Chebyshev polynomial; the last is 1, from 0.98 of `end` on.
+  Odd(double (*f)(double), double end) : pieces(static_cast<float>((PIECES - 1) / end)) {
+    double node[DEGREE + 1], c[DEGREE + 1];
+    for (int i = 0; i <= DEGREE; ++i) node[i] = std::cos((2 * i + 1) * M_PI / (2 * DEGREE + 2)) / 2;
+    for (int piece = 0; piece < PIECES - 1; ++piece) {
+      for (int i = 0; i <= DEGREE; ++i) c[i] = f((piece + node[i]) / pieces);
+      for (int k = 1; k <= DEGREE; ++k)
+        for (int i = DEGREE; i >= k; --i) c[i] = (c[i] - c[i - 1]) / (node[i] - node[i - k]);
+      for (int k = DEGREE - 1; k >= 0; --k)
+        for (int i = k; i < DEGREE; ++i) c[i] -= node[k] * c[i + 1];
+      for (int i = 0; i <= DEGREE; ++i) power[i][piece] = static_cast<float>(c[i]);
+    }
+    power[0][PIECES - 1] = 1;
+  }
 
-// Abramowitz and Stegun 7.1.26: off by 1.5e-7 at most.
-inline Reals erf(Reals x) {
-  const Reals size = x.abs(), t = Reals(1) / at::vec::fmadd(Reals(0.3275911f), size, Reals(1));
-  Reals p = at::vec::fmadd(Reals(1.061405429f), t, Reals(-1.453152027f));
-  p = at::vec::fmadd(p, t, Reals(1.421413741f));
-  p = at::vec::fmadd(p, t, Reals(-0.284496736f));
-  p = at::vec::fmadd(p, t, Reals(0.254829592f));
-  const Reals y = Reals(1) - p * t * exp(Reals(0) - size * size);
-  return _mm512_or_ps(y, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
+  Reals operator()(Reals x) const {
+    const Reals at = _mm512_min_ps(_mm512_set1_ps(PIECES - 1), x.abs() * Reals(pieces));  // NaN stays
+    const __m512i piece = _mm512_cvtps_epi32(at);
+    const Reals t = at - Reals(_mm512_cvtepi32_ps(piece));
+    Reals y = of(DEGREE, piece);
+    for (int i = DEGREE - 1; i >= 0; --i) y = at::vec::fmadd(y, t, of(i, piece));
+    return _mm512_or_ps(y, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
+  }
+
+ private:
+  Reals of(int i, __m512i piece) const {
+    return _mm512_permutex2var_ps(_mm512_load_ps(power[i]), piece, _mm512_load_ps(power[i] + LANES));
+  }
+};
+
+// Off by 1e-7 at most.
+const Odd<4> NORMAL([](double x) { return std::erf(x * M_SQRT1_2); }, 5.65);
+const Odd<5> TANH([](double x) { return std::tanh(x); }, 9.15);
+
+// To 1e-7 of the result, and of what x is off by: half the time of Sleef's, and codes are far coarser.
+inline Reals exp2(Reals x) {
+  const Reals whole = x.round(), t = x - whole;
+  Reals y(0.00132764701f);
+  for (float power : {0.00967554132f, 0.0555071328f, 0.240221197f, 0.693146967f, 1.00000007f})
+    y = at::vec::fmadd(y, t, Reals(power));
+  return _mm512_scalef_ps(y, whole);
+}
+
+inline Reals sigmoid(Reals x) {
+  const Reals exponent = x * Reals(-1.44269504f);
+  return Reals(1) / (Reals(1) + exp2(_mm512_max_ps(Reals(-150), exponent)));  // NaN stays, infinity does not
 }
 
 // In the order of ACTIVATIONS in requantize.py.
 template <int activation>
 inline Reals activated(Reals x) {
-  const Reals half(0.5f), one(1), zero(0), six(6);
+  const Reals half(0.5f), zero(0), six(6);
   if constexpr (activation == 1) return at::vec::maximum(x, zero);
   if constexpr (activation == 2) return at::vec::clamp(x, zero, six);
-  if constexpr (activation == 3) return half * x * (one + erf(x * Reals(0.70710678f)));
-  if constexpr (activation == 4)
-    return half * x * (one + tanh(Reals(0.79788456f) * at::vec::fmadd(Reals(0.044715f) * x * x, x, x)));
-  if constexpr (activation == 5) return x / (one + exp(zero - x));
-  if constexpr (activation == 6) return x * at::vec::clamp(x + Reals(3), zero, six) / six;
-  if constexpr (activation == 7) return tanh(x);
+  if constexpr (activation == 3) return at::vec::fmadd(half * x, NORMAL(x), half * x);
+  if constexpr (activation == 4) {
+    const Reals y = Reals(0.79788456f) * at::vec::fmadd(Reals(0.044715f) * x * x, x, x);
+    return at::vec::fmadd(half * x, TANH(y), half * x);
+  }
+  if constexpr (activation == 5) return x * sigmoid(x);
+  if constexpr (activation == 6) return x * at::vec::clamp(x + Reals(3), zero, six) * Reals(1.0f / 6);
+  if constexpr (activation == 7) return TANH(x);
   return x;
 }
 
@@ -142,16 +199,48 @@ inline void write(at::Half* p, __mmask16 some, Reals y) {
   _mm256_mask_storeu_epi16(p, some, at::vec::cvtfp32_fp16(y));
 }
 
-inline void write(uint8_t* p, __mmask16 some, Reals y) {
-  _mm_mask_storeu_epi8(p, some, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(y)));
+inline void write(uint8_t* p, __mmask16 some, __m512i codes) {
+  _mm_mask_storeu_epi8(p, some, _mm512_cvtepi32_epi8(codes));
+}
+
+// Past the caches, to where a line begins, or half of one.
+inline void stream(float* p, Reals y) { _mm512_stream_ps(p, y); }
+
+inline void stream(at::BFloat16* p, Reals y) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), at::vec::cvtfp32_bf16(y));
+}
+
+inline void stream(at::Half* p, Reals y) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), at::vec::cvtfp32_fp16(y));
+}
+
+inline void write(uint8_t* p, const __m512i (&codes)[4], bool streamed) {
+  const __m512i words = _mm512_packs_epi32(codes[0], codes[1]), more = _mm512_packs_epi32(codes[2], codes[3]);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words, more));
+  if (streamed)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bytes);
+  else
+    _mm512_storeu_si512(p, bytes);
 }
 
 inline __m512i read(const int32_t* p, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, p); }
 
-// Codes of 8 bits, as floats, of real values in steps.
-inline Reals codes_of(Reals steps, Reals zero_point, Reals low = Reals(0), Reals high = Reals(255)) {
-  return at::vec::clamp(steps.round() + zero_point, low, high);
-}
+// Codes from `low` to `high` of real values in steps: what is clamped to whole steps is rounded to them.
+struct Coded {
+  __m512i zero_point;
+  Reals least, most;
+
+  Coded(int32_t zero_point, int64_t low, int64_t high)
+      : zero_point(_mm512_set1_epi32(zero_point)),
+        least(static_cast<float>(low - zero_point)),
+        most(static_cast<float>(high - zero_point)) {}
+
+  __m512i operator()(Reals steps) const {
+    const __m512 within = _mm512_max_ps(_mm512_min_ps(steps, most), least);
+    return _mm512_add_epi32(_mm512_cvtps_epi32(within), zero_point);
+  }
+};
 
 // A float8 format: bits of its mantissa, the least exponent of a normal number, and the largest value.
 struct Float8 {
@@ -192,58 +281,89 @@ struct Tile {
   int64_t row, height, column, count;
 };
 
-// What is written of a tile; of 16 columns at a time all that is read for a column stays in registers.
-template <typename Sum, typename Y, int activation = 0>
-void finish(const Call& call, const Sum* sums, const Tile& tile, const int32_t* row_sums) {
-  constexpr bool codes = std::is_same_v<Y, uint8_t>, integers = std::is_same_v<Sum, int32_t>;
-  const bool biased = call.bias, asymmetric = call.weight_zero_point, added = call.residual;
-  const bool rectified = call.activation == 1;  // after a residual
-  const int64_t n = call.n;
-  Reals to_scale(1), inverse(1), to_zero_point(0);
-  if constexpr (codes) {
-    to_scale = Reals(*call.to_scale);
-    inverse = Reals(1 / *call.to_scale);
-    to_zero_point = Reals(static_cast<float>(*call.to_zero_point));
-  }
-  for (int64_t j = 0; j < tile.count; j += LANES) {
-    const __mmask16 some = (1u << std::min(LANES, tile.count - j)) - 1;
-    const int64_t at = tile.column + j;
-    const Reals scale = read(call.scale + at, some), bias = biased ? read(call.bias + at, some) : Reals(0);
-    __m512i offset, zero_point;
-    if constexpr (integers) {
+// What makes real values of the sums of 16 columns; what is read for a column stays in registers.
+template <typename Sum>
+struct Columns {
+  Reals scale, bias;
+  __m512i offset, zero_point;
+
+  Columns() = default;
+
+  Columns(const Call& call, int64_t at, __mmask16 some) : scale(read(call.scale + at, some)) {
+    if (call.bias) bias = read(call.bias + at, some);
+    if constexpr (std::is_same_v<Sum, int32_t>) {
       offset = read(call.sums + at, some);
-      if (asymmetric) {
+      if (call.weight_zero_point) {
         zero_point = read(call.weight_zero_point + at, some);
         const __m512i k = _mm512_set1_epi32(static_cast<int32_t>(call.k));
         offset = _mm512_sub_epi32(offset, _mm512_mullo_epi32(k, zero_point));
       }
       offset = _mm512_mullo_epi32(offset, _mm512_set1_epi32(*call.zero_point));
     }
-    Y* y = static_cast<Y*>(call.y) + tile.row * n + at;
-    const Y* residual = static_cast<const Y*>(call.residual) + tile.row * n + at;
-    for (int64_t i = 0; i < tile.height; ++i) {
-      const Sum* from = sums + i * COLUMNS + j;
-      Reals x;
-      if constexpr (integers) {
-        __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(from), offset);
-        if (asymmetric) total = _mm512_sub_epi32(total, _mm512_mullo_epi32(zero_point, _mm512_set1_epi32(row_sums[i])));
-        x = _mm512_cvtepi32_ps(total);
-      } else {
-        x = Reals::loadu(from);
-      }
-      x = x * scale;
-      if (biased) x = x + bias;
-      if constexpr (codes && integers) {
-        write(y + i * n, some, codes_of(activated<activation>(x) * inverse, to_zero_point));
-      } else if constexpr (codes) {
-        write_float8(y + i * n, some, activated<activation>(x) / to_scale);
-      } else {
-        if (added) x = x + read(residual + i * n, some);
-        if (added && rectified) x = activated<1>(x);
-        write(y + i * n, some, x);
+  }
+
+  Reals real(const Sum* sums, int32_t row_sum, bool biased, bool asymmetric) const {
+    Reals x;
+    if constexpr (std::is_same_v<Sum, int32_t>) {
+      __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(sums), offset);
+      if (asymmetric) total = _mm512_sub_epi32(total, _mm512_mullo_epi32(zero_point, _mm512_set1_epi32(row_sum)));
+      x = _mm512_cvtepi32_ps(total);
+    } else {
+      x = Reals::loadu(sums);
+    }
+    x = x * scale;
+    return biased ? x + bias : x;
+  }
+};
+
+// What is written of all rows of a tile, of `V` times 16 columns: of 64 a row at a time, which is whole lines of memory.
+template <int V, int activation, typename Sum, typename Y>
+void finish_columns(const Call& call, const Sum* sums, const Tile& tile, const int32_t* row_sums, int64_t from, Y* y) {
+  constexpr bool codes = std::is_same_v<Y, uint8_t>, integers = std::is_same_v<Sum, int32_t>;
+  const bool biased = call.bias, asymmetric = call.weight_zero_point, streamed = V > 1 && call.streamed;
+  const bool added = call.residual, rectified = call.activation == 1;  // after a residual
+  const int64_t n = call.n, at = tile.row * n + tile.column + from;
+  const __mmask16 some = V > 1 ? 0xffff : (1u << std::min(LANES, tile.count - from)) - 1;
+  const Reals to_scale(codes ? *call.to_scale : 1), inverse(codes ? 1 / *call.to_scale : 1);
+  const Coded coded(codes ? *call.to_zero_point : 0, 0, 255);
+  const Y* residual = static_cast<const Y*>(call.residual) + at;
+  Columns<Sum> columns[V];
+  for (int v = 0; v < V; ++v) columns[v] = Columns<Sum>(call, tile.column + from + v * LANES, some);
+  y += at;
+  sums += from;
+  for (int64_t i = 0; i < tile.height; ++i, y += n, residual += n, sums += COLUMNS) {
+    Reals x[V];
+    for (int v = 0; v < V; ++v) x[v] = columns[v].real(sums + v * LANES, row_sums[i], biased, asymmetric);
+    if constexpr (codes && integers) {
+      __m512i code[V];
+      for (int v = 0; v < V; ++v) code[v] = coded(activated<activation>(x[v]) * inverse);
+      if constexpr (V == 4)
+        write(y, code, streamed);
+      else
+        write(y, some, code[0]);
+    } else {
+      for (int v = 0; v < V; ++v) {
+        const int64_t j = v * LANES;
+        if constexpr (codes) {
+          write_float8(y + j, some, activated<activation>(x[v]) / to_scale);
+        } else {
+          if (added) x[v] = x[v] + read(residual + j, some);
+          if (added && rectified) x[v] = activated<1>(x[v]);
+          if (streamed)
+            stream(y + j, x[v]);
+          else
+            write(y + j, some, x[v]);
+        }
       }
     }
   }
+}
+
+template <typename Sum, typename Y, int activation = 0>
+void finish(const Call& call, const Sum* sums, const Tile& tile, const int32_t* row_sums) {
+  Y* y = static_cast<Y*>(call.y);
+  if (tile.count == COLUMNS) return finish_columns<4, activation>(call, sums, tile, row_sums, 0, y);
+  for (int64_t j = 0; j < tile.count; j += LANES) finish_columns<1, activation>(call, sums, tile, row_sums, j, y);
 }
 
 template <typename Sum>
@@ -278,21 +398,24 @@ using Factor = std::conditional_t<sizeof(Code) == 1, uint8_t, Code>;
 template <typename Code>
 using Rows = std::function<const Factor<Code>*(int64_t, int64_t, int64_t)>;
 
-// Each task has some rows, and all or a part of the columns: as many tasks as keep every thread at work, alike in height.
+// Each task has some rows, and all or a part of the columns: as many tasks as keep every thread at work as long as the
+// others, alike in height.
 template <typename Code, typename Sum>
 void multiply(const Call& call, const Rows<Code>& rows_of) {
-  const int64_t each = call.n / call.groups, heights = (call.m + ROWS - 1) / ROWS, widths = call.groups * tiles(each);
-  const int64_t parts = std::min(widths, (4 * at::get_num_threads() + heights - 1) / heights);
-  const int64_t depth = inner<Code>(call.k), size = COLUMNS * depth, height = (call.m + heights - 1) / heights;
+  const int64_t each = call.n / call.groups, widths = call.groups * tiles(each);
+  const int64_t threads = at::get_num_threads(), fewest = parts(call.m, has_amx() ? ROWS : ROWS / 2);
+  const int64_t height = parts(call.m, fewest < threads ? fewest : parts(fewest, threads) * threads);
+  const int64_t heights = parts(call.m, height), shares = std::min(widths, parts(4 * threads, heights));
+  const int64_t depth = inner<Code>(call.k), size = COLUMNS * depth;
   const Finish<Sum> finish = finisher<Sum>(call);
-  at::parallel_for(0, heights * parts, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) Sum sums[ROWS * COLUMNS];
+  at::parallel_for(0, heights * shares, 1, [&](int64_t begin, int64_t end) {
+    alignas(LINE) Sum sums[ROWS * COLUMNS];
     int32_t row_sums[ROWS] = {};
     const Factor<Code>* rows = nullptr;
     for (int64_t task = begin, last = -1, last_row = -1; task < end; ++task) {
-      const int64_t row = task / parts * height, part = task % parts;
+      const int64_t row = task / shares * height, share = task % shares;
       Tile tile{.row = row, .height = std::min(height, call.m - row)};
-      for (int64_t j = widths * part / parts; j < widths * (part + 1) / parts; ++j) {
+      for (int64_t j = widths * share / shares; j < widths * (share + 1) / shares; ++j) {
         const int64_t group = j / tiles(each), column = j % tiles(each) * COLUMNS;
         tile.column = group * each + column;
         tile.count = std::min(COLUMNS, each - column);
@@ -307,11 +430,13 @@ void multiply(const Call& call, const Rows<Code>& rows_of) {
         const Code* weight = static_cast<const Code*>(call.packed) + j * size;
         for (int64_t k = 0; k < depth; k += DEPTH)
           brgemm(
-              tile.height, (tile.count + LANES - 1) / LANES * LANES, std::min(DEPTH, depth - k), depth, COLUMNS,
-              COLUMNS, k > 0, rows + k, weight + k * COLUMNS, sums);
+              tile.height, parts(tile.count, LANES) * LANES, std::min(DEPTH, depth - k), depth, COLUMNS, COLUMNS, k > 0,
+              rows + k, weight + k * COLUMNS, sums);
         finish(call, sums, tile, row_sums);
       }
     }
+    at::native::cpublas::brgemm_release();
+    _mm_sfence();
   });
 }
 
@@ -324,8 +449,10 @@ Rows<int8_t> where_they_lie(const Call& call) {
 template <typename Code>
 Code* scratch(int64_t size) {
   static thread_local std::vector<Code> memory;
-  memory.resize(std::max<size_t>(memory.size(), size));
-  return memory.data();
+  memory.resize(std::max<size_t>(memory.size(), size + 2 * LINE));
+  void* begin = memory.data();
+  size_t space = memory.size() * sizeof(Code);
+  return static_cast<Code*>(std::align(LINE, size, begin, space));
 }
 
 // Of rows that are made, each by `make` of where it begins in `X`, and followed by zeros.
@@ -369,12 +496,13 @@ Rows<Code> coded(const Call& call, at::ScalarType of, F code) {
 }
 
 // As std::copy_n, which calls a function: a few bytes at a time are most of the time of an image of three channels.
-inline void copy(const uint8_t* from, int64_t count, uint8_t* to) {
-  for (int64_t i = 0; i < count; i += 64) {
-    const __mmask64 some = ~uint64_t(0) >> std::max<int64_t>(0, 64 - (count - i));
-    _mm512_mask_storeu_epi8(to + i, some, _mm512_maskz_loadu_epi8(some, from + i));
-  }
-}
+constexpr auto copy = [](const uint8_t* from, int64_t count, uint8_t* to) {
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+  if (i == count) return;
+  const __mmask64 some = ~uint64_t(0) >> (64 - (count - i));
+  _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi8(some, from + i));
+};
 
 // What a convolution takes: of images (batch, height, width, channels) in memory.
 struct Geometry {
@@ -388,20 +516,19 @@ template <typename Code, typename Take>
 Rows<Code> gathered(const Call& call, const Geometry& of, Factor<Code> outside, Take take) {
   return [=, q = static_cast<const uint8_t*>(call.q)](int64_t first, int64_t height, int64_t group) {
     const int64_t depth = inner<Code>(call.k), channels = of.channels / call.groups;
-    const int64_t step = of.dilation[1] * of.channels, along = of.kernel[1];
+    const int64_t step = of.dilation[1] * of.channels, along = of.kernel[1], size = of.height * of.width * of.channels;
     Factor<Code>* rows = scratch<Factor<Code>>(ROWS * depth);
+    int64_t column = first % of.windows[1], row = first / of.windows[1] % of.windows[0];
+    const uint8_t* image = q + first / of.windows[1] / of.windows[0] * size + group * channels;
     for (int64_t i = 0; i < height; ++i) {
-      const int64_t window = first + i, row = window / of.windows[1];
-      const int64_t top = row % of.windows[0] * of.stride[0] - of.above;
-      const int64_t left = window % of.windows[1] * of.stride[1] - of.left;
-      const uint8_t* image = q + row / of.windows[0] * of.height * of.width * of.channels + group * channels;
+      const int64_t top = row * of.stride[0] - of.above, left = column * of.stride[1] - of.left;
+      const bool whole = 0 <= left && left + (along - 1) * of.dilation[1] < of.width;
       Factor<Code>* to = rows + i * depth;
       for (int64_t a = 0; a < of.kernel[0]; ++a) {
         const int64_t y = top + a * of.dilation[0];
         const uint8_t* from = image + (y * of.width + left) * of.channels;
         const bool inside = 0 <= y && y < of.height;
-        const bool whole = inside && 0 <= left && left + (along - 1) * of.dilation[1] < of.width;
-        if (whole && step == channels) {  // pixels that lie side by side
+        if (inside && whole && step == channels) {  // pixels that lie side by side
           take(from, along * channels, to);
           to += along * channels;
           continue;
@@ -415,6 +542,11 @@ Rows<Code> gathered(const Call& call, const Geometry& of, Factor<Code> outside, 
         }
       }
       std::fill(to, rows + (i + 1) * depth, Factor<Code>(0));
+      if (++column < of.windows[1]) continue;
+      column = 0;
+      if (++row < of.windows[0]) continue;
+      row = 0;
+      image += size;
     }
     return rows;
   };
@@ -529,6 +661,13 @@ at::ScalarType codes_dtype(const at::Tensor& weight) {
   return weight.is_floating_point() ? at::kFloat8_e4m3fn : at::kByte;
 }
 
+// Whether the lines of a result are better not read before they are written: where it is too large for the caches, and
+// not so large that glibc takes new pages for it, which the kernel has just filled with zeros.
+bool is_streamed(const at::Tensor& y, int64_t groups) {
+  const size_t begin = reinterpret_cast<size_t>(y.const_data_ptr()), row = y.size(-1) / groups * y.element_size();
+  return STREAMED <= y.nbytes() && y.nbytes() < NEW && (begin | row) % LINE == 0;
+}
+
 // Return the call that writes to `y`, `(..., N)`.
 Call call_of(
     const at::Tensor& q, const Packed& weight, const Operands& operands, std::string_view activation,
@@ -563,7 +702,8 @@ Call call_of(
       .residual = held.at("residual", operands.residual, y.numel(), dtype),
       .to_scale = held.at<float>("to_scale", operands.to_scale, 1, at::kFloat),
       .to_zero_point = held.at<int32_t>("to_zero_point", operands.to_zero_point, 1, at::kInt),
-      .y = y.data_ptr()};
+      .y = y.data_ptr(),
+      .streamed = is_streamed(y, weight.groups)};
 }
 
 // oneDNN on, as for its other quantized operators: who turned it off means float ones, and brgemm would raise.
@@ -587,10 +727,10 @@ Rows<int8_t> integer_rows(const Call& call, at::ScalarType dtype) {
   if (call.q_scale)
     return coded<int8_t>(
         call, dtype,
-        [inverse = Reals(1 / *call.q_scale), zero_point = Reals(static_cast<float>(*call.zero_point))](Reals x) {
-          return codes_of(x * inverse, zero_point);
+        [inverse = Reals(1 / *call.q_scale), coded = Coded(*call.zero_point, 0, 255)](Reals x) {
+          return coded(x * inverse);
         });
-  if (call.k % GROUP<int8_t> == 0) return where_they_lie(call);
+  if (call.k == inner<int8_t>(call.k)) return where_they_lie(call);
   return made<int8_t, uint8_t>(call, copy);
 }
 
@@ -701,12 +841,11 @@ at::Tensor quantize(
   const at::Tensor dense = x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x);
   const at::Tensor y = at::empty_like(x, x.options().dtype(storage));  // as it lies in memory
   const Reals inverse(1 / *held.at<float>("scale", scale, 1, at::kFloat));
-  const Reals z(static_cast<float>(*held.at<int32_t>("zero_point", zero_point, 1, at::kInt)));
-  const Reals least(static_cast<float>(low)), most(static_cast<float>(high));
+  const Coded coded(*held.at<int32_t>("zero_point", zero_point, 1, at::kInt), low, high);
   typed(dense.const_data_ptr(), x.scalar_type(), [&](const auto* from) {
     uint8_t* to = static_cast<uint8_t*>(y.data_ptr());
     at::parallel_for(0, y.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-      each(from + begin, end - begin, to + begin, [&](Reals r) { return codes_of(r * inverse, z, least, most); });
+      each(from + begin, end - begin, to + begin, [&](Reals r) { return coded(r * inverse); });
     });
   });
   return y;

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sq import onednn
+from functional_sq import onednn, onednn_conv
 from functional_sq.formats import Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
@@ -47,7 +47,6 @@ __all__ = [
     "float8",
     "is_built",
     "key",
-    "least_windows",
     "plus",
     "product",
     "product_of_reals",
@@ -56,6 +55,7 @@ __all__ = [
     "requantizes",
     "rows",
     "supports",
+    "windows",
 ]
 
 NAME: str = "brgemm"
@@ -65,9 +65,8 @@ CODES: torch.dtype = torch.uint8
 
 _COMPILER = os.environ.get("CXX", "g++")
 
-AVAILABLE: bool = sys.platform == "linux" and onednn.AVAILABLE and not onednn.AMX and bool(shutil.which(_COMPILER))
-"""Whether this CPU adds products of 8 bits in 32, and there is a compiler. With AMX `onednn` is as fast for int8; these
-products have not been timed there."""
+AVAILABLE: bool = sys.platform == "linux" and onednn.AVAILABLE and bool(shutil.which(_COMPILER))
+"""Whether this CPU adds products of 8 bits in 32, and there is a compiler."""
 
 _FLAGS = (
     *("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off"),
@@ -77,6 +76,10 @@ _FLAGS = (
 
 _COPIED = 32
 """How many codes of a window at least lie side by side where a copy of it takes less time than a tile saves."""
+
+_CALL, _PIECE, _CODE = 150e3, 3, 0.03
+"""With AMX: what a call of oneDNN takes more than one of this, and what a copy takes for each piece of a window that
+lies in memory side by side and for each code, in ns; of 11 layers and 15 with groups, 1 and 8 images."""
 
 _REALS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -176,7 +179,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return AVAILABLE, HAS_BFLOAT16, _COMPILER
+    return AVAILABLE, HAS_BFLOAT16, onednn.AMX, _COMPILER
 
 
 def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
@@ -253,14 +256,15 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     return _call(q, None, None, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
 
 
-def least_windows(
+def windows(
     codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
-) -> int:
-    """Return from how many windows on, of all images together, it is the faster one.
+) -> range:
+    """Return for how many windows, of all images together, it is the faster one.
 
-    Of a symmetric weight too, unless windows are copied a few bytes at a time: one image takes 0.4 to 1 of what it
-    takes oneDNN, whose operator takes 100 us whatever it is called for, eight images 0.7 to 1.07, in a chain of 1 x 1
-    over 25 000 windows 1.13. 3 channels under 7 x 7 take 0.9 and 1.2.
+    With VNNI alone for any number without groups, unless windows are copied a few bytes at a time: one image takes 0.4
+    to 1 of what it takes oneDNN, whose operator takes 100 us whatever it is called for, eight images 0.7 to 1.07, in a
+    chain of 1 x 1 over 25 000 windows 1.13. With AMX while the copies of windows take less than that call; for any
+    number where none are made, oneDNN is wrong, or the weight is asymmetric.
 
     Args:
         codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
@@ -269,13 +273,20 @@ def least_windows(
     Example:
         >>> import torch
         >>> from functional_sq import brgemm
-        >>> [brgemm.least_windows(torch.empty(64, n, 7, 7), None, (2, 2), (1, 1), 1) == 1 for n in (3, 64)]
-        [False, True]
+        >>> 1 in brgemm.windows(torch.empty(64, 64, 7, 7), None, (2, 2), (1, 1), 1)
+        True
     """
     channels, *kernel = codes.shape[1:]
-    together = channels * kernel[-1] if dilation[-1] == 1 else channels  # in memory, of a window
-    long = together >= _COPIED or math.prod(kernel) == 1
-    return 1 if groups == 1 and (long or zero_point is not None) else sys.maxsize
+    if not onednn_conv.is_right(codes, groups):
+        return range(1, sys.maxsize)
+    if groups == 1 and (zero_point is not None or math.prod(kernel) * math.prod(stride) == 1):
+        return range(1, sys.maxsize)
+    # Of a window, what lies side by side in memory.
+    together = channels * kernel[-1] if groups == 1 and dilation[-1] == 1 else channels
+    if onednn.AMX:
+        k = codes[0].numel()
+        return range(1, int(_CALL / (groups * (k // together * _PIECE + k * _CODE))))
+    return range(1, sys.maxsize) if groups == 1 and (together >= _COPIED or math.prod(kernel) == 1) else range(0)
 
 
 def convolve(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from functional_sq import brgemm
-from functional_sq.backends import codes_dtype
+from functional_sq.backends import codes_dtype, convolution_for
 from functional_sq.batch_norm import fold_batch_norm
 from functional_sq.conv import conv
 from functional_sq.conv_transpose import conv_transpose
@@ -465,7 +465,7 @@ def _addition(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node] | N
 
 
 def _adds(node: fx.Node) -> bool:
-    """Whether a layer adds a residual: a linear one, a convolution on CUDA, or one by `brgemm`, of any number."""
+    """Whether a layer adds a residual: a linear one, a convolution on CUDA, or one by `brgemm`."""
     if node.args[_GEOMETRY] == "" or _is_cuda_conv(node):
         return True
     codes, zero_point = _example(node.args[CODES]), _example(node.args[_WEIGHT_ZERO_POINT])
@@ -475,7 +475,8 @@ def _adds(node: fx.Node) -> bool:
     if not brgemm.supports(codes, zero_point):
         return brgemm.float8(codes, settings["groups"]) is not None
     stride, _, dilation = geometry_of(codes.shape[2:], *(settings[name] for name in Geometry._fields))
-    return brgemm.least_windows(codes, zero_point, stride, dilation, settings["groups"]) == 1
+    y, of_weight = _example(node), (codes, zero_point, stride, dilation, settings["groups"])
+    return y is not None and convolution_for(y.numel() // codes.shape[0], *of_weight) is brgemm
 
 
 def _is_cuda_conv(node: fx.Node) -> bool:

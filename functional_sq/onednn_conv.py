@@ -11,6 +11,8 @@ care; each point was found by comparing with exact integers:
   wrong in 70 000 random geometries, with AMX and without.
 * A zero point other than 0, and groups of one channel that have more than 32 outputs each: wrong for most
   numbers of outputs. Each group is given a second channel, whose weight is 0.
+* With AMX and a zero point other than 0, groups of more than 32 outputs that are no multiple of 32: wrong for most
+  numbers of channels up to 31, and for 1 x 1 and more than 64 channels an error. Such groups are left to others.
 * Images one pixel wide, of which a stride leaves rows out: with two threads results are wrong now and then, and
   memory is written to that is not the result's. Such an image is one pixel high instead.
 * Sums above 2**24, see `functional_sq.onednn.exactly`.
@@ -36,7 +38,7 @@ from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import define_operator
 
-__all__ = ["CODES", "NAME", "convolve", "key", "least_windows", "requantizes", "supports"]
+__all__ = ["CODES", "NAME", "convolve", "is_right", "key", "requantizes", "supports", "windows"]
 
 NAME: str = onednn.NAME
 
@@ -78,10 +80,10 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
     return onednn.is_capable(codes) and codes.ndim in (3, 4) and codes[0].numel() <= INT32_TERMS
 
 
-def least_windows(
+def windows(
     codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
-) -> int:
-    """Return from how many windows on, of all images together, oneDNN is the faster one.
+) -> range:
+    """Return for how many windows, of all images together, oneDNN is the faster one.
 
     Args:
         codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
@@ -91,17 +93,31 @@ def least_windows(
         >>> import torch
         >>> from functional_sq import onednn_conv
         >>> codes = torch.empty(512, 512, 3, 3)
-        >>> [onednn_conv.least_windows(codes, None, (1, 1), (1, 1), groups) for groups in (1, 2)]
-        [1, 1]
+        >>> [1 in onednn_conv.windows(codes, None, (1, 1), (1, 1), groups) for groups in (1, 2)]
+        [True, True]
     """
-    if groups > 1:
-        return 1
     n, k = codes.shape[0], codes[0].numel()
-    if zero_point is not None and k > LARGEST_K:
-        return sys.maxsize
-    if _overlap(codes.shape[2:], stride, dilation):
-        return max(1, -((4 * n * k - WORTH) // (6 * n + k)))
-    return -(-WORTH // (6 * n)) if zero_point is None else sys.maxsize
+    least = sys.maxsize
+    if groups > 1:
+        least = 1 if is_right(codes, groups) else least
+    elif _overlap(codes.shape[2:], stride, dilation):
+        least = max(1, -((4 * n * k - WORTH) // (6 * n + k))) if zero_point is None or k <= LARGEST_K else least
+    elif zero_point is None:
+        least = -(-WORTH // (6 * n))
+    return range(least, sys.maxsize)
+
+
+def is_right(codes: Tensor, groups: int) -> bool:
+    """Whether oneDNN convolves groups right, as it does on every CPU without AMX.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import onednn_conv
+        >>> onednn_conv.is_right(torch.empty(128, 4, 3, 3), 2)
+        True
+    """
+    outputs = codes.shape[0] // groups
+    return not onednn.AMX or groups == 1 or outputs <= 32 or outputs % 32 == 0
 
 
 def _overlap(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:

@@ -16,6 +16,7 @@ it loads. Where each channel is convolved alone there is nothing for a tensor co
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,10 +40,10 @@ __all__ = [
     "convolve",
     "float8",
     "key",
-    "least_windows",
     "reads_real",
     "requantizes",
     "supports",
+    "windows",
 ]
 
 NAME: str = triton_mm.NAME
@@ -105,10 +106,10 @@ def key() -> tuple[object, ...]:
     return triton_mm.AVAILABLE, _TILES, _OF_FLOATS, _SHALLOW, _LEAST, _LEAST_FLOAT8, _ALONE, _ALONE_FLOAT8, _NARROW
 
 
-def least_windows(
+def windows(
     codes: Tensor, zero_point: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
-) -> int:
-    """Return from how many windows on the kernel is the faster one: from the first.
+) -> range:
+    """Return for how many windows the kernel is the faster one: for any number.
 
     Args:
         codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
@@ -118,10 +119,10 @@ def least_windows(
     Example:
         >>> import torch
         >>> from functional_sq import triton_conv
-        >>> triton_conv.least_windows(torch.empty(64, 4, 3), None, (1,), (1,), 16)
-        1
+        >>> 1 in triton_conv.windows(torch.empty(64, 4, 3), None, (1,), (1,), 16)
+        True
     """
-    return 1
+    return range(1, sys.maxsize)
 
 
 def convolve(

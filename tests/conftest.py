@@ -54,6 +54,7 @@ def multiply_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         if name != "brgemm":
             monkeypatch.setattr(brgemm, "AVAILABLE", False)
         monkeypatch.setattr(brgemm, "_COPIED", 0)
+        monkeypatch.setattr(brgemm, "_CALL", 10**18)
         for each in (onednn, onednn_conv):
             monkeypatch.setattr(each, "WORTH", 0 if name == "oneDNN" else 10**18)
 

@@ -87,8 +87,8 @@ class Int64:
         total = self.bracket(operands).reshape(residual.shape)
         return apply_epilogue(total, operands.scale, operands.bias, residual.dtype, residual)
 
-    def least_windows(self, *_: object) -> int:
-        return 2
+    def windows(self, *_: object) -> range:
+        return range(2, sys.maxsize)
 
     def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, stride: Any, padding: Any, *rest: Any) -> Tensor:
         top, bottom, left, right = padding
@@ -943,9 +943,7 @@ def test_a_backend_that_supports_nothing_is_not_passed() -> None:
 def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
     with pytest.raises(TypeError, match="has no CODES, NAME, key, plus, product, requantizes, rows, supports; give an"):
         check_product_backend(object())
-    with pytest.raises(
-        TypeError, match="has no CODES, NAME, convolve, key, least_windows, requantizes, supports; give"
-    ):
+    with pytest.raises(TypeError, match="has no CODES, NAME, convolve, key, requantizes, supports, windows; give"):
         check_convolution_backend(object())
     for key in (None, lambda: [1]):
         backend = Int64()
@@ -1018,7 +1016,7 @@ def test_it_is_asked_for_layers_that_it_supports_and_rows_that_it_wants(ours: In
 def test_one_that_is_never_the_faster_one_is_not_asked_for_a_number_that_is_not_known(
     ours: Int64, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "least_windows", lambda *_: sys.maxsize)
+    monkeypatch.setattr(ours, "windows", lambda *_: range(0))
     monkeypatch.setattr(ours, "convolve", None)
     x = torch.randn(2, 4, 7, 6)
     model = calibrated(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2)), x)

@@ -819,6 +819,36 @@ def test_brgemm_sums_float8_within_the_bound_of_a_float32_sum(
 
 
 @needs_brgemm
+@pytest.mark.parametrize(
+    ("dtype", "residual"),
+    [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (False, True)), (torch.uint8, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("columns", [4160, 4168])
+def test_brgemm_writes_results_of_16_megabytes_past_the_caches(
+    columns: int, dtype: torch.dtype, residual: bool
+) -> None:
+    """Where rows are whole lines of memory; else, and where they are larger, as others."""
+    rng = np.random.default_rng(0)
+    rows = 2**24 // (columns * dtype.itemsize) + 30
+    q, w = rng.integers(0, 256, (rows, 8), np.uint8), rng.integers(-128, 128, (columns, 8), np.int8)
+    scale, bias = (rng.uniform(0.001, 0.002, columns).astype(np.float32) for _ in range(2))
+    z, to_scale, to_zero_point = 3, np.float32(0.5), 100
+    expected = ((q.astype(np.int32) - z) @ w.T.astype(np.int32)).astype(np.float32) * scale + bias
+    of = (torch.from_numpy(each) for each in (q, np.array([z], np.int32), w))
+    operands = Operands(*of, None, torch.from_numpy(scale), None, torch.from_numpy(bias))
+    if dtype is torch.uint8:
+        to = torch.tensor([to_scale]), torch.tensor([to_zero_point], dtype=torch.int32)
+        y = brgemm.product(operands, "none", *to).numpy()
+        np.testing.assert_array_equal(y, np.clip(np.rint(expected / to_scale) + to_zero_point, 0, 255))
+        return
+    added = torch.from_numpy(rng.standard_normal((rows, columns), np.float32)).to(dtype)
+    y = brgemm.plus(added, operands) if residual else brgemm.product(operands, dtype=dtype)
+    expected = torch.from_numpy(expected + added.float().numpy() if residual else expected).to(dtype)
+    assert torch.equal(y, expected)
+
+
+@needs_brgemm
 def test_brgemm_packs_again_what_was_written_to_or_is_another_tensor() -> None:
     case = symmetric(4, 16, 8, torch.uint8, bias=False)
     given = by_brgemm(case, None, torch.float32)
