@@ -1,12 +1,12 @@
-"""Products and convolutions of codes on a CPU with VNNI, by kernels of oneDNN that torch gives to C++: all inside.
+"""Products and convolutions of codes on a CPU with VNNI or AMX, by kernels of oneDNN that torch gives to C++.
 
 The weight is packed once. A tile of sums is scaled, corrected, activated and made codes of while it is in the cache, so
 no int32 matrix is written or read: asymmetric weights cost what symmetric ones do, and float8 is multiplied as bfloat16
-and summed in float32, which no function of torch does on a CPU. Of a convolution a tile copies its windows, which takes
-a fifth of the time of 64 columns and less of more. An eager product makes the codes of its input too. The operations
-are those of `functional_sq.linear` in its order, so the same bits. `brgemm.cpp` is compiled when a weight is first
-asked about, in 10 s, by the compiler of Inductor, and kept beside what Inductor compiles; where that fails, a warning
-says so, and others multiply.
+and summed in float32, which no function of torch does on a CPU. With AMX each sum is exact too, other than those of
+`functional_sq.onednn`. Of a convolution a tile copies its windows, which takes a fifth of the time of 64 columns and
+less of more. An eager product makes the codes of its input too. The operations are those of `functional_sq.linear` in
+its order, so the same bits. `brgemm.cpp` is compiled when a weight is first asked about, in 10 s, by the compiler of
+Inductor, and kept beside what Inductor compiles; where that fails, a warning says so, and others multiply.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ lies in memory side by side and for each code, in ns; of 11 layers and 15 with g
 
 _REALS = (torch.float32, torch.bfloat16, torch.float16)
 
-_FEW = 2**21
+_FEW = 2**24 if onednn.AMX else 2**21
 """How many codes of a weight at most one row takes to multiply as long as with `torch._int_mm`."""
 
 HAS_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()
@@ -166,12 +166,12 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
     streams from memory at 25 GB/s, and this at 20.
 
     One row takes a layer of 384 x 384 in a compiled chain 14 us and `torch._int_mm` 32, of 1024 x 1024 80 and 90, of
-    2048 x 2048 260 and 240.
+    2048 x 2048 260 and 240, with AMX 245 and 280.
 
     Example:
         >>> import torch
         >>> from functional_sq import brgemm
-        >>> [1 in brgemm.rows(torch.empty(n, 1024), None) for n in (1024, 4096)]
+        >>> [1 in brgemm.rows(torch.empty(n, 1024), None) for n in (1024, 2**15)]
         [True, False]
     """
     return range(1 if codes.numel() <= _FEW else 2, sys.maxsize)
