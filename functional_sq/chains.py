@@ -472,8 +472,8 @@ def _adds(node: fx.Node) -> bool:
     function, settings = _function_of(str(node.args[_GEOMETRY]))
     if codes is None or function is not conv:
         return False
-    if not brgemm.supports(codes, zero_point):
-        return brgemm.float8(codes, settings["groups"]) is not None
+    if brgemm.float8(codes, settings["groups"]) is not None:
+        return True
     stride, _, dilation = geometry_of(codes.shape[2:], *(settings[name] for name in Geometry._fields))
     y, of_weight = _example(node), (codes, zero_point, stride, dilation, settings["groups"])
     return y is not None and convolution_for(y.numel() // codes.shape[0], *of_weight) is brgemm

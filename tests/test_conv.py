@@ -597,8 +597,12 @@ def test_an_asymmetric_weight_is_compiled_to_its_convolutions(
     inside = packing == "brgemm" and (groups == 1 or (onednn.AMX and not dynamic))
     assert source.count("functional_sq.onednn_conv_sums.default(") == (0 if inside else 2)
     assert source.count("functional_sq.brgemm_convolution.default(") == inside
-    taken = packing == "brgemm" and (groups == 1 or onednn.AMX)
-    assert f"int8 product, by {'brgemm' if taken else 'oneDNN'} from 1 " in repr(layer)
+    by = f"by {'brgemm' if packing == 'brgemm' and groups == 1 else 'oneDNN'} from 1 windows on)"
+    if packing == "brgemm" and groups > 1 and onednn.AMX:
+        weight = layer.weight_codes, layer.weight_zero_point
+        most = brgemm.windows(*weight, (1, 1), (1, 1), groups)[-1]
+        by = f"by brgemm from 1 to {most} windows, by oneDNN from {most + 1} windows on)"
+    assert repr(layer).endswith(f"int8 product, {by}")
 
 
 @needs_brgemm

@@ -589,7 +589,7 @@ needs_brgemm = pytest.mark.skipif(not brgemm.AVAILABLE, reason="this machine has
 
 needs_bfloat16 = pytest.mark.skipif(
     not (brgemm.AVAILABLE and brgemm.HAS_BFLOAT16),
-    reason="this CPU has no instructions for bfloat16, so that floats are multiplied, as other tests do",
+    reason="this machine has no brgemm, or no bfloat16 instructions: float8 is multiplied as floats, by other tests",
 )
 
 
