@@ -933,14 +933,19 @@ def test_the_call_that_is_shown_is_the_smallest(
         assert f"\n    {name}={value},\n" in str(e.value)
 
 
-def test_a_backend_that_supports_nothing_is_not_passed() -> None:
+def test_a_backend_that_is_never_asked_is_not_passed() -> None:
     class Nothing(Int64):
         def supports(self, codes: Tensor, zero_point: Tensor | None) -> bool:
             return False
 
-    for check in (check_product_backend, check_convolution_backend):
-        with pytest.raises(AssertionError, match="supports none of the weights that were drawn"):
-            check(Nothing())
+    class NoWindows(Int64):
+        def windows(self, *of: Any) -> range:
+            return range(0)
+
+    never = (check_product_backend, Nothing), (check_convolution_backend, Nothing), (check_convolution_backend, NoWindows)
+    for check, backend in never:
+        with pytest.raises(AssertionError, match="is asked for none of the weights that were drawn"):
+            check(backend())
 
 
 def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
