@@ -13,7 +13,7 @@ from bridge.config import PRESETS, StaticQuantConfig, fits, rules_of, written
 from bridge.kinds import float_reason, observed_type
 from bridge.observed import Observed
 from bridge.quantized import Quantized
-from bridge.swapping import public_name
+from bridge.swapping import named, public_name
 
 __all__ = [
     "Filter",
@@ -23,7 +23,6 @@ __all__ = [
     "counted",
     "is_observed",
     "listed",
-    "named",
     "observed_layers",
     "quantized_by",
     "unfit",
@@ -114,11 +113,6 @@ def unfit_error(faults: Mapping[str, str], layers: int) -> fsq.CalibrationError:
 def observed_layers(model: nn.Module) -> dict[str, Observed]:
     """Return the layers with observers in, by the names that they have in the model that the user made."""
     return {public_name(name): module for name, module in model.named_modules() if isinstance(module, Observed)}
-
-
-def named(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules by every name that they have in the model that the user made."""
-    return {public_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def counted(n: int, what: str) -> str:

@@ -17,7 +17,7 @@ import functional_sq as fsq
 from bridge.observed import settings_of
 from bridge.quantized import SWITCHES
 from bridge.torchao import AOBaseConfig
-from functional_sq.serialize import spec_from_json, spec_to_json
+from functional_sq.serialize import spec_from_plain, spec_to_plain
 
 __all__ = ["PRESETS", "Rules", "StaticQuantConfig", "default_specs", "fits", "rules_of", "written"]
 
@@ -213,8 +213,8 @@ def _plain(config: StaticQuantConfig | None) -> dict[str, Any] | None:
     return {
         "dtype": str(config.dtype).removeprefix("torch."),
         "step": config.step,
-        "activation": json.loads(spec_to_json(config.activation)),
-        "weight": json.loads(spec_to_json(config.weight)),
+        "activation": spec_to_plain(config.activation),
+        "weight": spec_to_plain(config.weight),
         "form": config.form,
         **settings_of(config, SWITCHES),
         "rules": [
@@ -228,7 +228,7 @@ def _config(plain: Any, modules: Mapping[str, type], classes: tuple[type, ...]) 
     given = dict(plain)
     dtype = getattr(torch, given.pop("dtype"))
     for name in ("activation", "weight"):
-        given[name] = spec_from_json(json.dumps(given[name]), classes=classes)
+        given[name] = spec_from_plain(given[name], classes=classes)
     rules = []
     for key, config in given.pop("rules"):
         where = key["name"] if "name" in key else _module_class(key["class"], modules)

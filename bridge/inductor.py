@@ -19,7 +19,7 @@ from bridge.arguments import check_module
 from bridge.observed import Observed
 from bridge.swapping import choose_paths, module_names
 from functional_sq import backends
-from functional_sq.chains import CODES, hand_on
+from functional_sq.chains import AT_CODES, hand_on
 
 __all__ = ["Chain", "HandOn", "capture", "chains", "install", "uncompiled"]
 
@@ -154,7 +154,7 @@ def capture(run: Callable[[], object], names: Mapping[nn.Module, str]) -> tuple[
 
         def name(node: fx.Node) -> str:
             caller = known[next(reversed(node.meta["nn_module_stack"])).partition("@")[0]]
-            holding = owners.get(id(values.get(node.args[CODES])), [caller])
+            holding = owners.get(id(values.get(node.args[AT_CODES])), [caller])
             return caller if caller in holding else holding[0]
 
         for link in hand_on(changed):

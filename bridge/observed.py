@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import functional_sq as fsq
 from bridge.observer import ObserverModule
+from functional_sq.spec import check_spec
 
 __all__ = [
     "LAYERS",
@@ -423,6 +424,7 @@ def check_static(spec: fsq.QuantSpec, shape: Sequence[int]) -> None:
         spec: the activations' quantization.
         shape: shape of the weight as it is quantized, of a linear layer or a convolution.
     """
+    check_spec(spec)
     granularity = spec.granularity
     if len(shape) > 2:
         if not isinstance(granularity, fsq.PerTensor):

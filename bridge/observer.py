@@ -10,6 +10,7 @@ from torch import Tensor
 
 import functional_sq as fsq
 from bridge.buffers import Buffers, write
+from functional_sq.spec import check_spec
 
 __all__ = ["ObserverModule", "fit_mask", "qparams_of", "weight_qparams"]
 
@@ -47,6 +48,7 @@ class ObserverModule(Buffers):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        check_spec(spec)
         self.spec = spec
         self.mask: Tensor | None = None
         self.masked = False

@@ -7,7 +7,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -41,11 +41,12 @@ from bridge.observer import qparams_of, weight_qparams
 from functional_sq import backends, brgemm, chains
 from functional_sq.compat import is_exporting
 from functional_sq.conv import is_looped_first, is_tapped
-from functional_sq.folded import check_zero_point, fixed_zero_point
+from functional_sq.folded import check_zero_point
 from functional_sq.formats import Float8
 from functional_sq.granularity import check_stats
 from functional_sq.linear import quantized_linear
-from functional_sq.qparams import check_qparams
+from functional_sq.qparams import check_qparams, fixed_zero_point
+from functional_sq.spec import check_spec
 
 __all__ = [
     "SWITCHES",
@@ -58,8 +59,6 @@ __all__ = [
     "QuantizedConvTranspose3d",
     "QuantizedLinear",
 ]
-
-_T = TypeVar("_T", fsq.QParams, fsq.FoldedWeight, fsq.Epilogue)
 
 SWITCHES = ("reference", "hand_on", "fast_accum")
 """What a constructor takes beside what the float layer's takes; attributes that may be changed at any time."""
@@ -314,20 +313,20 @@ class Quantized(Buffers):
                     found.append(f"{prefix}{name} has codes from {least} to {most}, and {spec.dtype} {low} to {high}")
         return [f"{fault}; load the state of a layer that was quantized alike" for fault in found]
 
-    def _values(self, kind: type[_T], prefix: str) -> _T:
+    def _values(self, prefix: str) -> list[Any]:
         """Return the buffers that `_set` and `_fold` registered; as attributes each of them would take 1 us."""
         buffers: Mapping[str, Any] = self._buffers
-        return kind(*[buffers[name] for name in _NAMES[prefix]])
+        return [buffers[name] for name in _NAMES[prefix]]
 
     @property
     def act_qparams(self) -> fsq.QParams:
         """The input's scale and zero point."""
-        return self._values(fsq.QParams, "act")
+        return fsq.QParams(*self._values("act"))
 
     @property
     def folded(self) -> fsq.FoldedWeight:
         """The weight in the form that is multiplied."""
-        return self._values(fsq.FoldedWeight, "weight")
+        return fsq.FoldedWeight(*self._values("weight"))
 
     @property
     def weight(self) -> Tensor:
@@ -362,13 +361,13 @@ class Quantized(Buffers):
     def _run(self, x: Tensor, changed: Mapping[str, Any]) -> Tensor:
         """Return the result; `changed` is what this call alone has in place of the layer's geometry."""
         bias: Tensor | None = self.bias
-        known = self._values(fsq.Epilogue, "product")
+        known = fsq.Epilogue(*self._values("product"))
         captured = torch.compiler.is_compiling() and not is_exporting()
         if captured and self.hand_on and not self.reference and x.dtype is not torch.float64 and not changed:
             return chains.layer(
                 self._described,
                 self._padded(x),
-                self._values(fsq.QParams, "shared"),
+                fsq.QParams(*self._values("shared")),
                 self.weight_codes,
                 self.weight_zero_point,
                 bias,
@@ -769,9 +768,9 @@ QUANTIZED: dict[type[Observed], type[Quantized]] = {
 
 def _fitted(act: fsq.QuantSpec, qp: fsq.QParams, shape: tuple[int, ...]) -> fsq.QParams:
     """Return the qparams of an input with the shape and dtypes that a layer holds them in."""
-    check_qparams(qp)
-    scale, zero_point = qp
-    fits = check_stats(act, "the input's scale", scale.shape, shape[1:2])
+    check_spec(act)
+    scale, zero_point = check_qparams(qp)
+    fits = check_stats(act.granularity, "the input's scale", scale.shape, shape[1:2])
     check_zero_point(act, zero_point)
     return fsq.QParams(scale.reshape(fits).to(act.scale_dtype), zero_point.reshape(fits).to(act.zero_point_dtype))
 

@@ -26,23 +26,22 @@ from torch import Tensor, nn
 
 from bridge.aqt import AffineQuantizedTensor
 from bridge.arguments import check_module
-from bridge.checks import named
 from bridge.kinds import float_reason, is_quantizable
 from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
 from bridge.observed import check_plain
 from bridge.observer import ObserverModule
-from bridge.quantized import QUANTIZED
-from bridge.swapping import choose_paths, public_name
+from bridge.quantized import QUANTIZED, Quantized
+from bridge.swapping import choose_paths, named, public_name
 from functional_sq import safetensors
-from functional_sq.serialize import spec_from_json, spec_to_json
+from functional_sq.serialize import spec_from_plain, spec_to_plain
 
 __all__ = ["load", "save"]
 
 _FORMAT: Final = "bridge"
 _VERSION: Final = 1
-_KINDS: Final = {kind.__name__: (kind, kind.observed.float_type) for kind in QUANTIZED.values()}
-"""Name in a file: the quantized layer, and the float layer whose place it takes."""
-_QUANTIZED: Final = tuple(quantized for quantized, _ in _KINDS.values())
+_KINDS: Final = {kind.__name__: kind for kind in QUANTIZED.values()}
+"""Name in a file: the quantized layer."""
+_QUANTIZED: Final = tuple(_KINDS.values())
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -219,10 +218,7 @@ class _Layer(NamedTuple):
     """An entry of `layers`: the names that reach it, and its empty twin on the meta device."""
 
     names: list[str]
-    twin: nn.Module
-    float_class: type[nn.Module]
-    arguments: dict[str, object]
-    dtype: torch.dtype
+    twin: Quantized
 
 
 class _Content(NamedTuple):
@@ -252,8 +248,8 @@ def _record(names: list[str], layer: Any) -> dict[str, object]:
     return {
         "names": names,
         "kind": type(layer).__name__,
-        "act": json.loads(spec_to_json(layer.act_spec)),
-        "weight": json.loads(spec_to_json(layer.weight_spec)),
+        "act": spec_to_plain(layer.act_spec),
+        "weight": spec_to_plain(layer.weight_spec),
         "dtype": str(layer.dtype).removeprefix("torch."),
         "arguments": layer.arguments(),
     }
@@ -286,23 +282,22 @@ def _layer(record: Mapping[str, Any], classes: tuple[type, ...]) -> _Layer:
     try:
         kind, dtype = str(record["kind"]), getattr(torch, record["dtype"])
         arguments: dict[str, Any] = {name: _tuples(value) for name, value in record["arguments"].items()}
-        written = {which: json.dumps(record[which]) for which in ("act", "weight")}
+        written = {which: record[which] for which in ("act", "weight")}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} cannot be read ({error!r}); {safetensors.DAMAGED}") from error
     if kind not in _KINDS:
         raise ValueError(f"{where} is a {kind}, known: {', '.join(_KINDS)}; update functional_sq")
-    quantized, float_class = _KINDS[kind]
     specs: dict[str, Any] = {}
-    for which, text in written.items():
+    for which, plain in written.items():
         try:
-            specs[which] = spec_from_json(text, classes=classes)
+            specs[which] = spec_from_plain(plain, classes=classes)
         except ValueError as error:
             raise ValueError(f"{where}: {which}: {error}") from error
     try:
-        twin = quantized(**specs, **arguments, device="meta", dtype=torch.empty(0, dtype=dtype).dtype)
+        twin = _KINDS[kind](**specs, **arguments, device="meta", dtype=torch.empty(0, dtype=dtype).dtype)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{where} cannot be made ({error}); {safetensors.DAMAGED}") from error
-    return _Layer(record["names"], twin, float_class, arguments, dtype)
+    return _Layer(record["names"], twin)
 
 
 def _tuples(value: object) -> object:
@@ -327,7 +322,7 @@ def _swap(model: nn.Module, layers: list[_Layer]) -> tuple[nn.Module, Faults, di
     for layer in layers:
         for name in layer.names:
             own, module = found.get(name, ("", None))
-            if why := _misfit(layer, module):
+            if why := _misfit(layer.twin, module):
                 faults[name] = why
                 continue
             homes[name] = module.weight.device
@@ -338,12 +333,13 @@ def _swap(model: nn.Module, layers: list[_Layer]) -> tuple[nn.Module, Faults, di
     return model, faults, homes
 
 
-def _misfit(layer: _Layer, module: nn.Module | None) -> list[str]:
+def _misfit(twin: Quantized, module: nn.Module | None) -> list[str]:
     """Say why a layer of the file cannot take the place of `module`."""
-    kind, wanted = type(layer.twin).__name__, f"torch.nn.{layer.float_class.__name__}"
+    float_type = twin.observed.float_type
+    kind, wanted = type(twin).__name__, f"torch.nn.{float_type.__name__}"
     if module is None:
         return [f"no such layer; in the file a {kind}, made of a {wanted}"]
-    if not isinstance(module, layer.float_class):
+    if not isinstance(module, float_type):
         return [f"a {type(module).__name__}; in the file a {kind}, made of a {wanted}"]
     if reason := float_reason(module):
         return [f"{reason}; in the file a {kind}, made of a {wanted}"]
@@ -352,13 +348,13 @@ def _misfit(layer: _Layer, module: nn.Module | None) -> list[str]:
     except ValueError as error:
         return [str(error)]
     why = []
-    for name, value in layer.arguments.items():
+    for name, value in sorted(twin.arguments().items()):
         # The switches are of the quantized layer alone, and `bias` is a tensor in the float one.
         own = module.bias is not None if name == "bias" else getattr(module, name, value)
         if own != value:
             why.append(f"{name}={own}, in the file {value}")
-    if module.weight.dtype is not layer.dtype:
-        why.append(f"weight of {module.weight.dtype}, in the file {layer.dtype}")
+    if module.weight.dtype is not twin.dtype:
+        why.append(f"weight of {module.weight.dtype}, in the file {twin.dtype}")
     return why
 
 

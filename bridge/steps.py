@@ -12,11 +12,11 @@ from bridge.observer import ObserverModule
 from bridge.quantized import QUANTIZED, SWITCHES, QuantizedLinear
 from bridge.torchao import register_quantize_module_handler
 
-__all__ = ["check_reread", "observed_layer", "quantized_layer", "reread_layer"]
+__all__ = ["check_reread", "prepared_layer", "quantized_layer", "reread_layer"]
 
 
-def observed_layer(config: StaticQuantConfig, layer: nn.Module) -> Observed:
-    """Return `layer` with the observers of `config`, sharing its parameters; ValueError if it cannot be so."""
+def prepared_layer(config: StaticQuantConfig, layer: nn.Module) -> Observed:
+    """Return `layer` with the observers of `config`, sharing its parameters; raise if it cannot be so."""
     kind = observed_type(layer)
     if kind is None:
         raise TypeError(f"a {type(layer).__name__} cannot be observed; give one of {LAYERS}")
@@ -105,4 +105,4 @@ def _apply(module: nn.Module, config: StaticQuantConfig) -> nn.Module:
             f"use bridge.quantize_ or bridge.prepare_"
         )
     chosen = config.of(module, "")
-    return module if chosen is None else observed_layer(chosen, module)
+    return module if chosen is None else prepared_layer(chosen, module)

@@ -9,7 +9,7 @@ from torch import nn
 
 from bridge.buffers import Buffers
 
-__all__ = ["choose_paths", "module_names", "public_name", "swap_"]
+__all__ = ["choose_paths", "module_names", "named", "public_name", "swap_"]
 
 
 def public_name(name: str) -> str:
@@ -25,6 +25,11 @@ def public_name(name: str) -> str:
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
     """Return the public names of a model's modules; one that has several is under its first."""
     return {module: public_name(name) for name, module in model.named_modules()}
+
+
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by every name that they have in the model that the user made."""
+    return {public_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def swap_(

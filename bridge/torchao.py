@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import functional_sq as fsq
+from functional_sq.qparams import fixed_zero_point
 
 with warnings.catch_warnings():
     # On import, torchao 0.16 warns of its own moved modules.
@@ -73,11 +74,7 @@ def check_zero_point_domain(domain: Any, spec: fsq.QuantSpec | None = None) -> N
             f"zero_point_domain={domain}: a zero point is a code here; use ZeroPointDomain.INT, or "
             f"ZeroPointDomain.NONE where there is none"
         )
-    if (
-        spec is not None
-        and domain is ZeroPointDomain.NONE
-        and (spec.mapping is fsq.MappingType.ASYMMETRIC or int((sum(spec.bounds) + 1) / 2))
-    ):
+    if spec is not None and domain is ZeroPointDomain.NONE and fixed_zero_point(spec) != 0:
         raise ValueError(
             f"zero_point_domain=ZeroPointDomain.NONE with {spec}: its zero point is not 0; use ZeroPointDomain.INT"
         )

@@ -19,7 +19,6 @@ from bridge.checks import (
     counted,
     is_observed,
     listed,
-    named,
     observed_layers,
     quantized_by,
     unfit,
@@ -29,8 +28,8 @@ from bridge.config import StaticQuantConfig
 from bridge.kinds import float_reason, observed_type
 from bridge.observed import LAYERS, Observed, ObservedLinear, check_plain
 from bridge.observer import ObserverModule
-from bridge.steps import check_reread, observed_layer, quantized_layer, reread_layer
-from bridge.swapping import public_name, swap_
+from bridge.steps import check_reread, prepared_layer, quantized_layer, reread_layer
+from bridge.swapping import named, public_name, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 
 __all__ = ["convert_", "insert_observers_", "prepare_", "quantize_", "reread_", "unprepare_"]
@@ -97,7 +96,7 @@ def _prepare(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
     swap_(
         model,
         lambda module, name: id(module) in chosen,
-        lambda layer, name: observed_layer(chosen[id(layer)], layer),
+        lambda layer, name: prepared_layer(chosen[id(layer)], layer),
         f"one of {LAYERS}",
         "look at the filter and the rules; layers that are prepared or converted already stay what they are"
         + (f"; and some must stay in float:\n{reasons}" if left else ""),

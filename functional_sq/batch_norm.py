@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from functional_sq.formats import check_real
+
 __all__ = ["fold_batch_norm"]
 
 
@@ -36,6 +38,7 @@ def fold_batch_norm(
         weight and bias in the dtype of `weight`, computed in float64 and rounded once.
 
     Raises:
+        TypeError: the weight has no real values.
         ValueError: a statistic does not have one entry for each output channel.
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), equation 14.
@@ -46,6 +49,7 @@ def fold_batch_norm(
         >>> fsq.fold_batch_norm(torch.tensor([[4.0]]), None, mean, var, None, torch.tensor([0.5]), 1.0)
         (tensor([[2.]]), tensor([0.]))
     """
+    check_real(weight, "fold_batch_norm (weight)")
     given = {"bias": bias, "running_mean": running_mean, "running_var": running_var, "gamma": gamma, "beta": beta}
     n = weight.shape[0]
     for name, value in given.items():

@@ -34,7 +34,7 @@ from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import quantize as _quantize
-from functional_sq.requantize import ACTIVATIONS, fills_a_byte, has_one_scale
+from functional_sq.requantize import MakesFloat8, fills_a_byte, has_one_scale, requantizes
 from functional_sq.spec import QuantSpec, check_spec
 from functional_sq.tracing import asked_once, define_operator, is_batched, is_traced
 from functional_sq.windows import window_sizes
@@ -106,7 +106,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
     return codes.dtype is torch.int8 and codes.ndim in (2, 3, 4) and _takes(codes) and codes[0].numel() <= INT32_TERMS
 
 
-class Float8Products:
+class Float8Products(MakesFloat8):
     """What `linear` and `conv` ask for a weight of float8, as they ask a backend: codes that it makes are `CODES`.
 
     Example:
@@ -116,12 +116,6 @@ class Float8Products:
         >>> brgemm.Float8Products().requantizes(spec, torch.ones(1), "gelu")
         True
     """
-
-    CODES: torch.dtype = torch.float8_e4m3fn
-
-    def requantizes(self, spec: QuantSpec, scale: Tensor, activation: str) -> bool:
-        """As a backend's."""
-        return spec.dtype is self.CODES and has_one_scale(spec, scale) and activation in ACTIVATIONS
 
     def product(self, *given: Any, **rest: Any) -> Tensor:
         """As `brgemm.product`."""
@@ -180,23 +174,6 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
     return AVAILABLE, HAS_BFLOAT16, onednn.AMX, _COMPILER
-
-
-def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
-    """Whether an activation is applied and codes are made of the result: of all 8 bits, one scale.
-
-    Args:
-        spec: the codes' quantization.
-        scale: its scale.
-        activation: a key of `functional_sq.ACTIVATIONS`.
-
-    Example:
-        >>> import torch, functional_sq as fsq
-        >>> from functional_sq import brgemm
-        >>> brgemm.requantizes(fsq.QuantSpec(torch.int8, fsq.PerTensor()), torch.ones(1), "relu")
-        True
-    """
-    return fills_a_byte(spec, scale) and activation in ACTIVATIONS
 
 
 def product(
@@ -277,16 +254,15 @@ def windows(
         True
     """
     channels, *kernel = codes.shape[1:]
-    if not onednn_conv.is_right(codes, groups):
-        return range(1, sys.maxsize)
-    if groups == 1 and (zero_point is not None or math.prod(kernel) * math.prod(stride) == 1):
-        return range(1, sys.maxsize)
+    taps, k, any_number = math.prod(kernel), codes[0].numel(), range(1, sys.maxsize)
+    is_copied = groups > 1 or (zero_point is None and taps * math.prod(stride) > 1)
+    if not is_copied or not onednn_conv.is_right(codes, groups):
+        return any_number
     # Of a window, what lies side by side in memory.
     together = channels * kernel[-1] if groups == 1 and dilation[-1] == 1 else channels
     if onednn.AMX:
-        k = codes[0].numel()
         return range(1, int(_CALL / (groups * (k // together * _PIECE + k * _CODE))))
-    return range(1, sys.maxsize) if groups == 1 and (together >= _COPIED or math.prod(kernel) == 1) else range(0)
+    return any_number if groups == 1 and (together >= _COPIED or taps == 1) else range(0)
 
 
 def convolve(

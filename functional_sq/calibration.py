@@ -85,7 +85,7 @@ def observe(spec: QuantSpec, state: State, x: Tensor, *, mask: Tensor | None = N
     """
     check_spec(spec)
     check_real(x, "observe")
-    check_stats(spec, "the state", spec.observer.stat_shape(state), x.shape)
+    check_stats(spec.granularity, "the state", spec.observer.stat_shape(state), x.shape)
     keep = None
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:

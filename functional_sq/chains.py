@@ -42,7 +42,7 @@ from functional_sq.tracing import always, computed_together, hide_from_dynamo
 from functional_sq.triton_conv import reads_real
 from functional_sq.windows import Geometry, geometry_of
 
-__all__ = ["CODES", "Link", "describe", "hand_on", "layer"]
+__all__ = ["AT_CODES", "Link", "describe", "hand_on", "layer"]
 
 
 @cache
@@ -177,7 +177,7 @@ _QUANTIZE = torch.ops.functional_sq.quantize.default
 _PRODUCT = torch.ops.functional_sq.product.default
 _PLUS = torch.ops.functional_sq.plus.default
 _BATCH_NORMS = torch.ops.functional_sq.batch_norms.default
-CODES, _WEIGHT_ZERO_POINT, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL, _ACTIVATION, _X = (
+AT_CODES, _WEIGHT_ZERO_POINT, _BIAS, _SCALE, _GEOMETRY, _RESIDUAL, _ACTIVATION, _X = (
     [argument.name for argument in _PRODUCT._schema.arguments].index(name)
     for name in ("codes", "weight_zero_point", "bias", "product_scale", "geometry", "residual", "activation", "x")
 )
@@ -333,7 +333,7 @@ def _shift(graph: fx.Graph, before: _Captured, makers: Mapping[fx.Node, fx.Node]
     for node, maker in makers.items():
         _, _, zero_point, text = node.args
         assert isinstance(text, str)
-        spec, codes = _spec(text), _example(maker.args[CODES])
+        spec, codes = _spec(text), _example(maker.args[AT_CODES])
         dtype = torch.uint8 if codes is None else codes_dtype(codes)
         multiplied = all(user.target is _PRODUCT and user.args[0] is node for user in node.users)
         eight = spec.format.bounds[1] == 255  # what `operand` shifts
@@ -430,7 +430,7 @@ def _normed(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
     producer, activation, passed = source
     plain = activation == "none" and not passed and producer.args[_RESIDUAL] is None
     # The channels are axis 1: of images with a batch, and of rows without another axis.
-    y, codes, result = _example(producer), _example(producer.args[CODES]), _example(node)
+    y, codes, result = _example(producer), _example(producer.args[AT_CODES]), _example(node)
     if not plain or y is None or codes is None or result is None or y.ndim != codes.ndim:
         return None
     if result.requires_grad and not _is_quantized(node):
@@ -468,7 +468,7 @@ def _adds(node: fx.Node) -> bool:
     """Whether a layer adds a residual: a linear one, a convolution on CUDA, or one by `brgemm`."""
     if node.args[_GEOMETRY] == "" or _is_cuda_conv(node):
         return True
-    codes, zero_point = _example(node.args[CODES]), _example(node.args[_WEIGHT_ZERO_POINT])
+    codes, zero_point = _example(node.args[AT_CODES]), _example(node.args[_WEIGHT_ZERO_POINT])
     function, settings = _function_of(str(node.args[_GEOMETRY]))
     if codes is None or function is not conv:
         return False
@@ -483,20 +483,20 @@ def _is_cuda_conv(node: fx.Node) -> bool:
     """Whether a node is a convolution on CUDA, not a transposed one."""
     if node.target is not _PRODUCT or _function_of(str(node.args[_GEOMETRY]))[0] is not conv:
         return False
-    codes = _example(node.args[CODES])
+    codes = _example(node.args[AT_CODES])
     return codes is not None and codes.is_cuda
 
 
 def _reads_real(node: fx.Node, x: fx.Node) -> bool:
     """Whether a convolution on CUDA would read what its codes are made of."""
-    value, codes = _example(x), _example(node.args[CODES])
+    value, codes = _example(x), _example(node.args[AT_CODES])
     _, settings = _function_of(str(node.args[_GEOMETRY]))
     return value is not None and codes is not None and reads_real(value, codes, settings["stride"], settings["groups"])
 
 
 def _is_channels_last(producer: fx.Node, x: fx.Node) -> bool:
     """Whether a value of the shape of a convolution's result lies as kernels write that, so that none copies it."""
-    y, codes = _example(x), _example(producer.args[CODES])
+    y, codes = _example(x), _example(producer.args[AT_CODES])
     return y is not None and codes is not None and always(y.stride(y.ndim - codes.ndim + 1) == 1)
 
 

@@ -39,13 +39,14 @@ from functional_sq.folded import (
     Epilogue,
     FoldedWeight,
     backend_codes,
+    check_bias,
     check_epilogue,
     operand,
     zero_point_of_rows,
 )
 from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.int_mm import as_written, integer_product, less, less_product
-from functional_sq.linear import bracket, check_operands, check_residual, fits_operator, requantize_by
+from functional_sq.linear import bracket, check_operands, check_residual, fits_operator
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
@@ -56,6 +57,7 @@ from functional_sq.requantize import (
     fills_a_byte,
     has_one_scale,
     requantize,
+    requantize_by,
 )
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, computed_once, define_operator, is_traced
@@ -169,7 +171,7 @@ def conv(
     fits = fits_operator(scale, bias, wide) and not looped_first
     backend: Convolution | triton_conv.Float8 | brgemm.Float8Products | None = None
     if offset is None and fits:
-        backend = triton_conv.float8(images, weight.codes, groups, fast_accum)
+        backend = triton_conv.float8(images, weight.codes, fast_accum)
         if backend is None and epilogue is not None:
             backend = brgemm.float8(weight.codes, groups)
     elif epilogue is not None and fits:
@@ -228,11 +230,14 @@ def conv_reference(
         q: codes `(B, C, *space)`, or without B.
         qp: scale and zero point of `q`.
         weight: real values `(N, C / groups, *kernel)`: a dequantized weight. Its dtype is the result's.
-        bias: `(N,)` or None.
+        bias: `(N,)` in the dtype of `weight`, or None.
         stride, padding, dilation, groups: as `conv`.
 
     Returns:
         `(B, N, *size)` in the dtype of `weight`, or without B.
+
+    Raises:
+        TypeError, ValueError: as `dequantize`; the weight, the bias or the geometry does not fit.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -243,10 +248,12 @@ def conv_reference(
         tensor([[ 1., 20.]])
     """
     check_real(weight, "conv_reference (weight)")
-    check_channels(q.shape, weight.shape, groups)
+    x = dequantize(spec, q, qp, dtype=weight.dtype)
+    check_channels(x.shape, weight.shape, groups)
     geometry = geometry_of(weight.shape[2:], stride, padding, dilation)
-    check_windows(q.shape, weight.shape, geometry)
-    return _convolve(dequantize(spec, q, qp, dtype=weight.dtype), weight, bias, geometry, groups)
+    check_windows(x.shape, weight.shape, geometry)
+    check_bias(bias, weight.shape[0])
+    return _convolve(x, weight, bias, geometry, groups)
 
 
 def check_conv(

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sq.conv import check_channels, check_conv, conv
-from functional_sq.folded import Epilogue, FoldedWeight
+from functional_sq.folded import Epilogue, FoldedWeight, check_bias
 from functional_sq.formats import check_real
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization
 from functional_sq.spec import QuantSpec
-from functional_sq.windows import laid_out, per_dimension
+from functional_sq.windows import flat, laid_out, per_dimension
 
 __all__ = ["conv_transpose", "conv_transpose_reference", "transpose_weight"]
 
@@ -33,7 +33,7 @@ def transpose_weight(weight: Tensor, groups: int = 1) -> Tensor:
     """Turn torch's weight of a transposed convolution into the one that `conv_transpose` takes, and back.
 
     Args:
-        weight: `(C, N / groups, *kernel)`, real values.
+        weight: `(C, N / groups, *kernel)`, real values or codes.
         groups: as `conv_transpose`.
 
     Returns:
@@ -48,9 +48,10 @@ def transpose_weight(weight: Tensor, groups: int = 1) -> Tensor:
         tensor([[[2., 1.],
                  [4., 3.]]])
     """
-    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
+    whole = isinstance(groups, int) and not isinstance(groups, bool) and groups > 0
+    if weight.ndim < 3 or not whole or weight.shape[0] % groups:
         raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} in groups={groups}; that of a transposed convolution is "
+            f"a weight of shape {tuple(weight.shape)} in groups={groups!r}; that of a transposed convolution is "
             f"(in, out / groups, *kernel), and groups a divisor of its first axis"
         )
     channels, outputs, *kernel = weight.shape
@@ -162,11 +163,12 @@ def conv_transpose_reference(
         tensor([[ 1., 12., 20.]])
     """
     check_real(weight, "conv_transpose_reference (weight)")
-    check_channels(q.shape, weight.shape, groups)
-    _geometry(q.shape, weight.shape, stride, padding, output_padding, dilation)
+    x = dequantize(spec, q, qp, dtype=weight.dtype)
+    check_channels(x.shape, weight.shape, groups)
+    _geometry(x.shape, weight.shape, stride, padding, output_padding, dilation)
+    check_bias(bias, weight.shape[0])
     op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
-    x, w = dequantize(spec, q, qp, dtype=weight.dtype), transpose_weight(weight, groups)
-    return op(x, w, bias, stride, padding, output_padding, groups, dilation)
+    return op(x, transpose_weight(weight, groups), bias, stride, padding, output_padding, groups, dilation)
 
 
 def _geometry(
@@ -211,8 +213,7 @@ def _spread(q: Tensor, zero_point: Tensor, steps: Sequence[int], around: Sequenc
     x = x.reshape(batch, *(n * step for n, step in zip(space, steps, strict=True)), channels)
     # Behind the last element there are step - 1 zeros already.
     sides = [(first, last - step + 1) for (first, last), step in zip(around, steps, strict=True)]
-    flat = [side for pair in reversed(sides) for side in pair]
     # What is cut off may be more than there is before the other side is padded.
-    x = F.pad(x, [0, 0, *(max(side, 0) for side in flat)])
-    x = F.pad(x, [0, 0, *(min(side, 0) for side in flat)])
+    x = F.pad(x, [0, 0, *(max(side, 0) for side in flat(sides))])
+    x = F.pad(x, [0, 0, *(min(side, 0) for side in flat(sides))])
     return (x ^ byte).view(q.dtype).movedim(-1, 1)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from functional_sq.observer import Observer, Reduction, State
-from functional_sq.serialize import spec_to_json
+from functional_sq.serialize import spec_to_plain
 from functional_sq.spec import QuantSpec, check_spec
 
 __all__ = ["all_merge"]
@@ -168,7 +168,7 @@ def _described(spec: QuantSpec, state: State, group: dist.ProcessGroup | None) -
     served = _served(group)
     if (device := state["count"].device.type) not in served:
         raise ValueError(f"the state is on {device}, the group reduces on {' or '.join(served)}; move the state there")
-    about = {name: json.dumps(value) for name, value in json.loads(spec_to_json(spec)).items()}
+    about = {name: json.dumps(value, sort_keys=True) for name, value in spec_to_plain(spec).items()}
     for name, value in state.items():
         dtype = str(value.dtype).removeprefix("torch.")
         about[f"the state's {name}"] = f"{dtype} of shape {tuple(value.shape)} on {value.device.type}"

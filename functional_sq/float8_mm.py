@@ -55,7 +55,7 @@ def float8_linear(
     rounds to bfloat16: no float32 matrix is written or read, and on an H200 that takes as long as the bare product
     where rows are many.
     """
-    few = triton_mm.float8_product(a, b, scale, bias, dtype, fast_accum)
+    few = triton_mm.float8_linear(a, b, scale, bias, dtype, fast_accum)
     if few is not None:
         return few
     if not a.is_cuda or dtype is not torch.bfloat16 or (bias is not None and bias.dtype is not dtype):

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sq.formats import Float8, check_real
+from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import INT32_TERMS
-from functional_sq.qparams import MappingType, QParams, check_qparams
+from functional_sq.qparams import QParams, check_qparams, fixed_zero_point
 from functional_sq.spec import QuantSpec, check_spec
 from functional_sq.tracing import is_batched
 
@@ -23,13 +23,13 @@ __all__ = [
     "Epilogue",
     "FoldedWeight",
     "backend_codes",
+    "check_bias",
     "check_epilogue",
     "check_folded",
     "check_product",
     "check_storage",
     "check_zero_point",
     "epilogue",
-    "fixed_zero_point",
     "fold",
     "operand",
     "unfold",
@@ -88,7 +88,7 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
             f"fold got codes of shape {tuple(q.shape)}; the weight of a linear layer is (out, in), "
             f"that of a convolution (out, in / groups, *kernel) with one to three dimensions"
         )
-    shape = check_stats(spec, "the weight's scale", qp.scale.shape, q.shape)
+    shape = check_stats(spec.granularity, "the weight's scale", qp.scale.shape, q.shape)
     codes, shift = operand(spec, q), _shift(spec)
     scale, zero_point = qp.scale.reshape(shape), qp.zero_point.to(torch.int32).reshape(shape) - shift
     if isinstance(spec.format, Float8):
@@ -105,6 +105,9 @@ def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
         spec: the weight's quantization.
         weight: what `fold(spec, ...)` returned.
 
+    Raises:
+        TypeError: `weight` has codes of another kind than `spec`.
+
     Example:
         >>> import torch, functional_sq as fsq
         >>> spec = fsq.QuantSpec(torch.uint8, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC)
@@ -115,10 +118,12 @@ def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
     """
     check_spec(spec)
     check_folded(weight)
-    shift = _shift(spec)
-    codes = weight.codes
-    if codes.dtype is not spec.format.storage:
-        codes = codes.view(torch.uint8) ^ shift
+    shift, storage, codes = _shift(spec), spec.format.storage, weight.codes
+    held = torch.int8 if storage is torch.uint8 else storage
+    if codes.dtype is not held:
+        raise TypeError(f"a folded weight of {spec.dtype} has codes of {held}, this one {codes.dtype}; give its spec")
+    if held is not storage:
+        codes = codes.view(storage) ^ shift
     if weight.zero_point is None:
         zero_point = torch.full_like(weight.scale, shift, dtype=spec.zero_point_dtype)
     else:
@@ -133,6 +138,10 @@ def check_product(act: QuantSpec, weight: QuantSpec, shape: Sequence[int]) -> No
         act: the activations' quantization.
         weight: the weight's quantization.
         shape: shape of the weight: `(N, K)`, or `(N, C / groups, *kernel)` for `conv`.
+
+    Raises:
+        TypeError: `act` or `weight` is no QuantSpec.
+        ValueError: integers meet float8, codes have 16 bits, or a scale is not constant along what is summed.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -200,6 +209,7 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
         what `linear(..., epilogue=)` and `conv(..., epilogue=)` take.
 
     Raises:
+        TypeError: `dtype` holds no real values.
         ValueError: a scale is not constant along K.
 
     Example:
@@ -213,6 +223,7 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
     check_spec(spec)
     qp = check_qparams(qp)
     check_folded(weight)
+    check_real_dtype(dtype, "epilogue in ")
     n, k = weight.codes.shape[0], math.prod(weight.codes.shape[1:])
     if _several(weight.scale.shape):
         raise ValueError(
@@ -231,13 +242,19 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
     return Epilogue(scale.expand(*scale.shape[:-1], n), offset)
 
 
+def check_bias(bias: Tensor | None, n: int) -> None:
+    """Raise TypeError unless a bias is None or real values, ValueError unless it has one for each of `n` outputs."""
+    if bias is None:
+        return
+    check_real(bias, "a product (bias)")
+    if bias.shape != (n,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, and the weight {n} outputs; give one entry for each")
+
+
 def check_epilogue(epilogue: Epilogue | None, bias: Tensor | None, weight: FoldedWeight, wide: torch.dtype) -> None:
     """Raise unless what follows a product has one entry for each of its columns; a backend reads as many."""
     n = weight.codes.shape[0]
-    if bias is not None:
-        check_real(bias, "a product (bias)")
-        if bias.shape != (n,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}, and the weight {n} outputs; give one entry for each")
+    check_bias(bias, n)
     if epilogue is None:
         return
     if not isinstance(epilogue, Epilogue):
@@ -259,7 +276,6 @@ def check_epilogue(epilogue: Epilogue | None, bias: Tensor | None, weight: Folde
 
 def operand(spec: QuantSpec, q: Tensor) -> Tensor:
     """Return codes as a device multiplies them: less `_shift(spec)`."""
-    check_storage(spec, q)
     if q.dtype is not torch.uint8:
         return q
     # Flipping the top bit subtracts 128 and reads the byte as two's complement.
@@ -302,12 +318,6 @@ def _several(stats: Sequence[int]) -> bool:
 def _shift(spec: QuantSpec) -> int:
     """What is subtracted from the codes to make them int8."""
     return 128 if spec.format.bounds[1] == 255 else 0
-
-
-def fixed_zero_point(spec: QuantSpec) -> int | None:
-    """Return the zero point that a symmetric mapping gives every block; None for ASYMMETRIC."""
-    qmin, qmax = spec.bounds
-    return None if spec.mapping is MappingType.ASYMMETRIC else int((qmax + qmin + 1) / 2)
 
 
 def check_zero_point(spec: QuantSpec, zero_point: Tensor) -> None:

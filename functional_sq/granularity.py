@@ -19,12 +19,8 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from functional_sq.blocks import align
-
-if TYPE_CHECKING:
-    from functional_sq.spec import QuantSpec
 
 __all__ = ["Granularity", "PerAxis", "PerBlock", "PerGroup", "PerRow", "PerTensor", "PerToken", "check_stats"]
 
@@ -184,13 +180,15 @@ def _blocks(granularity: Granularity, shape: Sequence[int], axis: int, size: int
     return shape[axis] // size
 
 
-def check_stats(spec: QuantSpec, what: str, stat_shape: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+def check_stats(
+    granularity: Granularity, what: str, stat_shape: Sequence[int], shape: Sequence[int]
+) -> tuple[int, ...]:
     """Return `stat_shape` with the rank of `shape`, or raise ValueError if the two do not belong together."""
-    expected = spec.granularity.stat_shape(shape)
+    expected = granularity.stat_shape(shape)
     aligned = align(stat_shape, len(shape))
     if aligned != expected:
         raise ValueError(
-            f"{what} has shape {tuple(stat_shape)}, but {spec.granularity} of a tensor of shape {tuple(shape)} "
+            f"{what} has shape {tuple(stat_shape)}, but {granularity} of a tensor of shape {tuple(shape)} "
             f"needs {expected}; use the granularity and the sizes it was made with, or reshape it"
         )
     return aligned

@@ -21,7 +21,7 @@ they support it and are faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -36,6 +36,7 @@ from functional_sq.folded import (
     Epilogue,
     FoldedWeight,
     backend_codes,
+    check_bias,
     check_epilogue,
     check_folded,
     check_storage,
@@ -47,7 +48,7 @@ from functional_sq.int_mm import integer_product, less, less_product
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize, quantize
-from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize
+from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize, requantize_by
 from functional_sq.spec import QuantSpec, check_spec
 from functional_sq.tracing import is_traced
 
@@ -59,7 +60,6 @@ __all__ = [
     "linear",
     "linear_reference",
     "quantized_linear",
-    "requantize_by",
 ]
 
 
@@ -119,7 +119,7 @@ def linear(
     """
     qp = check_operands(spec, q, qp, weight)
     lead, n, k = q.shape[:-1], weight.codes.shape[0], weight.codes.shape[-1]
-    _check_inner(q, weight)
+    _check_inner(q, weight.codes)
     check_real_dtype(dtype, "linear to ")
     if then is not None:
         then = check_requantization(then)
@@ -201,7 +201,7 @@ def quantized_linear(
         check_folded(weight)
         check_epilogue(epilogue, bias, weight, torch.float32)
         if _codes_are_made_by_brgemm(spec, x, qp, weight, bias, epilogue):
-            _check_inner(x, weight)
+            _check_inner(x, weight.codes)
             flat = x.reshape(-1, weight.codes.shape[1])
             of_weight = weight.codes, zero_point_of_rows(weight), epilogue.scale, bias
             y = brgemm.product_of_reals(flat, spec, qp, *of_weight)
@@ -224,10 +224,10 @@ def _codes_are_made_by_brgemm(
     return product_for(2, codes, weight.zero_point) is brgemm
 
 
-def _check_inner(x: Tensor, weight: FoldedWeight) -> None:
-    if weight.codes.shape[1:] != x.shape[-1:]:
+def _check_inner(x: Tensor, weight: Tensor) -> None:
+    if weight.shape[1:] != x.shape[-1:]:
         raise ValueError(
-            f"activations of shape {tuple(x.shape)} meet a weight of shape {tuple(weight.codes.shape)}; "
+            f"activations of shape {tuple(x.shape)} meet a weight of shape {tuple(weight.shape)}; "
             f"the last axes must be equal"
         )
 
@@ -256,11 +256,14 @@ def linear_reference(
         q: codes `(..., K)`.
         qp: scale and zero point of `q`.
         weight: real values `(N, K)`: a dequantized weight. Its dtype is the result's.
-        bias: `(N,)` or None.
+        bias: `(N,)` in the dtype of `weight`, or None.
 
     Returns:
         `(..., N)` in the dtype of `weight`; the bits of torchao's AffineQuantizedTensor, which
         computed so.
+
+    Raises:
+        TypeError, ValueError: as `dequantize`; the weight or the bias does not fit.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -270,7 +273,10 @@ def linear_reference(
         tensor([[12.]])
     """
     check_real(weight, "linear_reference (weight)")
-    return F.linear(dequantize(spec, q, qp, dtype=weight.dtype), weight, bias)
+    x = dequantize(spec, q, qp, dtype=weight.dtype)
+    _check_inner(x, weight)
+    check_bias(bias, weight.shape[0])
+    return F.linear(x, weight, bias)
 
 
 def check_operands(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight) -> QParams:
@@ -284,15 +290,6 @@ def check_operands(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight
     if q.dtype.is_floating_point != weight.codes.dtype.is_floating_point:
         raise TypeError(f"activations of {spec.dtype} meet a weight of {weight.codes.dtype}; quantize both alike")
     return qp
-
-
-def requantize_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization, dtype: torch.dtype) -> Tensor:
-    """Return codes of 8 bits that `make(activation, scale, zero_point)` makes in `dtype`, as their spec has them."""
-    storage, zero_point = then.spec.format.storage, then.qp.zero_point.to(torch.int32)
-    if storage is dtype:
-        return make(then.activation, then.qp.scale, zero_point)
-    up = 128 if dtype is torch.uint8 else -128
-    return (make(then.activation, then.qp.scale, zero_point + up) ^ up).view(storage)
 
 
 def fits_operator(scale: Tensor, bias: Tensor | None, wide: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ from functional_sq.formats import check_real
 if TYPE_CHECKING:
     from functional_sq.spec import QuantSpec
 
-__all__ = ["MappingType", "QParams", "check_qparams", "from_range"]
+__all__ = ["MappingType", "QParams", "check_qparams", "fixed_zero_point", "from_range"]
 
 
 class MappingType(enum.Enum):
@@ -64,6 +64,12 @@ def check_qparams(qp: object) -> QParams:
     return QParams(scale, zero_point)
 
 
+def fixed_zero_point(spec: QuantSpec) -> int | None:
+    """Return the zero point that a symmetric mapping gives every block; None for ASYMMETRIC."""
+    qmin, qmax = spec.bounds
+    return None if spec.mapping is MappingType.ASYMMETRIC else int((qmax + qmin + 1) / 2)
+
+
 def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
     """Turn the range of each block into its scale and zero point.
 
@@ -109,7 +115,8 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
     largest = min(held.max, cast.max)
     zero = torch.zeros_like(lo)
     lo, hi = torch.minimum(lo, zero), torch.maximum(hi, zero)
-    if spec.mapping is MappingType.ASYMMETRIC:
+    fixed = fixed_zero_point(spec)
+    if fixed is None:
         width = hi - lo
         n = float(qmax - qmin)
         scale = torch.where(width.isinf(), _over(hi, n) - _over(lo, n), _over(width, n)).clamp(least, largest)
@@ -121,7 +128,7 @@ def from_range(spec: QuantSpec, lo: Tensor, hi: Tensor) -> QParams:
             scale = torch.maximum(_over(lo, float(qmin)), _over(hi, float(qmax)))
         scale = scale.clamp(least, largest)
         # Not in the dtype of the range, as torchao: a 16-bit float rounds the middle of 16-bit codes.
-        zero_point = torch.full_like(scale, int((qmax + qmin + 1) / 2), dtype=torch.int64)
+        zero_point = torch.full_like(scale, fixed, dtype=torch.int64)
     # Clamped once more as integers: a 16-bit bound rounds outwards in a 16-bit float range.
     zero_point = zero_point.to(torch.int64).clamp(int(qmin), int(qmax))
     return QParams(scale.to(spec.scale_dtype).clamp(max=cast.max), zero_point.to(spec.zero_point_dtype))

@@ -222,7 +222,7 @@ def _fitted(spec: QuantSpec, x: Tensor, qp: QParams) -> QParams:
     """Return `qp` so that `blockwise` takes it with `x`, or raise ValueError where it does not belong to `x`."""
     qp = check_qparams(qp)
     scale, zero_point = qp
-    shape = check_stats(spec, "the scale", scale.shape, x.shape)
+    shape = check_stats(spec.granularity, "the scale", scale.shape, x.shape)
     # One element broadcasts as it is. With no axis it would count as a number, and not decide a dtype.
     if scale.shape == shape or (scale.numel() == 1 and 0 < scale.ndim <= x.ndim):
         return qp

@@ -19,12 +19,15 @@ from functional_sq.tracing import is_batched, is_traced
 
 __all__ = [
     "ACTIVATIONS",
+    "MakesFloat8",
     "Requantization",
     "apply_epilogue",
     "check_requantization",
     "fills_a_byte",
     "has_one_scale",
     "requantize",
+    "requantize_by",
+    "requantizes",
 ]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
@@ -81,6 +84,15 @@ def requantize(x: Tensor, then: Requantization) -> Tensor:
     return quantize(then.spec, ACTIVATIONS[then.activation](x), then.qp)
 
 
+def requantize_by(make: Callable[[str, Tensor, Tensor], Tensor], then: Requantization, dtype: torch.dtype) -> Tensor:
+    """Return codes of 8 bits that `make(activation, scale, zero_point)` makes in `dtype`, as their spec has them."""
+    storage, zero_point = then.spec.format.storage, then.qp.zero_point.to(torch.int32)
+    if storage is dtype:
+        return make(then.activation, then.qp.scale, zero_point)
+    up = 128 if dtype is torch.uint8 else -128
+    return (make(then.activation, then.qp.scale, zero_point + up) ^ up).view(storage)
+
+
 def apply_epilogue(
     product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
 ) -> Tensor:
@@ -107,6 +119,33 @@ def fills_a_byte(spec: QuantSpec, scale: Tensor) -> bool:
 def has_one_scale(spec: QuantSpec, scale: Tensor) -> bool:
     """Whether codes have one float32 scale, which a kernel reads as such."""
     return isinstance(spec.granularity, PerTensor) and scale.numel() == 1 and scale.dtype is torch.float32
+
+
+def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
+    """Whether a kernel with all `ACTIVATIONS` applies one and makes codes of its result: of all 8 bits, one scale.
+
+    Args:
+        spec: the codes' quantization.
+        scale: its scale.
+        activation: a key of `functional_sq.ACTIVATIONS`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq.requantize import requantizes
+        >>> requantizes(fsq.QuantSpec(torch.int8, fsq.PerTensor()), torch.ones(1), "relu")
+        True
+    """
+    return fills_a_byte(spec, scale) and activation in ACTIVATIONS
+
+
+class MakesFloat8:
+    """What kernels of float8 say of the codes that they make, as a backend does of integers."""
+
+    CODES: torch.dtype = torch.float8_e4m3fn
+
+    def requantizes(self, spec: QuantSpec, scale: Tensor, activation: str) -> bool:
+        """Whether an activation is applied and codes are made of the result: of e4m3, one scale."""
+        return spec.dtype is self.CODES and has_one_scale(spec, scale) and activation in ACTIVATIONS
 
 
 def check_requantization(then: object) -> Requantization:

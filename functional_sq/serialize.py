@@ -24,7 +24,15 @@ from functional_sq.observer import Observer, State
 from functional_sq.qparams import MappingType
 from functional_sq.spec import QuantSpec, check_spec
 
-__all__ = ["load", "own_classes", "save", "spec_from_json", "spec_to_json"]
+__all__ = [
+    "load",
+    "own_classes",
+    "save",
+    "spec_from_json",
+    "spec_from_plain",
+    "spec_to_json",
+    "spec_to_plain",
+]
 
 _FORMAT: Final = "functional_sq"
 _VERSION: Final = 1
@@ -53,6 +61,11 @@ def spec_to_json(spec: QuantSpec) -> str:
 "mapping": "SYMMETRIC", "observer": {"class": "MinMax"}, "quant_max": null, "quant_min": null, \
 "scale_dtype": "float32", "zero_point_dtype": "int32"}
     """
+    return json.dumps(spec_to_plain(spec), sort_keys=True)
+
+
+def spec_to_plain(spec: QuantSpec) -> dict[str, object]:
+    """Return a spec as what JSON has, a part of a larger JSON; arguments and errors as `spec_to_json`."""
     check_spec(spec)
     plain: dict[str, object] = {}
     for f in dataclasses.fields(spec):
@@ -63,7 +76,7 @@ def spec_to_json(spec: QuantSpec) -> str:
             plain[f.name] = value.name
         else:
             plain[f.name] = _plain(value, f.name)
-    return json.dumps(plain, sort_keys=True)
+    return plain
 
 
 def spec_from_json(text: str, *, classes: Iterable[type] = ()) -> QuantSpec:
@@ -92,11 +105,16 @@ def spec_from_json(text: str, *, classes: Iterable[type] = ()) -> QuantSpec:
         ...
         ValueError: granularity: class 'PerMoon' is not known; known: ...; give your own as classes=(PerMoon,)
     """
-    known = _known(classes)
     try:
         plain = json.loads(text)
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"not the JSON of a spec ({e}); give what spec_to_json returned") from e
+    return spec_from_plain(plain, classes=classes)
+
+
+def spec_from_plain(plain: object, *, classes: Iterable[type] = ()) -> QuantSpec:
+    """Read a spec that `spec_to_plain` gave; arguments and errors as `spec_from_json`."""
+    known = _known(classes)
     if not isinstance(plain, dict):
         raise ValueError(f"not the JSON of a spec: a {type(plain).__name__}; give what spec_to_json returned")
     return _spec(plain, known)
@@ -160,7 +178,7 @@ def save(path: str | os.PathLike[str], calibration: Mapping[str, tuple[QuantSpec
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], QuantSpec)):
             raise TypeError(f"{layer!r}: the value is a {type(pair).__name__}; give the pair (spec, state)")
         spec, state = pair
-        specs[layer] = json.loads(spec_to_json(spec))
+        specs[layer] = spec_to_plain(spec)
         spec.observer.stat_shape(state)
         for key, value in state.items():
             if fault := safetensors.fault(value):

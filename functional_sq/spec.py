@@ -10,7 +10,7 @@ from functional_sq.formats import REAL_DTYPES, Float8, Format, check_real_dtype,
 from functional_sq.granularity import Granularity
 from functional_sq.observer import Observer, check_number
 from functional_sq.observers.min_max import MinMax
-from functional_sq.qparams import MappingType
+from functional_sq.qparams import MappingType, fixed_zero_point
 
 __all__ = ["QuantSpec", "check_spec"]
 
@@ -145,7 +145,7 @@ def _check_mapping(spec: QuantSpec, format: Format) -> None:
             f"{short} with mapping={spec.mapping}: a float format has no zero point; use MappingType.SYMMETRIC"
         )
     low, high = spec.bounds
-    if spec.mapping is MappingType.SYMMETRIC_NO_CLIPPING_ERR and (not low < 0 < high or int((low + high + 1) / 2) != 0):
+    if spec.mapping is MappingType.SYMMETRIC_NO_CLIPPING_ERR and (not low < 0 < high or fixed_zero_point(spec) != 0):
         # torchao divides by an end that is 0, or clips what it promises not to.
         raise ValueError(
             f"{short} with codes {low} to {high} and mapping={spec.mapping}: it needs quant_min < 0 < quant_max with "
@@ -167,7 +167,7 @@ def _check_dtypes(spec: QuantSpec, format: Format) -> None:
             f"int16 with scale_dtype={spec.scale_dtype}: 16-bit codes are not exact in it; use torch.float32"
         )
     zp = spec.zero_point_dtype
-    if not isinstance(zp, torch.dtype) or zp.is_complex or zp is torch.bool or zp.itemsize < 1:
+    if not isinstance(zp, torch.dtype) or zp.is_complex or zp is torch.bool:
         raise TypeError(f"zero_point_dtype={zp!r} is not an integer or float dtype; use torch.int32")
     low, high = (0, 0) if isinstance(format, Float8) else format.bounds
     if zp.is_floating_point:

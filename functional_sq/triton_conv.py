@@ -27,10 +27,9 @@ from torch import Tensor
 from functional_sq import triton_mm
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
-from functional_sq.requantize import ACTIVATIONS, has_one_scale
-from functional_sq.spec import QuantSpec
+from functional_sq.requantize import MakesFloat8, requantizes
 from functional_sq.tracing import always, asked_once, looped
-from functional_sq.triton_mm import CODES, IMPRECISE, Tile, requantizes
+from functional_sq.triton_mm import CODES, IMPRECISE, Tile
 from functional_sq.windows import are_alone, as_bytes, pad_codes, window_sizes
 
 __all__ = [
@@ -103,7 +102,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return triton_mm.AVAILABLE, _TILES, _OF_FLOATS, _SHALLOW, _LEAST, _LEAST_FLOAT8, _ALONE, _ALONE_FLOAT8, _NARROW
+    return triton_mm.key()
 
 
 def windows(
@@ -191,21 +190,15 @@ def convolve(
     return y.movedim(-1, 1)
 
 
-class Float8:
+class Float8(MakesFloat8):
     """The kernel as `conv` asks it for codes of float8, of which the codes that it makes are too.
 
     Attributes:
         fast_accum: as `convolve`.
     """
 
-    CODES: torch.dtype = torch.float8_e4m3fn
-
     def __init__(self, fast_accum: bool) -> None:
         self.fast_accum = fast_accum
-
-    def requantizes(self, spec: QuantSpec, scale: Tensor, activation: str) -> bool:
-        """As a backend's."""
-        return spec.dtype is self.CODES and has_one_scale(spec, scale) and activation in ACTIVATIONS
 
     def convolve(self, *operands: Any, **rest: Any) -> Tensor:
         """As `triton_conv.convolve`."""
@@ -215,20 +208,19 @@ class Float8:
 _FLOAT8 = {fast_accum: Float8(fast_accum) for fast_accum in (False, True)}
 
 
-def float8(q: Tensor, codes: Tensor, groups: int, fast_accum: bool) -> Float8 | None:
+def float8(q: Tensor, codes: Tensor, fast_accum: bool) -> Float8 | None:
     """Return the kernel for codes of float8 and those of a weight, from Ada on, where it would convolve int8; or None.
 
     Args:
         q: `(B, C, *size)`.
         codes: `(N, C / groups, *kernel)`.
-        groups: the channels are cut into so many.
         fast_accum: as `convolve`.
 
     Example:
         >>> import torch
         >>> from functional_sq import triton_conv
         >>> codes = torch.ones(1, 32, 1, 1).to(torch.float8_e4m3fn)
-        >>> triton_conv.float8(codes, codes, 1, False) is None  # not on a GPU
+        >>> triton_conv.float8(codes, codes, False) is None  # not on a GPU
         True
     """
     fits = codes.ndim in (3, 4) and triton_mm.is_capable_of_float8(q, codes)

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
-from functional_sq.requantize import ACTIVATIONS, fills_a_byte
-from functional_sq.spec import QuantSpec
+from functional_sq.requantize import requantizes
 from functional_sq.tracing import asked_once, is_traced, looped, reaches
 
 __all__ = [
@@ -30,7 +29,7 @@ __all__ = [
     "Tile",
     "bare_product",
     "device_of",
-    "float8_product",
+    "float8_linear",
     "is_capable",
     "is_capable_of_float8",
     "key",
@@ -112,24 +111,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return AVAILABLE, _WIDE, _FEW, _FEW_WIDE, _FEW_FLOAT8, _SOME_FLOAT8, _MANY
-
-
-def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
-    """Whether the kernel applies an activation and makes codes of its result: of all 8 bits, one scale.
-
-    Args:
-        spec: the codes' quantization.
-        scale: its scale.
-        activation: a key of `functional_sq.ACTIVATIONS`.
-
-    Example:
-        >>> import torch, functional_sq as fsq
-        >>> from functional_sq import triton_mm
-        >>> triton_mm.requantizes(fsq.QuantSpec(torch.int8, fsq.PerTensor()), torch.ones(1), "relu")
-        True
-    """
-    return fills_a_byte(spec, scale) and activation in ACTIVATIONS
+    return (AVAILABLE,)
 
 
 def product(
@@ -177,7 +159,7 @@ def _arguments(operands: Operands) -> tuple[Tensor | None, ...]:
     return q, codes, weight_zero_point, row_sum, scale, offset, bias
 
 
-def float8_product(
+def float8_linear(
     q: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_accum: bool = False
 ) -> Tensor | None:
     """Return `q @ codes.T * scale + bias` of float8, 256 rows at most, summed in float32; None where it is not faster.
@@ -196,7 +178,7 @@ def float8_product(
         >>> import torch
         >>> from functional_sq import triton_mm
         >>> codes = torch.ones(1, 16).to(torch.float8_e4m3fn)
-        >>> triton_mm.float8_product(codes, codes, torch.ones(1), None, torch.float32) is None  # not on a GPU
+        >>> triton_mm.float8_linear(codes, codes, torch.ones(1), None, torch.float32) is None  # not on a GPU
         True
     """
     n, k = codes.shape

@@ -68,7 +68,7 @@ def check_bare() -> None:
         assert torch.equal(triton_mm.bare_product(a, b).long(), a.long() @ b.long().t())
         q, w = (torch.randn(shape).to(torch.float8_e4m3fn) for shape in ((rows, k), (n, k)))
         scale, bias = torch.rand(n), torch.randn(n)
-        y = triton_mm.float8_product(q, w, scale, bias, torch.float32)
+        y = triton_mm.float8_linear(q, w, scale, bias, torch.float32)
         assert y is not None
         right = (q.double() @ w.double().t()) * scale + bias
         bound = 2.0**-15 * ((q.double().abs() @ w.double().abs().t()) * scale + bias.abs())
@@ -104,7 +104,7 @@ def check_groups() -> None:
         q, w = torch.randn(2, channels * groups, *size), torch.randn(outputs * groups, channels, *kernel)
         q, w = (t.to(torch.float8_e4m3fn) for t in (q, w))
         scale, bias = torch.rand(len(w)), torch.randn(len(w))
-        kernel = triton_conv.float8(q, w, groups, False)
+        kernel = triton_conv.float8(q, w, False)
         assert kernel is not None
         y = kernel.convolve(Operands(q, None, w, None, scale, None, bias), **settings)
         x, along = F.pad(q.double(), (2, 1, 1, 0)), (-1, 1, 1)
