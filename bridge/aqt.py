@@ -316,14 +316,15 @@ class AffineQuantizedTensor(Wrapper):
             )
         if not isinstance(input, AffineQuantizedTensor):
             return F.linear(input, weight.dequantize(), bias)
-        if input.dtype != weight.dtype:
+        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
             raise TypeError(
                 f"an input that stands for {input.dtype} meets a weight that stands for {weight.dtype}; "
                 f"convert one of them, as weight.to({input.dtype})"
             )
         x, qp = input.int_data, input.qparams
         if not _codes_multiply(input, weight):
-            return fsq.linear_reference(input.spec, x, qp, weight.dequantize(), bias)
+            own = None if bias is None else bias.to(input.dtype)
+            return fsq.linear_reference(input.spec, x, qp, weight.dequantize().to(input.dtype), own)
         folded = fsq.fold(weight.spec, weight.int_data, weight.qparams)
         return fsq.linear(input.spec, x, qp, folded, bias, dtype=input.dtype, fast_accum=weight.use_fast_accum)
 

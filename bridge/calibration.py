@@ -108,7 +108,7 @@ def calibrate(
         return done
     try:
         # Not in inference mode: what the model makes and keeps, a cache or a table of angles, would stay unusable.
-        with torch.no_grad():
+        with torch.no_grad(), _own_buffers(model):
             for batch in _progress(itertools.islice(batches, done, max_batches), done, max_batches):
                 _observe(model, observers, batch, mask)
                 recent = () if stability is None else stability.look()
@@ -236,6 +236,21 @@ def _masked(observers: Iterable[ObserverModule], mask: Tensor | None) -> Iterato
     finally:
         for observer in observers:
             observer.mask = None
+
+
+@contextmanager
+def _own_buffers(model: nn.Module) -> Iterator[None]:
+    """Keep what each rank records its own: DistributedDataParallel copies the first rank's buffers before each call."""
+    wrappers = [
+        m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel) and m.broadcast_buffers
+    ]
+    try:
+        for wrapper in wrappers:
+            wrapper.broadcast_buffers = False
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.broadcast_buffers = True
 
 
 # What is recorded, saved and taken up again.

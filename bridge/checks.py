@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 
-import torch
 from torch import nn
 
 import functional_sq as fsq
@@ -93,7 +92,7 @@ def unfit(model: nn.Module, wanted: Filter, min_rows: int = 1) -> dict[str, str]
                 found[name] = fault
             elif (rows := module.rows) < min_rows:
                 found[name] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
-            elif not all(bool(torch.isfinite(p).all()) for p in module.parameters(recurse=False)):
+            elif not all(bool(p.detach().isfinite().all()) for p in module.parameters(recurse=False)):
                 found[name] = "weight or bias has NaN or Inf; mend it, or leave the layer in float"
     return found
 

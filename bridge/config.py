@@ -182,7 +182,9 @@ def rules_of(config: StaticQuantConfig) -> Rules:
 
 def fits(key: str | type[nn.Module], module: nn.Module, name: str) -> bool:
     """Whether a rule's key is for a module of this name."""
-    return fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key)
+    if isinstance(key, str):
+        return name == key or fnmatch.fnmatchcase(name, key)  # a name may have brackets
+    return isinstance(module, key)
 
 
 def _rule(pair: Any) -> tuple[str | type[nn.Module], StaticQuantConfig | None]:

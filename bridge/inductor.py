@@ -164,6 +164,7 @@ def capture(run: Callable[[], object], names: Mapping[nn.Module, str]) -> tuple[
     # However often this runs, it sees a graph, and code that a user compiles has its own count of compilations.
     unlimited = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
-    with torch.no_grad(), torch._dynamo.config.patch(unlimited):
+    # A stance that the caller set would keep it from compiling.
+    with torch.no_grad(), torch.compiler.set_stance("default"), torch._dynamo.config.patch(unlimited):
         torch.compile(run, backend=backend, **apart)()  # type: ignore[call-overload]
     return tuple(found)

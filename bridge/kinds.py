@@ -32,7 +32,8 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
         return None
     for kind, observed in OBSERVED.items():
         if _runs_as(module, kind):
-            return None if _own_parts(module) or holds_tensors(module._parameters.get("weight")) else observed
+            taken = _own_parts(module) or _missing(module) or holds_tensors(module._parameters.get("weight"))
+            return None if taken else observed
     return None
 
 
@@ -75,6 +76,14 @@ def _own_parts(module: nn.Module, known: Sequence[str] = _PARTS) -> list[str]:
     ]
 
 
+def _missing(module: nn.Module) -> list[str]:
+    """Return the parameters of its type that a layer has not, or has as something else."""
+    if nn.utils.parametrize.is_parametrized(module):
+        return []
+    held = module._parameters
+    return [name for name in _PARTS if name not in held or (name == "weight" and held[name] is None)]
+
+
 def float_reason(module: nn.Module) -> str | None:
     """Say why `module`, a kind of layer that one may expect to be quantized, is not; None: it is, or is no such."""
     kind = type(module).__name__
@@ -106,6 +115,8 @@ def float_reason(module: nn.Module) -> str | None:
     if isinstance(module, tuple(OBSERVED)):
         if own := _own_parts(module):
             return f"{kind} has {own[0]} of its own, which a quantized layer would not have"
+        if missing := _missing(module):
+            return f"its {missing[0]} is no parameter; register it as torch.nn.Parameter to have the layer quantized"
         return f"{kind} has a forward of its own, which a quantized layer would not run"
     return f"no quantized layer does what {kind} does"
 

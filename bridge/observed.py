@@ -91,7 +91,7 @@ class Observed(nn.Module):
         check_plain(module)
         weight, shape = cast(Tensor, module.weight), tuple(weight_of(module).shape)
         check_static(act_obs.spec, shape)
-        if act_obs.state:
+        if act_obs.state and not any(value.is_meta for value in act_obs.state.values()):
             act_obs.to(weight.device)
         else:
             act_obs.reset(shape[1:2], weight.device)

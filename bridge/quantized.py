@@ -72,7 +72,7 @@ _SHARED: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 def _shared(qp: fsq.QParams) -> fsq.QParams:
     """Return tensors of the same values, and the same ones whenever both values and the device are."""
     if qp.scale.numel() != 1 or qp.scale.is_meta or type(qp.scale) is not Tensor:
-        return qp
+        return fsq.QParams(*(value.clone() for value in qp))
     both = qp.scale.item(), qp.scale.dtype, qp.zero_point.item(), qp.zero_point.dtype, qp.scale.device
     return fsq.QParams(*(_SHARED.setdefault((*both, name), value.clone()) for name, value in qp._asdict().items()))
 
@@ -133,6 +133,7 @@ class Quantized(Buffers):
     _geometry_json = ""
     """What `chains.layer` takes as the geometry."""
 
+    @torch.inference_mode(False)  # What is made in it could not be loaded into outside of it.
     def __init__(
         self,
         shape: tuple[int, ...],
@@ -162,6 +163,8 @@ class Quantized(Buffers):
             fsq.calc_qparams(act, fsq.init(act, shape[1:2], device=device)),
             fsq.fold(weight, empty, fsq.calc_qparams(weight, fsq.init(weight, shape, device=device))),
         )
+        for name, value in self.act_qparams._asdict().items():  # an empty layer has no input in common with others
+            self.register_buffer(f"shared_{name}", value.clone(), persistent=False)
         self.bias = (
             nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype), requires_grad=False) if bias else None
         )
@@ -173,6 +176,7 @@ class Quantized(Buffers):
                 self.register_buffer(f"{prefix}_{name}", None if value is None else value.detach().clone())
         self._fold()
 
+    @torch.inference_mode(False)
     def _fold(self) -> None:
         """Compute from the buffers what the product is scaled and shifted by; it is not saved."""
         one_a_row = all(size == 1 for size in self.weight_scale.shape[1:])
@@ -285,7 +289,6 @@ class Quantized(Buffers):
         specs = observed.act_obs.spec, qparams, observed.weight_obs.spec
         return cls.from_float(observed, *specs, **switches)
 
-    @torch.inference_mode(False)
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         faults = self._misfits(state_dict, prefix)
         if faults:
@@ -362,6 +365,11 @@ class Quantized(Buffers):
         """Return the result; `changed` is what this call alone has in place of the layer's geometry."""
         bias: Tensor | None = self.bias
         known = fsq.Epilogue(*self._values("product"))
+        if known.scale is None and not self.reference:
+            raise ValueError(
+                f"reference=False, and codes of {self.act_spec.dtype} and {self.weight_spec.dtype} with these scales "
+                f"have no product; set reference=True"
+            )
         captured = torch.compiler.is_compiling() and not is_exporting()
         if captured and self.hand_on and not self.reference and x.dtype is not torch.float64 and not changed:
             return chains.layer(

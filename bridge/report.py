@@ -490,7 +490,7 @@ class _Whole:
         for layer in self.layers:
             layer.form = "captured"
         names = module_names(self.model) | {layer.twin: layer.name for layer in self.layers}
-        with torch.compiler.set_stance("default"), torch.random.fork_rng(self.devices):
+        with torch.random.fork_rng(self.devices):
             given = _copy(batch)
             for chain in capture(lambda: call(uncompiled(self.model), given), names):
                 if chain.producer in by_name:  # A part of the model may be converted already.

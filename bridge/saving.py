@@ -31,7 +31,7 @@ from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
 from bridge.observed import check_plain
 from bridge.observer import ObserverModule
 from bridge.quantized import QUANTIZED, Quantized
-from bridge.swapping import choose_paths, named, public_name
+from bridge.swapping import choose_paths, named, public_name, put
 from functional_sq import safetensors
 from functional_sq.serialize import spec_from_plain, spec_to_plain
 
@@ -100,7 +100,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors[name] = t
         else:
             aliases[name] = first
-    versions = {public_name(name): entry["version"] for name, entry in state._metadata.items() if entry["version"] != 1}
+    known = getattr(state, "_metadata", {})  # a model may have a state_dict of its own, which gives a plain dict
+    versions = {public_name(name): entry["version"] for name, entry in known.items() if entry["version"] != 1}
     metadata = {"layers": layers, "aliases": aliases, "versions": versions}
     text = {name: json.dumps(value, sort_keys=True) for name, value in metadata.items()}
     safetensors.write(path, tensors, {"format": _FORMAT, "version": str(_VERSION), **text})
@@ -326,8 +327,8 @@ def _swap(model: nn.Module, layers: list[_Layer]) -> tuple[nn.Module, Faults, di
                 faults[name] = why
                 continue
             homes[name] = module.weight.device
-            if name:
-                model.set_submodule(own, layer.twin)
+            if own:
+                put(model, own, layer.twin)
             else:
                 model = layer.twin
     return model, faults, homes

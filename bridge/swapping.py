@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from bridge.buffers import Buffers
 
-__all__ = ["choose_paths", "module_names", "named", "public_name", "swap_"]
+__all__ = ["choose_paths", "module_names", "named", "public_name", "put", "swap_"]
 
 
 def public_name(name: str) -> str:
@@ -32,17 +33,37 @@ def named(model: nn.Module) -> dict[str, nn.Module]:
     return {public_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one of this name, which `torch.compile` may have wrapped.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.compile(torch.nn.Linear(2, 3), backend="eager"))
+        >>> put(model, "0._orig_mod", torch.nn.Linear(2, 4))
+        >>> model(torch.ones(1, 2)).shape
+        torch.Size([1, 4])
+    """
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    setattr(holder, child, module)
+    if child == "_orig_mod":
+        # What a wrapper calls was bound when it was made, and is again when it is read.
+        holder.__setstate__(holder.__getstate__())
+
+
 def swap_(
     model: nn.Module,
     wanted: Callable[[nn.Module, str], bool],
     make: Callable[[Any, str], nn.Module],
     what: str,
     remedy: str = "look at the filter",
+    warning: str = "",
 ) -> None:
     """Replace every module that `wanted(module, name)` by `make(module, name)`, or none of them.
 
     All are made before the first is put in place. A module used in two places is made once. Where none is wanted, the
-    error says that none is `what`, and the `remedy`.
+    error says that none is `what`, and the `remedy`. The `warning` is given before, so that nothing is changed where
+    it is an error.
     """
     if wanted(model, ""):
         raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")
@@ -64,9 +85,10 @@ def swap_(
         if told[1:]:
             told = [f"{len(told)} layers cannot be replaced, and nothing was changed:", *told]
         raise type(first)("\n  ".join(told)) from first
+    if warning:
+        warnings.warn(warning, stacklevel=4)
     for name, module in found.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
+        put(model, name, made[id(module)])
     choose_paths(model)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Final, Literal
@@ -100,9 +99,8 @@ def _prepare(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
         f"one of {LAYERS}",
         "look at the filter and the rules; layers that are prepared or converted already stay what they are"
         + (f"; and some must stay in float:\n{reasons}" if left else ""),
+        f"{counted(sum(map(len, left.values())), 'module')} left in float:\n{reasons}" if left else "",
     )
-    if left:
-        warnings.warn(f"{counted(sum(map(len, left.values())), 'module')} left in float:\n{reasons}", stacklevel=3)
 
 
 def _chosen(
@@ -349,6 +347,5 @@ def _convert(
         check_plain(layer)
         return quantized_layer(own, layer)
 
-    swap_(model, wanted, converted, "a prepared layer", _PREPARE)
-    if faults:
-        warnings.warn(f"{counted(len(faults), 'layer')} left in float:\n{listed(faults)}", stacklevel=3)
+    warning = f"{counted(len(faults), 'layer')} left in float:\n{listed(faults)}" if faults else ""
+    swap_(model, wanted, converted, "a prepared layer", _PREPARE, warning)

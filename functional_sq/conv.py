@@ -253,7 +253,8 @@ def conv_reference(
     geometry = geometry_of(weight.shape[2:], stride, padding, dilation)
     check_windows(x.shape, weight.shape, geometry)
     check_bias(bias, weight.shape[0])
-    return _convolve(x, weight, bias, geometry, groups)
+    with as_written(x.device):
+        return _convolve(x, weight, bias, geometry, groups)
 
 
 def check_conv(

@@ -20,6 +20,7 @@ from torch import Tensor
 from functional_sq.conv import check_channels, check_conv, conv
 from functional_sq.folded import Epilogue, FoldedWeight, check_bias
 from functional_sq.formats import check_real
+from functional_sq.int_mm import as_written
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization
@@ -168,7 +169,8 @@ def conv_transpose_reference(
     _geometry(x.shape, weight.shape, stride, padding, output_padding, dilation)
     check_bias(bias, weight.shape[0])
     op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
-    return op(x, transpose_weight(weight, groups), bias, stride, padding, output_padding, groups, dilation)
+    with as_written(x.device):
+        return op(x, transpose_weight(weight, groups), bias, stride, padding, output_padding, groups, dilation)
 
 
 def _geometry(

@@ -273,3 +273,6 @@ def check_real(x: Tensor, verb: str) -> None:
     if x.dtype not in REAL_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in REAL_DTYPES)
         raise TypeError(f"{verb} got a tensor of {x.dtype}; convert it to one of {names}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{verb} got a {kind} tensor; give a dense one")

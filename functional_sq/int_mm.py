@@ -129,7 +129,7 @@ def plain(x: Tensor) -> Tensor:
 
 def as_written(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which floats that hold codes are multiplied in their own dtype, under autocast too."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -44,7 +44,7 @@ from functional_sq.folded import (
     zero_point_of_rows,
 )
 from functional_sq.formats import Float8, check_real, check_real_dtype
-from functional_sq.int_mm import integer_product, less, less_product
+from functional_sq.int_mm import as_written, integer_product, less, less_product
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize, quantize
@@ -276,7 +276,8 @@ def linear_reference(
     x = dequantize(spec, q, qp, dtype=weight.dtype)
     _check_inner(x, weight)
     check_bias(bias, weight.shape[0])
-    return F.linear(x, weight, bias)
+    with as_written(x.device):
+        return F.linear(x, weight, bias)
 
 
 def check_operands(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight) -> QParams:

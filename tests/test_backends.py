@@ -943,7 +943,7 @@ def test_a_backend_that_is_never_asked_is_not_passed() -> None:
             return range(0)
 
     never = {check_product_backend: [Nothing], check_convolution_backend: [Nothing, NoWindows]}
-    for check, backend in ((check, backend) for check, backends in never.items() for backend in backends):
+    for check, backend in ((check, each) for check, wrong in never.items() for each in wrong):
         with pytest.raises(AssertionError, match="is asked for none of the weights that were drawn"):
             check(backend())
 

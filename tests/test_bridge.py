@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import bridge
 import functional_sq as fsq
 from functional_sq import MappingType, QParams, QuantSpec, brgemm, onednn
 
@@ -113,6 +114,54 @@ def test_qparams_have_the_bits_of_the_torchao_observer(
     for a, b in zip(ours.calculate_qparams(), theirs.calculate_qparams(), strict=True):
         assert a.dtype is b.dtype
         assert torch.equal(a, b.reshape(a.shape))
+
+
+def of_two(reference: bool = False) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    bridge.prepare_(model, bridge.StaticQuantConfig(torch.int8, reference=reference))
+    bridge.calibrate(model, torch.randn(2, 16, 8))
+    return bridge.convert_(model)
+
+
+def test_an_ensemble_runs_as_torchs_own_recipe_says() -> None:
+    """On a copy without data, and on empty layers, whose scales are all alike."""
+    models, x = [of_two() for _ in range(2)], torch.randn(5, 8)
+    held = torch.func.stack_module_state(models)
+    specs = models[0][0].act_spec, models[0][0].weight_spec
+    empty = nn.Sequential(bridge.QuantizedLinear(8, 16, *specs), nn.ReLU(), bridge.QuantizedLinear(16, 4, *specs))
+    for base in (copy.deepcopy(models[0]).to("meta"), empty.eval()):
+        y = torch.vmap(lambda p, b, base=base: torch.func.functional_call(base, (p, b), (x,)))(*held)
+        torch.testing.assert_close(y, torch.stack([model(x) for model in models]), rtol=0, atol=1e-6)
+
+
+def test_without_a_product_a_layer_says_so_where_the_reference_is_switched_off() -> None:
+    spec = fsq.QuantSpec(torch.int16, fsq.PerTensor())
+    layer = bridge.QuantizedLinear(8, 4, spec, spec, reference=True)
+    layer.reference = False
+    with pytest.raises(ValueError, match=r"codes of torch\.int16 and torch\.int16 .* no product; set reference=True"):
+        layer(torch.randn(2, 8))
+
+
+def test_under_autocast_a_result_has_its_inputs_dtype_by_every_path() -> None:
+    x = torch.randn(5, 8)
+    for reference in (False, True):
+        model = of_two(reference)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(x), torch.autocast("cpu", enabled=False)(model)(x))
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)).eval()
+    config = bridge.StaticQuantConfig(torch.int8, form="tensor", rules={"0": None})
+    bridge.calibrate(bridge.prepare_(model, config), torch.randn(2, 16, 8))
+    bridge.convert_(model)
+    with torch.autocast("cpu", torch.bfloat16):  # which a float layer before it rounds to
+        y = model(x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), model(x), rtol=0, atol=0.05)
+
+
+def test_float8_runs_on_meta() -> None:
+    spec = fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor())
+    layer = bridge.QuantizedLinear(8, 4, spec, spec, device="meta")
+    assert layer(torch.empty(3, 8, device="meta")).shape == (3, 4)
 
 
 def test_an_unknown_torchao_granularity_is_refused_with_a_remedy() -> None:

@@ -418,7 +418,7 @@ def test_batches_that_end_first_are_told_with_the_layers_that_moved_most() -> No
 # --- ranks -----------------------------------------------------------------------------------------
 
 
-RUNS = ("once", "twice", "empty", "resumed", "moving average", "stable")
+RUNS = ("once", "twice", "DDP", "empty", "resumed", "moving average", "stable")
 
 
 def worker(rank: int, world: int, folder: Path) -> None:
@@ -445,7 +445,10 @@ def run_rank(rank: int, world: int, folder: Path, what: str) -> None:
             model = net(StaticQuantConfig(torch.int8, activation=HISTOGRAM))
         shard = [*data()][rank::world] if what != "empty" else [*data()] * (rank == 0)
         half = len(shard) // 2
-        if what == "twice":
+        if what == "DDP":
+            bridge.calibrate(model, shard[:half])
+            bridge.calibrate(nn.Sequential(nn.parallel.DistributedDataParallel(model)).eval(), shard[half:])
+        elif what == "twice":
             bridge.calibrate(model, shard[:half])
             Path(f"{folder}/c.safetensors.rank{rank}of{world}").write_bytes(b"of another program")
             with pytest.raises(ValueError, match="not a safetensors file"):  # and nothing is lost
@@ -488,7 +491,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("what", ["once", "twice", "empty", "resumed"])
+@pytest.mark.parametrize("what", ["once", "twice", "empty", "resumed", "DDP"])
 def test_two_processes_give_the_model_of_one(ranks: Path, what: str) -> None:
     model = net(StaticQuantConfig(torch.int8, activation=HISTOGRAM))
     bridge.calibrate(model, data())

@@ -1164,6 +1164,14 @@ def test_the_switch_is_in_the_config_the_layer_and_the_saved_file(tmp_path: Path
     assert bridge.chains(*converted(HANDS_ON["gelu"][1], rules)) == ()
 
 
+def test_a_stance_of_the_caller_changes_no_answer() -> None:
+    model, x = converted(HANDS_ON["gelu"][1])
+    expected = bridge.chains(model, x)
+    for stance in ("force_eager", "fail_on_recompile"):
+        with torch.compiler.set_stance(stance):
+            assert bridge.chains(model, x) == expected != ()
+
+
 def test_what_is_no_switch_and_no_model_is_refused() -> None:
     for name in ("reference", "hand_on", "fast_accum"):
         with pytest.raises(TypeError, match=f"{name}='no'; use True or False"):

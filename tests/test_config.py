@@ -136,6 +136,12 @@ def calibrated(model: nn.ModuleDict) -> nn.ModuleDict:
     return model
 
 
+def test_a_rule_by_a_name_with_brackets_fits_that_module() -> None:
+    net = nn.ModuleDict({"a[0]": nn.Linear(8, 8), "a0": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    bridge.prepare_(net, StaticQuantConfig(torch.int8, rules={"a[0]": None}))
+    assert [name for name, m in net.items() if type(m) is nn.Linear] == ["a[0]", "a0"]  # which the pattern fits too
+
+
 def test_a_rule_may_fit_what_has_no_layer_in_it() -> None:
     rules = {"body.1": None, nn.ReLU: None, nn.LSTM: None, "head": PRESETS["float8"], "body.*": None}
     model = bridge.prepare_(nested(), StaticQuantConfig(torch.int8, rules=rules))

@@ -467,6 +467,12 @@ INVALID: dict[str, tuple[object, ...]] = {
         "fold_batch_norm (weight) got a tensor of torch.int8",
         CONVERT,
     ),
+    "quantize(tensor, x.to_sparse(), qp)": (TypeError, "got a sparse_coo tensor", "give a dense one"),
+    "observe(tensor, seen, torch.nested.nested_tensor([x, x], layout=torch.jagged))": (
+        TypeError,
+        "got a nested tensor",
+        "give a dense one",
+    ),
     "conv_reference(tensor, q, qp, windows)": (
         TypeError,
         "conv_reference (weight) got a FoldedWeight",

@@ -223,6 +223,30 @@ def test_a_model_is_loaded_and_moved_where_meta_is_the_default_device(tmp_path: 
     assert bits(loaded(x)) == bits(model(x))
 
 
+def test_a_layer_that_the_factory_compiles_is_loaded_into_its_wrapper(tmp_path: Path) -> None:
+    def compiled() -> nn.Module:
+        model = build()
+        model[0][0], model[2] = (torch.compile(layer, backend="eager") for layer in (model[0][0], model[2]))
+        return model
+
+    model = quantized(build())
+    bridge.save(model, tmp_path / "model.safetensors")
+    loaded = bridge.load(tmp_path / "model.safetensors", compiled)
+    with torch.no_grad():
+        assert torch.equal(loaded(x_of(model)), model(x_of(model)))
+
+
+class PlainStateDict(nn.Sequential):
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        return dict(super().state_dict(*args, **kwargs))
+
+
+def test_a_model_with_a_state_dict_of_its_own_is_saved(tmp_path: Path) -> None:
+    model = quantized(PlainStateDict(*build()).eval())
+    bridge.save(model, tmp_path / "model.safetensors")
+    assert same(bridge.load(tmp_path / "model.safetensors", build), model)
+
+
 def test_by_reference_may_have_been_changed_after_conversion(tmp_path: Path) -> None:
     model = quantized(build())
     model[2].reference = True

@@ -274,6 +274,100 @@ def test_a_model_compiled_before_the_observers_go_in_records_and_converts_the_sa
 # --- the gate at conversion ------------------------------------------------------------------------
 
 
+def with_first_compiled(model: nn.Sequential) -> nn.Sequential:
+    model[0] = torch.compile(model[0], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "while prepared"])
+def test_a_layer_compiled_by_itself_is_swapped_with_what_its_wrapper_calls(before: bool) -> None:
+    model, data = two_layers(), batches()
+    expected = bridge.convert_(calibrated(copy.deepcopy(model), data=data))(data[0])
+    model = calibrated(with_first_compiled(model) if before else model, data=data)
+    model = bridge.convert_(model if before else with_first_compiled(model))
+    assert type(model[0]._orig_mod) is bridge.QuantizedLinear
+    assert torch.equal(model(data[0]), expected)
+    model[0]._orig_mod.weight_codes.zero_()
+    assert not torch.equal(model(data[0]), expected)
+
+
+def test_a_model_that_is_one_compiled_layer_is_converted_in_its_wrapper() -> None:
+    model, data = torch.compile(nn.Linear(16, 8).eval(), backend="eager"), batches()
+    bridge.convert_(calibrated(model, data=data))
+    assert torch.equal(model(data[0]), model._orig_mod(data[0]))
+
+
+def test_a_model_made_in_inference_mode_is_converted_reported_and_loaded_in_it() -> None:
+    data = batches()
+    with torch.inference_mode():
+        model = two_layers()
+    calibrated(model, data=data)
+    bridge.report(model, data[:1])
+    y = bridge.convert_(model)(data[0])
+    with torch.inference_mode():
+        empty = bridge.QuantizedLinear(16, 32, model[0].act_spec, model[0].weight_spec)
+        empty.load_state_dict(model[0].state_dict())
+        copied = copy.deepcopy(model)
+        copied.load_state_dict(model.state_dict())
+        assert torch.equal(copied(data[0]), y)
+    empty.load_state_dict(model[0].state_dict())
+    assert torch.equal(empty(data[0]), model[0](data[0]))
+
+
+def test_where_a_warning_is_an_error_nothing_was_changed() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.GRU(16, 8)).eval()
+    half = prepared(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    half[0](batches()[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="1 module left in float"):
+            prepared(model)
+        with pytest.raises(UserWarning, match="1 layer left in float"):
+            bridge.convert_(half, on_unfit="float")
+    assert kinds(model) == ["Linear", "GRU"]
+    assert kinds(half) == ["ObservedLinear", "ObservedLinear"]
+
+
+def weight_is_a_buffer(layer: nn.Linear) -> None:
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+
+
+def bias_is_a_tensor(layer: nn.Linear) -> None:
+    bias = layer.bias.detach()
+    del layer.bias
+    layer.bias = bias
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (weight_is_a_buffer, "weight"),
+        (bias_is_a_tensor, "bias"),
+        (lambda layer: setattr(layer, "weight", None), "weight"),
+        (lambda layer: delattr(layer, "weight"), "weight"),
+    ],
+)
+def test_a_layer_whose_weight_or_bias_is_no_parameter_stays_in_float(
+    change: Callable[[nn.Linear], None], name: str
+) -> None:
+    model = two_layers()
+    change(model[2])
+    with pytest.warns(UserWarning, match=rf"2: its {name} is no parameter; register it as torch\.nn\.Parameter"):
+        prepared(model)
+    assert kinds(model) == ["ObservedLinear", "ReLU", "Linear"]
+
+
+def test_the_default_device_does_not_matter_for_a_model_that_is_elsewhere() -> None:
+    model, data = two_layers(), batches()
+    expected = bridge.convert_(calibrated(copy.deepcopy(model), data=data))(data[0])
+    with torch.device("meta"):
+        prepared(model)
+    bridge.calibrate(model, data)
+    assert torch.equal(bridge.convert_(model)(data[0]), expected)
+
+
 class Branches(nn.Module):
     """Two of its three layers never run."""
 
