@@ -194,8 +194,8 @@ def conv(
         else:
             y = convolve(dtype=dtype)
     else:
-        if always(images.shape[0] == 0):
-            product = images.new_zeros((0, *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
+        if always(images.numel() == 0):  # no image, or nothing in its windows but zero points
+            product = images.new_zeros((images.shape[0], *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
         elif tapped:
             product = _tapped(images, qp, weight, geometry)
         elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):

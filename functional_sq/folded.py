@@ -45,7 +45,8 @@ class FoldedWeight(NamedTuple):
             for the reference path alone.
         scale: output units per input unit and step; the statistics' shape, `(N, 1)` for PerAxis(0).
         zero_point: int32, the code of 0.0 in `codes`, shape of `scale`; None where the spec fixes it at 0.
-        sum: `(N,)` int32, `codes` summed over all axes but the first; None for float8.
+        sum: `(N,)`, `codes` summed over all axes but the first; int32, of 2**24 codes of 8 bits or more int64; None for
+            float8.
     """
 
     codes: Tensor
@@ -94,7 +95,9 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
     if isinstance(spec.format, Float8):
         return FoldedWeight(codes.contiguous(), scale, None, None)
     check_zero_point(spec, qp.zero_point)
-    total = codes.flatten(1).sum(1, dtype=torch.int32)
+    largest = math.prod(codes.shape[1:]) * 2 ** (8 * codes.itemsize - 1)
+    exact = torch.int32 if largest < 2**31 else torch.int64
+    total = codes.flatten(1).sum(1, dtype=exact)
     return FoldedWeight(codes.contiguous(), scale, None if fixed_zero_point(spec) == shift else zero_point, total)
 
 

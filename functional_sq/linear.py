@@ -44,6 +44,7 @@ from functional_sq.folded import (
     zero_point_of_rows,
 )
 from functional_sq.formats import Float8, check_real, check_real_dtype
+from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import as_written, integer_product, less, less_product
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
@@ -120,6 +121,8 @@ def linear(
     qp = check_operands(spec, q, qp, weight)
     lead, n, k = q.shape[:-1], weight.codes.shape[0], weight.codes.shape[-1]
     _check_inner(q, weight.codes)
+    if not isinstance(spec.granularity, PerTensor):
+        check_stats(spec.granularity, "the activations' scale", qp.scale.shape, q.shape)
     check_real_dtype(dtype, "linear to ")
     if then is not None:
         then = check_requantization(then)

@@ -121,8 +121,12 @@ def check_number(owner: object, name: str, remedy: str) -> None:
     value = getattr(owner, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} is not a number; {remedy}")
-    if type(value) not in (int, float):
-        object.__setattr__(owner, name, float(value))
+    if type(value) not in (int, float) or abs(value) >= 2**63:  # no operator of torch takes a larger int
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf if value > 0 else -math.inf
+        object.__setattr__(owner, name, value)
 
 
 class Observer(abc.ABC):

@@ -309,7 +309,7 @@ def _add_product(y: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale:
 def _sums(q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
     """Return `(q - zero_point) @ codes.T`, int32."""
     multiply, largest = _multiply(codes)
-    return exact_sums(multiply, q, int(zero_point), torch.ones(codes.shape[0]), largest)
+    return exact_sums(multiply, q, int(zero_point), torch.ones(codes.shape[0], dtype=torch.float32), largest)
 
 
 def _multiply(codes: Tensor) -> tuple[Callable[..., Tensor], int]:

@@ -266,7 +266,7 @@ def _sums(
         codes = _ones(codes, groups)
     if q.shape[0] == 0:
         return _empty(q, codes, stride, padding, dilation, dtype)
-    one = torch.ones(len(codes))
+    one = torch.ones(len(codes), dtype=torch.float32)
     convolved, q, z, largest = _prepared(q, zero_point, codes, stride, padding, dilation, groups)
     if dtype is torch.int32:
         return onednn.exact_sums(convolved, q, z, one, largest)

@@ -51,7 +51,7 @@ class Int64:
         return codes.dtype is torch.int8 and zero_point is None
 
     def requantizes(self, spec: fsq.QuantSpec, scale: Tensor, activation: str) -> bool:
-        return scale.numel() == 1 and spec.bounds in ((0, 255), (-128, 127))
+        return scale.numel() == 1 and scale.dtype is torch.float32 and spec.bounds in ((0, 255), (-128, 127))
 
     def key(self) -> tuple[object, ...]:
         return ()
@@ -673,6 +673,57 @@ class FewRows(Int64):
         return total
 
 
+class ManyRows(Int64):
+    def sum(self, q: Tensor, zero_point: Tensor, codes: Tensor) -> Tensor:
+        total = super().sum(q, zero_point, codes)
+        total[512:] = 0
+        return total
+
+
+class BiasInBfloat16(Int64):
+    """Where it is in the other 16 bits."""
+
+    def product(self, operands: Operands, *then: Any, **to: Any) -> Tensor:
+        bias = operands.bias
+        if bias is not None and bias.dtype is torch.float16:
+            operands = operands._replace(bias=bias.view(torch.bfloat16))
+        return super().product(operands, *then, **to)
+
+
+class ZeroIsNotAtTheEnd(Int64):
+    def then(self, y: Tensor, activation: str, to_scale: Tensor | None, to_zero_point: Tensor | None) -> Tensor:
+        inner = None if to_zero_point is None else to_zero_point.clamp(1, 254)
+        return super().then(y, activation, to_scale, inner)
+
+
+class AnyScale(Int64):
+    def requantizes(self, spec: fsq.QuantSpec, scale: Tensor, activation: str) -> bool:
+        return super().requantizes(spec, scale.float(), activation)
+
+
+class DenseZeroPoints(Signed):
+    def bracket(self, of: Operands) -> Tensor:
+        dense = of.weight_zero_point
+        if dense is not None and dense.stride() == (0,):
+            dense = torch.cat([dense[:1], dense.new_zeros(len(dense) - 1)])
+        return super().bracket(of._replace(weight_zero_point=dense))
+
+
+class ResidualWithABatch(Int64):
+    def plus(self, residual: Tensor, operands: Operands) -> Tensor:
+        assert residual.ndim == 3
+        return super().plus(residual, operands)
+
+
+class ResidualWithChannelsLast(Int64):
+    def convolve(self, operands: Operands, *given: Any, residual: Tensor | None = None, **to: Any) -> Tensor:
+        if residual is not None:
+            batch, channels, *size = residual.shape
+            dense = residual if residual.is_contiguous() else residual.movedim(1, -1).contiguous()
+            residual = dense.reshape(batch, *size, channels).movedim(-1, 1)
+        return super().convolve(operands, *given, residual=residual, **to)
+
+
 class OneForAnother(Int64):
     """The two differ by less than 0.21."""
 
@@ -865,6 +916,12 @@ def test_a_backend_may_read_floats() -> None:
                 ReadsWithoutStrides,
                 KeepsTheFirstWeight,
                 FewRows,
+                ManyRows,
+                BiasInBfloat16,
+                ZeroIsNotAtTheEnd,
+                AnyScale,
+                DenseZeroPoints,
+                ResidualWithABatch,
                 OneForAnother,
                 NoOffset,
                 SymmetricAlone,
@@ -895,6 +952,7 @@ def test_a_backend_may_read_floats() -> None:
                 SymmetricWindows,
                 OneZeroPointForAll,
                 NoResidual,
+                ResidualWithChannelsLast,
                 RoundsBeforeTheResidual,
                 ReluBeforeTheResidual,
                 TruncatesFloats,

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -783,6 +783,43 @@ def test_float8_of_each_channel_alone_is_one_loop_where_a_gpu_convolves(monkeypa
             y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
             assert (y - layer(x)).abs().le((16 + 2 * 15) * 2.0**-24 * magnitudes(layer, x)).all()
         assert_one_loop(source)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@needs_onednn
+def test_the_default_dtype_changes_no_bit_of_groups_with_an_asymmetric_weight(
+    default_dtype: torch.dtype, multiply_by: Callable[[str], None]
+) -> None:
+    multiply_by("oneDNN")
+    act, of_weight = (QuantSpec(torch.int8, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC) for _ in range(2))
+    qp = QParams(torch.full((1,), 0.5, dtype=torch.float32), torch.tensor([3], dtype=torch.int32))
+    q, w = (torch.randint(-128, 128, shape).to(torch.int8) for shape in ((4, 16, 9, 8), (16, 8, 3, 3)))
+    folded = fsq.fold(of_weight, w, qp)
+    y = fsq.conv(act, q, qp, folded, groups=2, epilogue=fsq.epilogue(act, qp, folded))
+    assert torch.equal(y, fsq.conv(act, q, qp, folded, groups=2))
+    rows, matrix = q.reshape(4, -1), fsq.fold(of_weight, torch.randint(-128, 128, (9, 16 * 72)).to(torch.int8), qp)
+    y = fsq.linear(act, rows, qp, matrix, epilogue=fsq.epilogue(act, qp, matrix))
+    assert torch.equal(y, fsq.linear(act, rows, qp, matrix))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("channels", "height"), [(0, 3), (4, 0)])
+def test_windows_of_nothing_but_padding_are_zero(channels: int, height: int, groups: int, kept: bool) -> None:
+    act = QuantSpec(torch.int8, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC)
+    qp, w = QParams(torch.ones(1), torch.tensor([7], dtype=torch.int32)), torch.ones(4, channels // groups, 2, 2)
+    folded = fsq.fold(act, w.to(torch.int8), qp)
+    q, bias = torch.ones(2, channels, height, 3, dtype=torch.int8), torch.arange(4.0)
+    known = fsq.epilogue(act, qp, folded) if kept else None
+    y = fsq.conv(act, q, qp, folded, bias, padding=1, groups=groups, epilogue=known)
+    assert torch.equal(y, bias[:, None, None].expand(2, 4, height + 1, 4))
 
 
 @needs_onednn

@@ -1373,6 +1373,17 @@ def test_float8_products_of_a_number_of_rows_that_is_known_to_be_small(captured:
     assert counter.frame_count == 1
 
 
+def test_the_sum_of_so_many_codes_that_it_leaves_32_bits_is_exact() -> None:
+    """Of 2**24 codes of -128 it is -2**31, the last one in them."""
+    one = QParams(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
+    five = QParams(torch.ones(1, 1), torch.full((1, 1), 5, dtype=torch.int32))
+    for k, code in ((2**24 - 1, -128), (2**24 + 1, -128), (17_000_000, 127)):
+        weight = fsq.fold(QuantSpec(torch.int8, fsq.PerTensor()), torch.full((1, k), code, dtype=torch.int8), one)
+        assert weight.sum.item() == k * code
+        act = QuantSpec(torch.uint8, fsq.PerTensor(), mapping=MappingType.ASYMMETRIC)
+        assert fsq.linear(act, torch.full((1, k), 5, dtype=torch.uint8), five, weight).item() == 0
+
+
 def test_float8_products_of_a_large_weight() -> None:
     """Its codes become floats piece by piece; each result is that of its own row of the weight."""
     k = 4096

@@ -386,6 +386,25 @@ def test_entropy_keeps_uniform_data() -> None:
     assert lo <= -1 + 1 / 32
 
 
+@pytest.mark.parametrize(("bits", "spread"), [(3, 1.0), (4, 0.0), (8, 0.0)])
+def test_mse_searches_where_no_value_is_near_zero(bits: int, spread: float) -> None:
+    """A threshold inside of the data puts the last code on it; the one at its extreme lies half a step beyond."""
+    spec = fsq.QuantSpec(getattr(torch, f"int{bits}"), fsq.PerTensor(), observer=Mse())
+    x = -50 + spread * torch.randn(4096)
+
+    def error(qp: fsq.QParams) -> float:
+        return float((fsq.dequantize(spec, fsq.quantize(spec, x, qp), qp) - x).double().square().mean())
+
+    def of(threshold: float) -> float:
+        return error(fsq.from_range(spec, torch.tensor([-threshold]), torch.tensor([threshold])))
+
+    extreme = float(x.abs().max())
+    best = min(map(of, torch.linspace(0.8 * extreme, extreme, 400).tolist()))
+    found = error(fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, x.shape), x)))
+    assert found <= 1.05 * best + (0.005 * extreme) ** 2  # the threshold is found to half a percent
+    assert found < 0.5 * of(extreme)
+
+
 # Both rules.
 
 RULES = [Mse(), Entropy()]

@@ -511,7 +511,28 @@ class LooksAtOneBlock(fsq.MinMax):
         return super().fault({name: value.reshape(-1)[:1] for name, value in state.items()}, min_count)
 
 
+@dataclass(frozen=True)
+class OverlooksEmptyBlocks(fsq.MinMax):
+    """Finds no fault where any block saw enough."""
+
+    def fault(self, state: State, min_count: int) -> str | None:
+        seen = state["count"] > 0
+        seen_alone = {name: value[seen] for name, value in state.items()}
+        return super().fault(state if not seen.any() else seen_alone, min_count)
+
+
+@dataclass(frozen=True)
+class ReadsInPython(fsq.MinMax):
+    """Its range looks at values, which vmap and a compiler do not have."""
+
+    def range(self, spec: fsq.QuantSpec, state: State) -> tuple[Tensor, Tensor]:
+        lo, hi = super().range(spec, state)
+        return (lo, hi) if bool((state["count"] > 0).all()) else (lo.clamp(max=0), hi.clamp(min=0))
+
+
 WRONG = [
+    (OverlooksEmptyBlocks(), "unfit_states_are_faulty"),
+    (ReadsInPython(), "vmap_equals_loop"),
     (MeanRange(), "merge_is_a_commutative_monoid"),
     (CountsFromOne(), "merge_is_a_commutative_monoid"),
     (KeepsFirst(), "merge_is_a_commutative_monoid"),

@@ -242,10 +242,13 @@ class _Model:
         return self.points[0] * value[:, :1] + self.points[1] * value[:, 1:]
 
     def best(self, below: Tensor, above: Tensor) -> _Best:
-        """Return the best of the ranges [-below, above], limited to what was seen."""
-        least, most = self.lo, self.hi
+        """Return the best of the ranges [-below, above], limited to what was seen and 0, which a scale is made for."""
+        least, most = self.lo.clamp(max=0), self.hi.clamp(min=0)
         lo = torch.minimum(torch.maximum((-below).to(least.dtype), least), most)
         hi = torch.minimum(torch.maximum(above.to(least.dtype), least), most)
+        # Where 0 was not seen, the end on its side is what was, and changes no scale.
+        lo = torch.where(self.lo > 0, torch.minimum(self.lo, hi), lo)
+        hi = torch.where(self.hi < 0, torch.maximum(self.hi, lo), hi)
         error = self.error(lo, hi)
         index = _least(error, lo, hi)
         return _Best(error.gather(-1, index), lo.gather(-1, index), hi.gather(-1, index), index)

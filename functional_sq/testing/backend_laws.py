@@ -60,8 +60,9 @@ def product_is_exact(
         seed: of what is drawn.
         dtype: of the result.
         bias: its dtype, if there is one.
-        residual: whether there is one, in `dtype`; `(1, rows, n)`.
-        strided: whether scale and bias are every second element of a tensor, and the residual is transposed.
+        residual: whether there is one, in `dtype`; `(rows, n)`.
+        strided: whether scale and bias are every second element of a tensor, and the residual is `(1, rows, n)`,
+            transposed.
         asymmetric: whether the weight has zero points, for a backend that supports them.
         activation: a key of `ACTIVATIONS`; codes are compared too, if the backend makes them after it.
         step: their scale; a 32nd of it is one too.
@@ -92,9 +93,10 @@ def product_is_exact(
         results.append(_assert_rounded(backend, backend.product, operands, total, dtype, activation, step))
         if residual:
             added = torch.randn(n, rows, generator=draw).t() if strided else torch.randn(rows, n, generator=draw)
-            added = added.to(device, dtype)[None]
+            added = added.to(device, dtype)
+            added = added[None] if strided else added
             before, of_scale, of_bias = _on_cpu(added, scale, b)
-            right = apply_epilogue(total[None], of_scale, of_bias, dtype, before)
+            right = apply_epilogue(total.reshape(added.shape), of_scale, of_bias, dtype, before)
             assert_same_bits("plus(residual, ...)", "exact", backend.plus(added, operands).cpu(), right)
             assert_same_bits("residual after the call", "residual", added.cpu(), before)
     _assert_kept(results)
@@ -191,8 +193,9 @@ def convolution_is_exact(
             added = torch.randn(total.shape, generator=draw).to(device, dtype)
             before, of_scale, of_bias = _on_cpu(added, scale, b)
             plain = apply_epilogue(total, of_scale, of_bias, dtype, before)
+            images_of = added.movedim(-1, 1).contiguous() if strided else added.movedim(-1, 1)
             for name, exact in (("none", plain), ("relu", plain.relu())):
-                y = convolved(operands, name, dtype=dtype, residual=added.movedim(-1, 1))
+                y = convolved(operands, name, dtype=dtype, residual=images_of)
                 assert_same_bits(f"convolve({name!r}, residual=...)", "exact", y.cpu(), exact)
             assert_same_bits("residual after the call", "residual", added.cpu(), before)
     _assert_kept(results)
@@ -223,7 +226,8 @@ def _write(what: str, codes: Tensor, zero_point: Tensor, scale: Tensor, bias: Te
 
 def _drawn_zero_points(draw: torch.Generator, n: int, device: torch.device | str) -> Tensor:
     """Return those of a weight."""
-    return torch.randint(-128, 128, (n,), generator=draw).to(device, torch.int32)
+    points = torch.randint(-128, 128, (n,), generator=draw).to(device, torch.int32)
+    return points[:1].expand(n) if int(points[0]) % 4 == 0 else points  # one for all has no stride
 
 
 def _real(codes: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -333,14 +337,15 @@ def _assert_rounded(
         (fsq.QuantSpec(torch.int8, fsq.PerTensor(), quant_min=-127), to_scale),
         (dataclasses.replace(_UINT8, quant_max=15), to_scale),
         (_UINT8, torch.ones(2)),
+        (_UINT8, to_scale.double()),
     ):
         asked = backend.requantizes(other, scales, activation)
-        require(not asked, "codes are made of one scale and all 8 bits alone", spec=other, scale=scales)
+        require(not asked, "codes are made of one scale in float32 and all 8 bits alone", spec=other, scale=scales)
     if not backend.requantizes(_UINT8, to_scale, activation):
         return y, right
     exact = ACTIVATIONS[activation](apply_epilogue(total, scale, bias, torch.float32).double())
     shift = 0 if backend.CODES is torch.uint8 else 128
-    for each, zero in ((to_scale, 100), (to_scale / 32, 200)):
+    for each, zero in ((to_scale, 100), (to_scale / 32, 255), (to_scale, 0)):
         to_zero_point = torch.tensor([zero - shift], dtype=torch.int32, device=device)
         codes = called(activation, each.to(device), to_zero_point).cpu()
         require(codes.dtype is backend.CODES, "codes have the backend's dtype", dtype=str(codes.dtype))

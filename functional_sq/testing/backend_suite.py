@@ -26,7 +26,7 @@ def _products(draw: st.DrawFn, backend: Product, device: str) -> dict[str, Any]:
     whole = st.integers(1, 8).map(lambda i: 16 * i)  # all that some backends take
     k = draw(st.one_of(st.integers(1, 70), whole, st.sampled_from([384, 513, 1025, 2048, 4999, 9001, 9008, _WIDE])))
     n = draw(st.one_of(st.integers(1, 40), st.sampled_from([100, 300])))
-    rows = draw(st.one_of(st.integers(0, 40), st.sampled_from([65, 130, 257])))
+    rows = draw(st.one_of(st.integers(0, 40), st.sampled_from([65, 130, 257, 600])))
     if k == _WIDE:
         n, rows = min(n, 3), min(rows, 3)
     if not backend.supports(torch.empty(n, k, dtype=torch.int8, device=device), None):
@@ -99,7 +99,7 @@ def _roundings(draw: st.DrawFn, device: str, k: int) -> dict[str, Any]:
         "fill": "far" if largest else draw(st.sampled_from(["far", "ends", "all"])),
         "seed": draw(st.integers(0, 2**16)),
         "dtype": torch.float32 if largest else draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        "bias": draw(st.sampled_from([None, torch.float32, torch.bfloat16])),
+        "bias": draw(st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16])),
         "strided": draw(st.booleans()),
         "step": draw(st.sampled_from([0.25, 0.01])),
         "activation": draw(st.one_of(st.none(), st.sampled_from(sorted(ACTIVATIONS)))),

@@ -235,6 +235,9 @@ def vmap_equals_loop(spec: fsq.QuantSpec, batches: Sequence[Tensor], *, dtype: t
     looped = [fsq.observe(spec, s, x) for s, x in zip(states, batches, strict=True)]
     mapped = torch.vmap(functools.partial(fsq.observe, spec))(_stack(states), torch.stack(list(batches)))
     assert_same_bits("vmap(observe)(states, xs)", "stack of observe(s, x)", mapped, _stack(looped))
+    read = functools.partial(fsq.calc_qparams, spec)
+    right = fsq.QParams(*map(torch.stack, zip(*map(read, looped), strict=True)))
+    assert_same_bits("vmap(calc_qparams)(states)", "stack of calc_qparams(s)", torch.vmap(read)(_stack(looped)), right)
     masks = torch.stack([x > 0 for x in batches])
 
     def masked(s: State, x: Tensor, mask: Tensor) -> State:
@@ -383,6 +386,11 @@ def unfit_states_are_faulty(
     seen = fsq.observe(spec, empty, batches[0])
     few = int(seen["count"].max()) + 1
     require(spec.observer.fault(seen, few) is not None, f"less than {few} values in a block are a fault", s=seen)
+    first = torch.zeros(batches[0].shape, dtype=torch.bool)
+    first.view(-1)[0] = True
+    seen = fsq.observe(spec, empty, batches[0], mask=first)
+    told = int(seen["count"].min()) > 0 or spec.observer.fault(seen, 1) is not None
+    require(told, "no value in one block of several is a fault", s=seen)
     top = torch.finfo(batches[0].dtype).max
     for place, value in ((0, math.nan), (-1, math.nan), (0, math.inf), (-1, -math.inf)):
         there = torch.zeros(batches[0].shape, dtype=torch.bool)
