@@ -419,7 +419,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "the activations' scale has shape (2, 2, 1), but PerToken() of a tensor of shape (4, 8) needs (4, 1)",
         "reshape it",
     ),
-    "Fixed(-(10**400), 1)": (ValueError, "is not a finite float32", "two such ends"),
+    "Fixed(-(10**400), 1)": (ValueError, "lo=-inf is not a finite float32", "two such ends"),
     "linear(tensor, [1], qp, folded)": (TypeError, "got codes of list", "are a tensor of torch.int8"),
     "linear(tensor, q[0, 0], qp, folded)": (ValueError, "activations of shape ()", "the last axes must be equal"),
     "linear(tensor, q, qp.scale, folded)": (TypeError, "qp is tensor([[", "give QParams(scale, zero_point)"),

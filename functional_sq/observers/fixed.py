@@ -46,8 +46,9 @@ class Fixed(Accumulator):
     reductions = {}
 
     def __post_init__(self) -> None:
-        for name, value in (("lo", self.lo), ("hi", self.hi)):
+        for name in ("lo", "hi"):
             check_number(self, name, "a Fixed range is two numbers")
+            value = getattr(self, name)
             if not abs(value) <= torch.finfo(torch.float32).max:
                 raise ValueError(f"{name}={value!r} is not a finite float32; a Fixed range has two such ends")
         if self.lo > self.hi:
