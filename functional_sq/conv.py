@@ -151,6 +151,8 @@ def conv(
         tensor([[ 2.,  1., 30., 20.]])
     """
     qp, then = check_conv(spec, q, qp, weight, groups, dtype, then)
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu={relu!r}; use True or False")
     shape, wide = weight.codes.shape, torch.promote_types(dtype, torch.float32)
     check_epilogue(epilogue, bias, weight, wide)
     geometry = geometry_of(shape[2:], stride, padding, dilation)

@@ -530,6 +530,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "x has shape (2, 8), and its codes (4, 8)",
         "give what they are the codes of",
     ),
+    "conv(tensor, q, qp, windows, relu='no')": (TypeError, "relu='no'", "use True or False"),
     "conv(tensor, q, qp, windows, x=[1])": (TypeError, "conv (x) got a list", "give a tensor"),
     "conv(tensor, q, qp, windows, x[:1, 0])": (
         ValueError,

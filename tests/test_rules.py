@@ -187,7 +187,8 @@ def test_the_expected_error_is_that_of_the_raw_data_but_for_chance(
 
     Each sum is then one of independent terms with the expected value that is computed, and the standard
     error of a sum of terms e is at most sqrt(sum of e**2). Five of them are allowed; and the error of
-    one value, for the last bin of the data, which ends where the data does, and for float32 data.
+    one value, for the last bin of the data, which ends where the data does, and for float32 data, of which
+    the extreme may be cut where it is not in float64.
     """
     g = np.random.default_rng(1)
     edges = Histogram().edges().numpy()
@@ -202,8 +203,8 @@ def test_the_expected_error_is_that_of_the_raw_data_but_for_chance(
     assert all(value.dtype == torch.float64 and value.shape == (1,) for value in found)
     e = errors(name, mapping.name, x, lo, hi)
     cut = np.where(saturated(name, mapping.name, x, lo, hi), e, 0)
-    for value, terms in ((found.signal, x**2), (found.total, e), (found.clipping, cut)):
-        assert abs(value.item() - terms.sum()) <= 5 * np.sqrt((terms**2).sum()) + terms.max()
+    for value, terms, one in ((found.signal, x**2, x**2), (found.total, e, e), (found.clipping, cut, e)):
+        assert abs(value.item() - terms.sum()) <= 5 * np.sqrt((terms**2).sum()) + one.max()
     assert 0 <= found.clipping.item() <= found.total.item() * (1 + 1e-9)
 
 
@@ -403,6 +404,17 @@ def test_mse_searches_where_no_value_is_near_zero(bits: int, spread: float) -> N
     found = error(fsq.calc_qparams(spec, fsq.observe(spec, fsq.init(spec, x.shape), x)))
     assert found <= 1.05 * best + (0.005 * extreme) ** 2  # the threshold is found to half a percent
     assert found < 0.5 * of(extreme)
+
+
+@pytest.mark.parametrize("value", [127.5, 1884.94, 50.0, -50.0, 1e-3])
+@pytest.mark.parametrize("name", ["int8", "int2", "float8_e4m3fn"])
+def test_what_saturates_at_the_very_border_is_clipped(name: str, value: float) -> None:
+    """The largest value of a symmetric range is half a step beyond the last code, but for roundings."""
+    spec, x = fsq.QuantSpec(getattr(torch, name), fsq.PerTensor(), observer=Histogram()), torch.full((5,), value)
+    state = fsq.observe(spec, fsq.init(spec, x.shape), x)
+    qp = fsq.calc_qparams(spec, state)
+    found = fsq.expected_error(spec, state, qp)
+    assert bool(found.clipping > 0) == bool(fsq.saturates(spec, x, qp).all() and found.total > 0)
 
 
 # Both rules.

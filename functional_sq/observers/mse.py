@@ -225,11 +225,14 @@ class _Model:
         # rounds an integer before it limits it, and limits a float8 before it rounds it.
         beyond = 0.0 if isinstance(self.spec.format, Float8) else 0.5
         scale, zero_point = qp.scale.double(), qp.zero_point.double()
-        low, high = ((end - zero_point) * scale for end in self.spec.bounds)
+        first, last = self.spec.bounds
+        low, high = (first - zero_point) * scale, (last - zero_point) * scale
         least, most = low - beyond * scale, high + beyond * scale
         # An integral of the squared distance to the last code, over what saturates alone.
         cut = (torch.maximum(self.edges, most) - high) ** 3 + (torch.minimum(self.edges, least) - low) ** 3
-        clipped = torch.where(ends > most, (ends - high) ** 2, torch.where(ends < least, (ends - low) ** 2, 0.0))
+        # Of the extremes by the very steps of quantize, which may be rounded, or rounded to even, across a border.
+        steps = self.spec.format.steps(torch.cat([self.lo, self.hi], -1), qp)
+        clipped = torch.where(steps > last, (ends - high) ** 2, torch.where(steps < first, (ends - low) ** 2, 0.0))
         clipping = self._integrate(cut / 3) + self._at_ends(clipped)
         return SquaredError(signal, self.total(qp), clipping)
 

@@ -62,7 +62,7 @@ def product_is_exact(
         bias: its dtype, if there is one.
         residual: whether there is one, in `dtype`; `(rows, n)`.
         strided: whether scale and bias are every second element of a tensor, and the residual is `(1, rows, n)`,
-            transposed.
+            transposed; that of a convolution has its channels first in memory.
         asymmetric: whether the weight has zero points, for a backend that supports them.
         activation: a key of `ACTIVATIONS`; codes are compared too, if the backend makes them after it.
         step: their scale; a 32nd of it is one too.
