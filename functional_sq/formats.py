@@ -273,6 +273,7 @@ def check_real(x: Tensor, verb: str) -> None:
     if x.dtype not in REAL_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in REAL_DTYPES)
         raise TypeError(f"{verb} got a tensor of {x.dtype}; convert it to one of {names}")
-    if x.layout is not torch.strided or x.is_nested:
+    # A backward that is traced may not ask for a layout.
+    if not torch.compiler.is_compiling() and (x.layout is not torch.strided or x.is_nested):
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         raise TypeError(f"{verb} got a {kind} tensor; give a dense one")
