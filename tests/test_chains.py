@@ -916,10 +916,10 @@ def test_batch_norms_are_computed_at_once_where_nothing_writes_to_them(case: str
     assert seen == [count]
 
 
-@pytest.mark.parametrize("case", ["linear", "conv1d"])
+@pytest.mark.parametrize("case", ["linear", "conv2d", "conv1d"])
 def test_a_batch_norm_keeps_its_gradient(case: str) -> None:
     """Where a quantization follows there is none."""
-    last = nn.Linear(6, 4) if case == "linear" else nn.Conv1d(6, 4, 1)
+    last = {"linear": nn.Linear(6, 4), "conv1d": nn.Conv1d(6, 4, 1), "conv2d": nn.Conv2d(6, 4, 1)}[case]
     for behind, handed in (((nn.ReLU(), last), True), ((nn.ReLU(),), False)):
         model, x = normed(case, torch.int8, *behind)
         other = copy.deepcopy(model)
