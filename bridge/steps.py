@@ -37,7 +37,7 @@ def check_reread(config: StaticQuantConfig, observed: Observed) -> None:
     shape = weight_of(observed).shape
     if not config.reference:
         fsq.check_product(spec, config.weight, shape)
-    spec.observer.stat_shape(observer.state, exact=False)
+    spec.observer.check_state(observer.state, exact=False)
     config.weight.granularity.stat_shape(shape)
 
 

@@ -85,7 +85,7 @@ def observe(spec: QuantSpec, state: State, x: Tensor, *, mask: Tensor | None = N
     """
     check_spec(spec)
     check_real(x, "observe")
-    check_stats(spec.granularity, "the state", spec.observer.stat_shape(state), x.shape)
+    check_stats(spec.granularity, "the state", spec.observer.check_state(state), x.shape)
     keep = None
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
@@ -123,7 +123,7 @@ def merge(spec: QuantSpec, state: State, other: State) -> State:
     """
     check_spec(spec)
     for s in (state, other):
-        spec.observer.stat_shape(s)
+        spec.observer.check_state(s)
     for name, value in state.items():
         for what in ("shape", "dtype", "device"):
             ours, theirs = getattr(value, what), getattr(other[name], what)
@@ -163,7 +163,7 @@ def calc_qparams(spec: QuantSpec, state: State) -> QParams:
         (tensor([0.0100]), tensor([100], dtype=torch.int32))
     """
     check_spec(spec)
-    spec.observer.stat_shape(state, exact=False)
+    spec.observer.check_state(state, exact=False)
     lo, hi = spec.observer.range(spec, state)
     return from_range(spec, lo, hi)
 
@@ -192,7 +192,7 @@ def check(spec: QuantSpec, state: State, *, min_count: int = 1) -> None:
 that reaches it
     """
     check_spec(spec)
-    spec.observer.stat_shape(state, exact=False)
+    spec.observer.check_state(state, exact=False)
     if not isinstance(min_count, int) or isinstance(min_count, bool) or min_count < 1:
         raise ValueError(f"min_count={min_count!r}; give an int, at least 1")
     if fault := spec.observer.fault(state, min_count):

@@ -161,7 +161,7 @@ def _agree(spec: QuantSpec, state: State, group: dist.ProcessGroup | None) -> No
 def _described(spec: QuantSpec, state: State, group: dist.ProcessGroup | None) -> dict[str, str]:
     """Return what the ranks have to agree on, by name; TypeError or ValueError if it is wrong already."""
     check_spec(spec)
-    spec.observer.stat_shape(state)
+    spec.observer.check_state(state)
     devices = {str(value.device) for value in state.values()}
     if len(devices) > 1:
         raise ValueError(f"the state is on {', '.join(sorted(devices))}; move its tensors to one device")

@@ -166,8 +166,8 @@ class Observer(abc.ABC):
         """The reduction by which each key of a state merges, `count` among them; empty if `merge` works otherwise."""
         return {}
 
-    def stat_shape(self, state: State, *, exact: bool = True) -> tuple[int, ...]:
-        """Return the shape of the statistics in `state`; ValueError if it is not one of this observer.
+    def check_state(self, state: State, *, exact: bool = True) -> tuple[int, ...]:
+        """Raise ValueError unless `state` is one of this observer; return the shape of its statistics.
 
         Not `exact`: the state is to be read, not added to, and other keys do no harm.
         """

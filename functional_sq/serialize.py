@@ -179,7 +179,7 @@ def save(path: str | os.PathLike[str], calibration: Mapping[str, tuple[QuantSpec
             raise TypeError(f"{layer!r}: the value is a {type(pair).__name__}; give the pair (spec, state)")
         spec, state = pair
         specs[layer] = spec_to_plain(spec)
-        spec.observer.stat_shape(state)
+        spec.observer.check_state(state)
         for key, value in state.items():
             if fault := safetensors.fault(value):
                 raise TypeError(f"{layer!r}: {key!r} {fault}")
@@ -245,7 +245,7 @@ def _calibration(
         calibration[layer][1][key] = tensor
     for layer, (spec, state) in calibration.items():
         try:
-            spec.observer.stat_shape(state)
+            spec.observer.check_state(state)
         except ValueError as e:
             raise ValueError(f"layer {layer!r}: {e}") from e
     return calibration

@@ -121,7 +121,7 @@ def _broken(rank: int) -> Any:
 class Fails(fsq.MinMax):
     """Raises what no function of ours does."""
 
-    def stat_shape(self, state: fsq.State, *, exact: bool = True) -> tuple[int, ...]:
+    def check_state(self, state: fsq.State, *, exact: bool = True) -> tuple[int, ...]:
         raise AttributeError("a user's mistake")
 
 

@@ -46,7 +46,7 @@ class Raw(fsq.Observer):
 
     names = frozenset()
 
-    def stat_shape(self, state, *, exact=True):
+    def check_state(self, state, *, exact=True):
         return ()
 
 

@@ -685,7 +685,7 @@ class Last(fsq.Accumulator):
         return {"min": x, "max": x}
 
     def observe(self, state: State, x: Tensor, keep: Tensor | None) -> State:
-        batch = fsq.MinMax().observe(self.init(self.stat_shape(state), state["min"].dtype, x.device), x, keep)
+        batch = fsq.MinMax().observe(self.init(self.check_state(state), state["min"].dtype, x.device), x, keep)
         return {name: torch.where(batch["count"] > 0, batch[name], state[name]) for name in state}
 
     def merge(self, a: State, b: State) -> State:

@@ -169,8 +169,8 @@ class Histogram(Accumulator):
     def trailing(self, name: str) -> tuple[int, ...]:
         return (self.bins,) if name == "histogram" else ()
 
-    def stat_shape(self, state: State, *, exact: bool = True) -> tuple[int, ...]:
-        shape = super().stat_shape(state, exact=exact)
+    def check_state(self, state: State, *, exact: bool = True) -> tuple[int, ...]:
+        shape = super().check_state(state, exact=exact)
         found = tuple(state["histogram"].shape)
         if found != (*shape, self.bins):
             raise ValueError(

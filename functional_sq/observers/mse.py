@@ -125,7 +125,7 @@ def expected_error(spec: QuantSpec, state: State, qp: QParams) -> SquaredError:
     bins = histogram_of(spec.observer)
     if bins is None:
         raise ValueError(f"{spec.observer} records no histogram; record with Histogram() and put it into the spec")
-    spec.observer.stat_shape(state, exact=False)
+    spec.observer.check_state(state, exact=False)
     qp = check_qparams(qp)
     count, lo, hi = state["count"], state["min"], state["max"]
     if qp.scale.shape != count.shape:

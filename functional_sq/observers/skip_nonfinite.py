@@ -89,9 +89,9 @@ remove them from the calibration data, mend the layer that makes them, or raise 
     def merge(self, a: State, b: State) -> State:
         return self.observer.merge(_inner(a), _inner(b)) | {"nonfinite": a["nonfinite"] + b["nonfinite"]}
 
-    def stat_shape(self, state: State, *, exact: bool = True) -> tuple[int, ...]:
-        super().stat_shape(state, exact=exact)
-        return self.observer.stat_shape(_inner(state), exact=exact)
+    def check_state(self, state: State, *, exact: bool = True) -> tuple[int, ...]:
+        super().check_state(state, exact=exact)
+        return self.observer.check_state(_inner(state), exact=exact)
 
     def range(self, spec: QuantSpec, state: State) -> tuple[Tensor, Tensor]:
         return self.observer.range(spec, state)
