@@ -155,6 +155,11 @@ def _check_calibration(
 ) -> None:
     if not observers:
         raise ValueError(f"{type(model).__name__} has no observers; call prepare_(model, config) first")
+    if shapeless := [name for name, observer in observers.items() if not observer.state]:
+        raise ValueError(
+            f"{shapeless[0]} takes its shape from the first tensor, so there is no record to go back to, to save or to "
+            f"merge; give it a shape: ObserverModule(spec, shape)"
+        )
     if any(module.training for module in model.modules()):
         raise ValueError(
             "the model is in training mode, in which dropout and batch norm change what is recorded; "
@@ -199,7 +204,7 @@ def _start(observers: Mapping[str, ObserverModule], saved: _Record | None, rank:
     aside = None
     if rank > 0:
         aside = _states(observers)
-        _restore(observers, {name: observer.nothing() for name, observer in observers.items()})
+        _restore(observers, {name: observer.empty_state() for name, observer in observers.items()})
     return _Record(0, _states(observers), ()), aside
 
 

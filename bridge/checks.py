@@ -50,7 +50,10 @@ def check_memory(model: nn.Module) -> None:
 
 
 def check_rules(config: StaticQuantConfig, model: nn.Module) -> None:
-    """Raise ValueError where a rule's pattern fits no name in the model, or a rule a part of it but no layer there."""
+    """Raise ValueError where rules miss a layer, or say two things of one.
+
+    A pattern fits no name in the model; a rule fits a part of it, but no layer there; or a layer has two names.
+    """
     names = named(model)
     layers = {name for name, module in names.items() if _is_layer(module)}
     for key, _ in rules_of(config):
@@ -66,6 +69,16 @@ def check_rules(config: StaticQuantConfig, model: nn.Module) -> None:
                 f"the rule for {written(key)} fits {inside[0][:-2]!r}, which is no layer, and says nothing of those in "
                 f"it; use {pattern!r}"
             )
+    first: dict[int, tuple[str, StaticQuantConfig | None]] = {}
+    for name, module in names.items():
+        if isinstance(module, Observed) or observed_type(module) is not None:
+            own = config.of(module, name)
+            known, before = first.setdefault(id(module), (name, own))
+            if own != before:
+                raise ValueError(
+                    f"{known!r} and {name!r} are one layer, and by the rules it is {before or 'to stay in float'} as "
+                    f"the one, and {own or 'to stay in float'} as the other; let both names say the same"
+                )
 
 
 def _is_layer(module: nn.Module) -> bool:

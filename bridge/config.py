@@ -17,9 +17,10 @@ import functional_sq as fsq
 from bridge.observed import settings_of
 from bridge.quantized import SWITCHES
 from bridge.torchao import AOBaseConfig
+from functional_sq.formats import name_of
 from functional_sq.serialize import spec_from_plain, spec_to_plain
 
-__all__ = ["PRESETS", "Rules", "StaticQuantConfig", "default_specs", "fits", "rules_of", "written"]
+__all__ = ["PRESETS", "StaticQuantConfig", "default_specs", "fits", "rules_of", "written"]
 
 Rules = tuple[tuple["str | type[nn.Module]", "StaticQuantConfig | None"], ...]
 """What a config holds."""
@@ -154,9 +155,12 @@ class StaticQuantConfig(AOBaseConfig):
                 imported because a text says so; those of `torch.nn` are known.
 
         Raises:
+            TypeError: `classes` has what is no class.
             ValueError: `text` is not such JSON, or names what is not known.
         """
         classes = tuple(classes)
+        if bad := [c for c in classes if not isinstance(c, type)]:
+            raise TypeError(f"classes has {bad[0]!r}, which is no class; give the classes themselves")
         modules = {written(c): c for c in classes if issubclass(c, nn.Module)}
         values = tuple(c for c in classes if not issubclass(c, nn.Module))
         try:
@@ -166,6 +170,7 @@ class StaticQuantConfig(AOBaseConfig):
 
 
 def default_specs(dtype: torch.dtype) -> dict[str, fsq.QuantSpec]:
+    """Return the specs of a dtype where a config names none: `activation` and `weight`."""
     asymmetric, symmetric = fsq.MappingType.ASYMMETRIC, fsq.MappingType.SYMMETRIC
     unsigned = fsq.QuantSpec(dtype, fsq.PerTensor()).bounds[0] == 0
     act = symmetric if dtype.is_floating_point else asymmetric
@@ -213,7 +218,7 @@ def _plain(config: StaticQuantConfig | None) -> dict[str, Any] | None:
     if config is None:
         return None
     return {
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "dtype": name_of(config.dtype),
         "step": config.step,
         "activation": spec_to_plain(config.activation),
         "weight": spec_to_plain(config.weight),

@@ -20,6 +20,7 @@ from bridge.observed import Observed
 from bridge.swapping import choose_paths, module_names
 from functional_sq import backends
 from functional_sq.chains import AT_CODES, hand_on
+from functional_sq.tracing import asked_once
 
 __all__ = ["Chain", "HandOn", "capture", "chains", "install", "uncompiled"]
 
@@ -48,7 +49,7 @@ class HandOn(CustomGraphPass):
         return None if theirs is None else (theirs, ours)
 
 
-@torch.compiler.assume_constant_result  # Dynamo calls it while it captures a layer, just before the pass is looked for.
+@asked_once  # by Dynamo while it captures a layer, just before the pass is looked for
 def install() -> str:
     """Set the pass, after one that is set already. A list of passes, which newer versions take, gets it at its end.
 

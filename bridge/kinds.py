@@ -11,7 +11,7 @@ from bridge.aqt import AffineQuantizedTensor
 from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
 from bridge.observed import OBSERVED, Observed, holds_tensors
 
-__all__ = ["float_reason", "is_quantizable", "observed_type"]
+__all__ = ["float_reason", "is_replaceable", "observed_type"]
 
 
 def observed_type(module: nn.Module) -> type[Observed] | None:
@@ -37,13 +37,13 @@ def observed_type(module: nn.Module) -> type[Observed] | None:
     return None
 
 
-def is_quantizable(module: nn.Module) -> bool:
+def is_replaceable(module: nn.Module) -> bool:
     """Say whether `make_quantizable_` replaces `module`: it computes what a type that it knows computes, and no more.
 
     Example:
         >>> import torch
-        >>> from bridge.kinds import is_quantizable
-        >>> is_quantizable(torch.nn.MultiheadAttention(8, 2)), is_quantizable(torch.nn.LSTM(8, 8))
+        >>> from bridge.kinds import is_replaceable
+        >>> is_replaceable(torch.nn.MultiheadAttention(8, 2)), is_replaceable(torch.nn.LSTM(8, 8))
         (True, False)
     """
     # A model that has a Conv1D has loaded transformers.
@@ -87,7 +87,7 @@ def _missing(module: nn.Module) -> list[str]:
 def float_reason(module: nn.Module) -> str | None:
     """Say why `module`, a kind of layer that one may expect to be quantized, is not; None: it is, or is no such."""
     kind = type(module).__name__
-    remedy = "call bridge.make_quantizable_(model) first" if is_quantizable(module) else None
+    remedy = "call bridge.make_quantizable_(model) first" if is_replaceable(module) else None
     if isinstance(module, nn.MultiheadAttention):
         return (
             f"{kind} multiplies its projections itself, calling no layer; "

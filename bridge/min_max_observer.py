@@ -127,9 +127,15 @@ class AffineQuantizedMinMaxObserver(ObserverModule):
         """The largest value that was seen; AttributeError while nothing was."""
         return self._seen("max")
 
+    def __getattr__(self, name: str) -> Any:
+        # Python comes here after a property's AttributeError, and torch would say that there is no such attribute.
+        if name in ("min_val", "max_val"):
+            raise AttributeError(f"{name}: nothing was seen; run data through the observer first")
+        return super().__getattr__(name)
+
     def _seen(self, name: str) -> Tensor:
         if not self._buffers or not bool(self.state["count"].any()):
-            raise AttributeError(f"{name}_val: nothing was seen")
+            raise AttributeError(name)
         value, granularity = self.state[name], self.spec.granularity
         if self.keepdim:
             return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import functional_sq as fsq
 from bridge.observer import ObserverModule
 from functional_sq.spec import check_spec
+
+if TYPE_CHECKING:
+    from bridge.config import StaticQuantConfig
 
 __all__ = [
     "LAYERS",
@@ -51,7 +54,7 @@ class Observed(nn.Module):
     act_obs: ObserverModule
     weight_obs: ObserverModule
     weight: Tensor
-    config: Any
+    config: StaticQuantConfig | None
     float_type: ClassVar[type[nn.Module]]
     settings: ClassVar[tuple[str, ...]]
 

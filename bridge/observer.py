@@ -76,7 +76,7 @@ class ObserverModule(Buffers):
             self.forget()
         return self
 
-    def nothing(self, device: torch.device | None = None) -> fsq.State:
+    def empty_state(self, device: torch.device | None = None) -> fsq.State:
         """Return the state of an observer like this one that has seen nothing."""
         count = self.state["count"]
         return self.spec.observer.init(tuple(count.shape), torch.float32, device or count.device)
@@ -84,7 +84,7 @@ class ObserverModule(Buffers):
     def forget(self, device: torch.device | None = None) -> None:
         """Forget everything, and take memory on `device`; default: where the record is."""
         with torch.inference_mode(False):  # as `reset`
-            for name, value in self.nothing(device).items():
+            for name, value in self.empty_state(device).items():
                 self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:

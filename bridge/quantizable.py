@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from bridge.arguments import check_function, check_module
 from bridge.checks import Filter
-from bridge.kinds import is_quantizable
+from bridge.kinds import is_replaceable
 from bridge.observed import check_plain
 from bridge.swapping import public_name, swap_
 
@@ -57,7 +57,7 @@ def make_quantizable_(model: nn.Module, filter_fn: Filter | None = None) -> nn.M
     chosen = {
         module
         for name, module in model.named_modules()
-        if is_quantizable(module) and (filter_fn is None or filter_fn(module, public_name(name)))
+        if is_replaceable(module) and (filter_fn is None or filter_fn(module, public_name(name)))
     }
     if chosen:
         swap_(model, lambda module, name: module in chosen, _quantizable, "one that make_quantizable_ replaces")
@@ -115,7 +115,7 @@ class QuantizableMultiheadAttention(nn.Module):
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
-        if not (isinstance(attention, nn.MultiheadAttention) and is_quantizable(attention)):
+        if not (isinstance(attention, nn.MultiheadAttention) and is_replaceable(attention)):
             raise TypeError(
                 f"{type(self).__name__} got a {type(attention).__name__}; give a torch.nn.MultiheadAttention, or a "
                 f"subclass that computes the same"

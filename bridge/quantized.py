@@ -42,13 +42,14 @@ from functional_sq import backends, brgemm, chains
 from functional_sq.compat import is_exporting
 from functional_sq.conv import is_looped_first, is_tapped
 from functional_sq.folded import check_zero_point
-from functional_sq.formats import Float8
+from functional_sq.formats import Float8, name_of
 from functional_sq.granularity import check_stats
 from functional_sq.linear import quantized_linear
 from functional_sq.qparams import check_qparams, fixed_zero_point
 from functional_sq.spec import check_spec
 
 __all__ = [
+    "QUANTIZED",
     "SWITCHES",
     "Quantized",
     "QuantizedConv1d",
@@ -412,7 +413,7 @@ class Quantized(Buffers):
         """How the layer multiplies, in words; what its device or weight does not allow is not in it."""
         if self.reference:
             return "dequantized product"
-        return f"{_short(self.weight_codes.dtype)} product{self._backend()}"
+        return f"{name_of(self.weight_codes.dtype)} product{self._backend()}"
 
     def extra_repr(self) -> str:
         if torch.compiler.is_compiling():  # torch.vmap takes the repr of what it maps, which is no constant of a graph
@@ -424,15 +425,16 @@ class Quantized(Buffers):
         )
 
 
-def _taken_by(backends: Iterable[tuple[str, range]], what: str) -> str:
+def _taken_by(asked: Iterable[tuple[str, range]], what: str) -> str:
     """Say which backend takes how many rows or windows; the first that takes a number does, in the order given."""
     shown, free = "", [range(1, sys.maxsize)]
-    for name, asked in ((name, asked) for name, asked in backends if asked):
-        for taken in filter(None, (range(max(each.start, asked.start), min(each.stop, asked.stop)) for each in free)):
+    for name, offered in ((name, offered) for name, offered in asked if offered):
+        both = (range(max(a.start, offered.start), min(a.stop, offered.stop)) for a in free)
+        for taken in filter(None, both):
             last = f"{what} on" if taken.stop == sys.maxsize else f"to {taken.stop - 1} {what}"
             shown += f", by {name} from {taken.start} {last}"
-        parts = ((range(a.start, min(a.stop, asked.start)), range(max(a.start, asked.stop), a.stop)) for a in free)
-        free = [part for both in parts for part in both if part]
+        rest = ((range(a.start, min(a.stop, offered.start)), range(max(a.start, offered.stop), a.stop)) for a in free)
+        free = [part for parts in rest for part in parts if part]
     return shown
 
 
@@ -537,7 +539,7 @@ class QuantizedLinear(Quantized):
         return quantized_linear(self.act_spec, x, qp, self.folded, bias, **how)
 
     def _backend(self) -> str:
-        if brgemm.float8(self.weight_codes) is not None:
+        if brgemm.float8_for(self.weight_codes) is not None:
             return f", by {brgemm.NAME}"
         weight = self.weight_codes, self.weight_zero_point
         return _taken_by(
@@ -608,7 +610,7 @@ class _QuantizedConv(Quantized):
         return self._product(self.act_spec, q, qp, self.folded, bias, dtype=x.dtype, **how)
 
     def _backend(self) -> str:
-        if brgemm.float8(self.weight_codes, self.groups) is not None:
+        if brgemm.float8_for(self.weight_codes, self.groups) is not None:
             return f", by {brgemm.NAME}"
         # A transposed one is a convolution of codes that were spread, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
@@ -789,14 +791,10 @@ def _repr_of_weight(linear: nn.Linear) -> str:
     if isinstance(weight, LinearActivationQuantizedTensor):
         inner = weight.original_weight_tensor
         assert isinstance(inner, AffineQuantizedTensor)
-        activation = _short(weight.quant_kwargs["target_dtype"])
-        kind = f"{kind}(activation={activation}, weight={_short(inner.target_dtype)} {inner.spec.granularity})"
+        activation = name_of(weight.quant_kwargs["target_dtype"])
+        kind = f"{kind}(activation={activation}, weight={name_of(inner.target_dtype)} {inner.spec.granularity})"
     return f"{nn.Linear.extra_repr(linear)}, weight={kind}"
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _summary(spec: fsq.QuantSpec) -> str:
-    return f"{_short(spec.dtype)} {spec.mapping.name.lower()} {spec.granularity}"
+    return f"{name_of(spec.dtype)} {spec.mapping.name.lower()} {spec.granularity}"

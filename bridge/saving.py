@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from bridge.aqt import AffineQuantizedTensor
 from bridge.arguments import check_module
-from bridge.kinds import float_reason, is_quantizable
+from bridge.kinds import float_reason, is_replaceable
 from bridge.linear_activation_quantized import LinearActivationQuantizedTensor
 from bridge.observed import check_plain
 from bridge.observer import ObserverModule
 from bridge.quantized import QUANTIZED, Quantized
 from bridge.swapping import choose_paths, named, public_name, put
 from functional_sq import safetensors
+from functional_sq.formats import name_of
 from functional_sq.serialize import spec_from_plain, spec_to_plain
 
 __all__ = ["load", "save"]
@@ -181,7 +182,7 @@ def load(
             f"{path}: the model of the factory does not fit, in {len(lines)} places:\n  "
             + "\n  ".join(lines)
             + "\nmake the factory return the float model that was quantized, of the same classes, sizes and dtype"
-            + (step if any(is_quantizable(m) and name in faults for name, m in named(model).items()) else "")
+            + (step if any(is_replaceable(m) and name in faults for name, m in named(model).items()) else "")
         )
 
     parameters = {public_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -251,7 +252,7 @@ def _record(names: list[str], layer: Any) -> dict[str, object]:
         "kind": type(layer).__name__,
         "act": spec_to_plain(layer.act_spec),
         "weight": spec_to_plain(layer.weight_spec),
-        "dtype": str(layer.dtype).removeprefix("torch."),
+        "dtype": name_of(layer.dtype),
         "arguments": layer.arguments(),
     }
 

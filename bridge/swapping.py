@@ -61,16 +61,24 @@ def swap_(
 ) -> None:
     """Replace every module that `wanted(module, name)` by `make(module, name)`, or none of them.
 
-    All are made before the first is put in place. A module used in two places is made once. Where none is wanted, the
+    All are made before the first is put in place. A module with two names is made once, and refused if it is wanted by
+    one of them alone. Where none is wanted, the
     error says that none is `what`, and the `remedy`. The `warning` is given before, so that nothing is changed where
     it is an error.
     """
     if wanted(model, ""):
         raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")
-    modules = model.named_modules(remove_duplicate=False)
-    found = {name: module for name, module in modules if wanted(module, public_name(name))}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {name: module for name, module in modules.items() if wanted(module, public_name(name))}
     if not found:
         raise ValueError(f"no module of {type(model).__name__} is {what} to replace, and nothing was changed; {remedy}")
+    others = {id(module): public_name(name) for name, module in modules.items() if name not in found}
+    for name, module in found.items():
+        if id(module) in others:
+            raise ValueError(
+                f"{public_name(name)!r} and {others[id(module)]!r} are one module, which the filter picks as the one "
+                f"and not as the other; let it say the same of both"
+            )
     made: dict[int, nn.Module] = {}
     errors: dict[str, ValueError | TypeError] = {}
     for name, module in found.items():
@@ -86,7 +94,7 @@ def swap_(
             told = [f"{len(told)} layers cannot be replaced, and nothing was changed:", *told]
         raise type(first)("\n  ".join(told)) from first
     if warning:
-        warnings.warn(warning, stacklevel=4)
+        warnings.warn(warning, stacklevel=4)  # who called prepare_ or convert_, which have a function between
     for name, module in found.items():
         put(model, name, made[id(module)])
     choose_paths(model)

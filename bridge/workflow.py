@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Final, Literal
 
@@ -81,44 +80,27 @@ def _prepare(model: nn.Module, config: StaticQuantConfig, filter_fn: Filter | No
     check_function("filter_fn", filter_fn, "a module and its name to a bool")
     check_rules(config, model)
 
-    def own(module: nn.Module, name: str) -> StaticQuantConfig | None:
+    def asked(module: nn.Module, name: str) -> StaticQuantConfig | None:
         return config.of(module, name) if filter_fn is None or filter_fn(module, name) else None
 
     names = named(model)
-    chosen = _chosen(names, own)
+    layers = {name: module for name, module in names.items() if observed_type(module) is not None}
+    chosen = {name: own for name, layer in layers.items() if (own := asked(layer, name)) is not None}
     left: dict[str, list[str]] = {}
     for name, module in names.items():
         reason = float_reason(module)
-        if reason is not None and own(module, name) is not None:
+        if reason is not None and asked(module, name) is not None:
             left.setdefault(reason, []).append(name)
     reasons = listed({", ".join(same): reason for reason, same in left.items()})
     swap_(
         model,
-        lambda module, name: id(module) in chosen,
-        lambda layer, name: prepared_layer(chosen[id(layer)], layer),
+        lambda module, name: observed_type(module) is not None and name in chosen,
+        lambda layer, name: prepared_layer(chosen[name], layer),
         f"one of {LAYERS}",
         "look at the filter and the rules; layers that are prepared or converted already stay what they are"
         + (f"; and some must stay in float:\n{reasons}" if left else ""),
         f"{counted(sum(map(len, left.values())), 'module')} left in float:\n{reasons}" if left else "",
     )
-
-
-def _chosen(
-    names: Mapping[str, nn.Module], own: Callable[[nn.Module, str], StaticQuantConfig | None]
-) -> dict[int, StaticQuantConfig]:
-    """Return by `id` how layers are to be quantized; ValueError where one has two names and two answers."""
-    first: dict[int, tuple[str, StaticQuantConfig | None]] = {}
-    for name, module in names.items():
-        if observed_type(module) is None:
-            continue
-        config = own(module, name)
-        known, before = first.setdefault(id(module), (name, config))
-        if config != before:
-            raise ValueError(
-                f"{known!r} and {name!r} are one layer, and by rule or filter it is {before or 'to stay in float'} as "
-                f"the one, and {config or 'to stay in float'} as the other; let both names say the same"
-            )
-    return {key: config for key, (_, config) in first.items() if config is not None}
 
 
 def insert_observers_(

@@ -38,7 +38,7 @@ def fold_batch_norm(
         weight and bias in the dtype of `weight`, computed in float64 and rounded once.
 
     Raises:
-        TypeError: the weight has no real values.
+        TypeError: the weight or a statistic has no real values, or `eps` is no number.
         ValueError: a statistic does not have one entry for each output channel.
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), equation 14.
@@ -50,10 +50,16 @@ def fold_batch_norm(
         (tensor([[2.]]), tensor([0.]))
     """
     check_real(weight, "fold_batch_norm (weight)")
-    given = {"bias": bias, "running_mean": running_mean, "running_var": running_var, "gamma": gamma, "beta": beta}
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps={eps!r} is not a number; give that of the batch norm")
+    if weight.ndim == 0:
+        raise ValueError("a weight of shape () has no output channels; give that of a linear layer or a convolution")
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    given = {name: t for name, t in (("bias", bias), ("gamma", gamma), ("beta", beta)) if t is not None}
     n = weight.shape[0]
-    for name, value in given.items():
-        if value is not None and value.shape != (n,):
+    for name, value in (statistics | given).items():
+        check_real(value, f"fold_batch_norm ({name})")
+        if value.shape != (n,):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}, and a weight of shape {tuple(weight.shape)} has {n} output "
                 f"channels; give one entry for each"

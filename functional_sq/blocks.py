@@ -42,10 +42,10 @@ def split(x: Tensor, stat_shape: Sequence[int]) -> tuple[Tensor, tuple[int, ...]
     sizes: list[int] = []
     dims: list[int] = []
     for n, s in zip(x.shape, stat_shape, strict=True):
-        if s == n:
-            sizes.append(n)
-        elif s == 1:
+        if s == 1:
             dims.append(len(sizes))
+            sizes.append(n)
+        elif s == n:
             sizes.append(n)
         else:
             sizes += [s, n // s]

@@ -34,17 +34,19 @@ from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import quantize as _quantize
-from functional_sq.requantize import MakesFloat8, fills_a_byte, has_one_scale, requantizes
+from functional_sq.requantize import Float8Codes, fills_a_byte, has_one_scale, requantizes
 from functional_sq.spec import QuantSpec, check_spec
 from functional_sq.tracing import asked_once, define_operator, is_batched, is_traced
 from functional_sq.windows import window_sizes
 
 __all__ = [
+    "AVAILABLE",
     "CODES",
+    "HAS_BFLOAT16",
     "NAME",
-    "Float8Products",
+    "Float8Kernels",
     "convolve",
-    "float8",
+    "float8_for",
     "is_built",
     "key",
     "plus",
@@ -106,14 +108,14 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
     return codes.dtype is torch.int8 and codes.ndim in (2, 3, 4) and _takes(codes) and codes[0].numel() <= INT32_TERMS
 
 
-class Float8Products(MakesFloat8):
+class Float8Kernels(Float8Codes):
     """What `linear` and `conv` ask for a weight of float8, as they ask a backend: codes that it makes are `CODES`.
 
     Example:
         >>> import torch, functional_sq as fsq
         >>> from functional_sq import brgemm
         >>> spec = fsq.QuantSpec(torch.float8_e4m3fn, fsq.PerTensor())
-        >>> brgemm.Float8Products().requantizes(spec, torch.ones(1), "gelu")
+        >>> brgemm.Float8Kernels().requantizes(spec, torch.ones(1), "gelu")
         True
     """
 
@@ -130,10 +132,10 @@ class Float8Products(MakesFloat8):
         return convolve(*given, **rest)
 
 
-_FLOAT8 = Float8Products()
+_FLOAT8 = Float8Kernels()
 
 
-def float8(codes: Tensor, groups: int = 1) -> Float8Products | None:
+def float8_for(codes: Tensor, groups: int = 1) -> Float8Kernels | None:
     """Return what multiplies, or convolves, codes of float8 with those of a weight as bfloat16 on this CPU, or None.
 
     Args:
@@ -143,7 +145,7 @@ def float8(codes: Tensor, groups: int = 1) -> Float8Products | None:
     Example:
         >>> import torch
         >>> from functional_sq import brgemm
-        >>> brgemm.float8(torch.zeros(4, 8)) is None
+        >>> brgemm.float8_for(torch.zeros(4, 8)) is None
         True
     """
     is_float8 = codes.is_floating_point() and codes.itemsize == 1
@@ -193,7 +195,7 @@ def product(
             that `float8` takes. Packed at the first call, and again once it changes.
         activation: what `requantizes` takes, applied before codes are made; "none" without `to_scale`.
         to_scale, to_zero_point: float32 and int32, one element each: the result is codes of them, uint8 or those of
-            `Float8Products`. Beside `functional_sq.quantize` a code may differ by one where the value lies on the
+            `Float8Kernels`. Beside `functional_sq.quantize` a code may differ by one where the value lies on the
             border of two, as `erf`, `exp` and `tanh` are polynomials.
         dtype: what the result is rounded to, once, where it is no codes.
 
@@ -417,7 +419,7 @@ def _fake(
 
 
 def _result_dtype(codes: Tensor, to_scale: Tensor | None, dtype: torch.dtype) -> torch.dtype:
-    made = Float8Products.CODES if codes.is_floating_point() else CODES
+    made = Float8Kernels.CODES if codes.is_floating_point() else CODES
     return dtype if to_scale is None else made
 
 

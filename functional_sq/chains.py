@@ -472,7 +472,7 @@ def _adds(node: fx.Node) -> bool:
     function, settings = _function_of(str(node.args[_GEOMETRY]))
     if codes is None or function is not conv:
         return False
-    if brgemm.float8(codes, settings["groups"]) is not None:
+    if brgemm.float8_for(codes, settings["groups"]) is not None:
         return True
     stride, _, dilation = geometry_of(codes.shape[2:], *(settings[name] for name in Geometry._fields))
     y, of_weight = _example(node), (codes, zero_point, stride, dilation, settings["groups"])
@@ -523,8 +523,10 @@ def _memory(node: fx.Node) -> int | None:
     from torch._subclasses.fake_tensor import FakeTensor  # imports sympy
 
     value = _example(node)
-    known = isinstance(value, FakeTensor) and value.layout is torch.strided  # others are made of several tensors
-    return value.untyped_storage()._cdata if known and value is not None else None
+    if not isinstance(value, FakeTensor) or value.layout is not torch.strided:
+        return None  # others are made of several tensors
+    memory: int = value.untyped_storage()._cdata
+    return memory
 
 
 def _activation(node: fx.Node) -> str | None:

@@ -45,7 +45,7 @@ from functional_sq.folded import (
     zero_point_of_rows,
 )
 from functional_sq.formats import Float8, check_real, check_real_dtype
-from functional_sq.int_mm import as_written, integer_product, less, less_product
+from functional_sq.int_mm import as_written, integer_product, subtract, subtract_product
 from functional_sq.linear import bracket, check_operands, check_residual, fits_operator
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
@@ -66,7 +66,7 @@ from functional_sq.windows import (
     are_alone,
     as_bytes,
     check_windows,
-    flat,
+    flatten_padding,
     geometry_of,
     laid_out,
     pad_codes,
@@ -171,11 +171,11 @@ def conv(
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
     looped_first = tapped and is_looped_first(weight.codes, weight.zero_point)
     fits = fits_operator(scale, bias, wide) and not looped_first
-    backend: Convolution | triton_conv.Float8 | brgemm.Float8Products | None = None
+    backend: Convolution | triton_conv.Float8Kernels | brgemm.Float8Kernels | None = None
     if offset is None and fits:
-        backend = triton_conv.float8(images, weight.codes, fast_accum)
+        backend = triton_conv.float8_for(images, weight.codes, fast_accum)
         if backend is None and epilogue is not None:
-            backend = brgemm.float8(weight.codes, groups)
+            backend = brgemm.float8_for(weight.codes, groups)
     elif epilogue is not None and fits:
         count, of_weight = images.shape[0] * math.prod(size), (weight.codes, weight.zero_point)
         backend = convolution_for(count, *of_weight, geometry.stride, geometry.dilation, groups)
@@ -254,7 +254,7 @@ def conv_reference(
     check_channels(x.shape, weight.shape, groups)
     geometry = geometry_of(weight.shape[2:], stride, padding, dilation)
     check_windows(x.shape, weight.shape, geometry)
-    check_bias(bias, weight.shape[0])
+    check_bias(bias, weight.shape[0], weight.dtype)
     with as_written(x.device):
         return _convolve(x, weight, bias, geometry, groups)
 
@@ -305,7 +305,7 @@ def _padded(q: Tensor, zero_point: Tensor, geometry: Geometry) -> Tensor:
     x = q.movedim(1, -1).contiguous()
     if any(map(any, geometry.padding)):
         x = computed_once(x)  # else with a mask for the padding at each step
-        x = pad_codes(x, zero_point, [0, 0, *flat(geometry.padding)])
+        x = pad_codes(x, zero_point, [0, 0, *flatten_padding(geometry.padding)])
     return x.contiguous()
 
 
@@ -318,7 +318,7 @@ def _windows(q: Tensor, zero_point: Tensor, kernel: Sequence[int], geometry: Geo
 
 
 def _convolve_by(
-    backend: Convolution | triton_conv.Float8 | brgemm.Float8Products,
+    backend: Convolution | triton_conv.Float8Kernels | brgemm.Float8Kernels,
     operands: Operands,
     geometry: Geometry,
     groups: int,
@@ -358,7 +358,7 @@ def _gathered(
         assert offset is not None
         # A row of ones sums each window: cheaper than to read all windows a second time.
         product = integer_product(rows, torch.cat([codes, torch.ones_like(codes[:1])]))
-        product = less(less_product(product[:, :-1], product[:, -1:], weight.zero_point.reshape(-1)), offset)
+        product = subtract(subtract_product(product[:, :-1], product[:, -1:], weight.zero_point.reshape(-1)), offset)
     return product.reshape(*gathered.shape[:-1], len(codes)).movedim(-1, 1)
 
 
@@ -464,5 +464,5 @@ def _evenly_padded(x: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[Sequenc
     """Return images, and stride, padding and dilation, as torch takes them: padded alike on both sides."""
     stride, padding, dilation = geometry
     if any(before != after for before, after in padding):
-        x, padding = F.pad(x, flat(padding)), ((0, 0),) * len(padding)
+        x, padding = F.pad(x, flatten_padding(padding)), ((0, 0),) * len(padding)
     return x, (stride, [before for before, _ in padding], dilation)

@@ -25,7 +25,7 @@ from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization
 from functional_sq.spec import QuantSpec
-from functional_sq.windows import flat, laid_out, per_dimension
+from functional_sq.windows import flatten_padding, laid_out, per_dimension
 
 __all__ = ["conv_transpose", "conv_transpose_reference", "transpose_weight"]
 
@@ -41,6 +41,7 @@ def transpose_weight(weight: Tensor, groups: int = 1) -> Tensor:
         `(N, C / groups, *kernel)`, the kernel turned round, contiguous; of that the `weight` again.
 
     Raises:
+        TypeError: the weight is no tensor.
         ValueError: `groups` does not divide the first axis, or there is no kernel.
 
     Example:
@@ -49,6 +50,8 @@ def transpose_weight(weight: Tensor, groups: int = 1) -> Tensor:
         tensor([[[2., 1.],
                  [4., 3.]]])
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}; give a tensor of (in, out / groups, *kernel)")
     whole = isinstance(groups, int) and not isinstance(groups, bool) and groups > 0
     if weight.ndim < 3 or not whole or weight.shape[0] % groups:
         raise ValueError(
@@ -149,11 +152,14 @@ def conv_transpose_reference(
     Args:
         spec, q, qp: as `conv_reference`.
         weight: real values in the layout of `transpose_weight`. Its dtype is the result's.
-        bias: `(N,)` or None.
+        bias: `(N,)` in the dtype of `weight`, or None.
         stride, padding, output_padding, dilation, groups: as `conv_transpose`.
 
     Returns:
         as `conv_transpose`, in the dtype of `weight`: the bits of `torch.nn.functional.conv_transpose2d`.
+
+    Raises:
+        TypeError, ValueError: as `dequantize`; the weight, the bias or the geometry does not fit.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -167,7 +173,7 @@ def conv_transpose_reference(
     x = dequantize(spec, q, qp, dtype=weight.dtype)
     check_channels(x.shape, weight.shape, groups)
     _geometry(x.shape, weight.shape, stride, padding, output_padding, dilation)
-    check_bias(bias, weight.shape[0])
+    check_bias(bias, weight.shape[0], weight.dtype)
     op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
     with as_written(x.device):
         return op(x, transpose_weight(weight, groups), bias, stride, padding, output_padding, groups, dilation)
@@ -198,7 +204,7 @@ def _geometry(
     if any(n < 1 or (n - 1) * step + 1 + sum(pair) - extent < 1 for n, step, pair, extent in each_axis):
         raise ValueError(
             f"of activations of shape {tuple(q)} and a kernel of {tuple(kernel)} padding={padding!r} leaves nothing; "
-            f"pad less"
+            f"give more of them, or pad less"
         )
     return steps, around, gaps
 
@@ -216,6 +222,6 @@ def _spread(q: Tensor, zero_point: Tensor, steps: Sequence[int], around: Sequenc
     # Behind the last element there are step - 1 zeros already.
     sides = [(first, last - step + 1) for (first, last), step in zip(around, steps, strict=True)]
     # What is cut off may be more than there is before the other side is padded.
-    x = F.pad(x, [0, 0, *(max(side, 0) for side in flat(sides))])
-    x = F.pad(x, [0, 0, *(min(side, 0) for side in flat(sides))])
+    x = F.pad(x, [0, 0, *(max(side, 0) for side in flatten_padding(sides))])
+    x = F.pad(x, [0, 0, *(min(side, 0) for side in flatten_padding(sides))])
     return (x ^ byte).view(q.dtype).movedim(-1, 1)

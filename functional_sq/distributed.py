@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from functional_sq.formats import name_of
 from functional_sq.observer import Observer, Reduction, State
 from functional_sq.serialize import spec_to_plain
 from functional_sq.spec import QuantSpec, check_spec
@@ -170,7 +171,7 @@ def _described(spec: QuantSpec, state: State, group: dist.ProcessGroup | None) -
         raise ValueError(f"the state is on {device}, the group reduces on {' or '.join(served)}; move the state there")
     about = {name: json.dumps(value, sort_keys=True) for name, value in spec_to_plain(spec).items()}
     for name, value in state.items():
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = name_of(value.dtype)
         about[f"the state's {name}"] = f"{dtype} of shape {tuple(value.shape)} on {value.device.type}"
     return about
 

@@ -16,7 +16,7 @@ from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.qparams import QParams, check_qparams, fixed_zero_point
-from functional_sq.spec import QuantSpec, check_spec
+from functional_sq.spec import QuantSpec, check_codes, check_spec
 from functional_sq.tracing import is_batched
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "check_epilogue",
     "check_folded",
     "check_product",
-    "check_storage",
     "check_zero_point",
     "epilogue",
     "fold",
@@ -66,8 +65,8 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
         qp: scale and zero point of `q`.
 
     Returns:
-        the folded weight. `unfold(spec, ...)` gives `q` and `qp` back. Some fields may be None, which a function
-        mapped by `torch.vmap` cannot return: multiply inside it.
+        the folded weight, which may share the memory of `q` and `qp`. `unfold(spec, ...)` gives them back. Some
+        fields may be None, which a function mapped by `torch.vmap` cannot return: multiply inside it.
 
     Raises:
         TypeError: `q` is not in the spec's storage dtype, or `qp` is no QParams.
@@ -82,7 +81,7 @@ def fold(spec: QuantSpec, q: Tensor, qp: QParams) -> FoldedWeight:
         tensor([ 6, 15], dtype=torch.int32)
     """
     check_spec(spec)
-    check_storage(spec, q)
+    check_codes(spec, q, "fold")
     qp = check_qparams(qp)
     if not 2 <= q.ndim <= 5:
         raise ValueError(
@@ -106,7 +105,7 @@ def unfold(spec: QuantSpec, weight: FoldedWeight) -> tuple[Tensor, QParams]:
 
     Args:
         spec: the weight's quantization.
-        weight: what `fold(spec, ...)` returned.
+        weight: what `fold(spec, ...)` returned; the result may share its memory.
 
     Raises:
         TypeError: `weight` has codes of another kind than `spec`.
@@ -245,11 +244,13 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
     return Epilogue(scale.expand(*scale.shape[:-1], n), offset)
 
 
-def check_bias(bias: Tensor | None, n: int) -> None:
-    """Raise TypeError unless a bias is None or real values, ValueError unless it has one for each of `n` outputs."""
+def check_bias(bias: Tensor | None, n: int, dtype: torch.dtype | None = None) -> None:
+    """Raise unless a bias is None or has a real value for each of `n` outputs, in `dtype` where one is given."""
     if bias is None:
         return
     check_real(bias, "a product (bias)")
+    if dtype is not None and bias.dtype is not dtype:
+        raise TypeError(f"bias is {bias.dtype}, and the weight {dtype}; cast one of them")
     if bias.shape != (n,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, and the weight {n} outputs; give one entry for each")
 
@@ -302,13 +303,8 @@ def zero_point_of_rows(weight: FoldedWeight) -> Tensor | None:
     return None if weight.zero_point is None else weight.zero_point.reshape(-1).expand(weight.codes.shape[0])
 
 
-def check_storage(spec: QuantSpec, q: Tensor) -> None:
-    found = q.dtype if isinstance(q, Tensor) else type(q).__name__
-    if found is not spec.format.storage:
-        raise TypeError(f"got codes of {found}; those of {spec.dtype} are a tensor of {spec.format.storage}")
-
-
 def check_folded(weight: object) -> None:
+    """Raise TypeError unless `weight` is a FoldedWeight."""
     if not isinstance(weight, FoldedWeight):
         raise TypeError(f"weight is a {type(weight).__name__}; give the FoldedWeight that fold(spec, q, qp) returns")
 

@@ -38,6 +38,7 @@ __all__ = [
     "check_real",
     "check_real_dtype",
     "format_of",
+    "name_of",
 ]
 
 REAL_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -235,6 +236,18 @@ FORMATS: Final = MappingProxyType(_formats())
 """Every quantized dtype with its format; read-only."""
 
 
+def name_of(kind: torch.dtype | torch.layout) -> str:
+    """Return the name of a dtype or layout as one says it, without `torch.`; `getattr(torch, name)` gives it back.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq.formats import name_of
+        >>> name_of(torch.float8_e4m3fn)
+        'float8_e4m3fn'
+    """
+    return str(kind).removeprefix("torch.")
+
+
 def format_of(dtype: torch.dtype) -> Format:
     """Return the format of a quantized dtype.
 
@@ -256,7 +269,7 @@ def format_of(dtype: torch.dtype) -> Format:
     try:
         return FORMATS[dtype]
     except (KeyError, TypeError):
-        names = ", ".join(str(d).removeprefix("torch.") for d in FORMATS)
+        names = ", ".join(map(name_of, FORMATS))
         raise TypeError(f"{dtype!r} is not a quantized dtype; use one of {names}") from None
 
 
@@ -271,9 +284,9 @@ def check_real(x: Tensor, verb: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{verb} got a {type(x).__name__}; give a tensor")
     if x.dtype not in REAL_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in REAL_DTYPES)
+        names = ", ".join(map(name_of, REAL_DTYPES))
         raise TypeError(f"{verb} got a tensor of {x.dtype}; convert it to one of {names}")
     # A backward that is traced may not ask for a layout.
     if not torch.compiler.is_compiling() and (x.layout is not torch.strided or x.is_nested):
-        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        kind = "nested" if x.is_nested else name_of(x.layout)
         raise TypeError(f"{verb} got a {kind} tensor; give a dense one")

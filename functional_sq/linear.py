@@ -39,18 +39,17 @@ from functional_sq.folded import (
     check_bias,
     check_epilogue,
     check_folded,
-    check_storage,
     operand,
     zero_point_of_rows,
 )
 from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.granularity import PerTensor, check_stats
-from functional_sq.int_mm import as_written, integer_product, less, less_product
+from functional_sq.int_mm import as_written, integer_product, subtract, subtract_product
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize, quantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize, requantize_by
-from functional_sq.spec import QuantSpec, check_spec
+from functional_sq.spec import QuantSpec, check_codes, check_spec
 from functional_sq.tracing import is_traced
 
 __all__ = [
@@ -138,10 +137,10 @@ def linear(
             f"tokens; quantize and multiply with the same qp"
         )
     per_output = scale.ndim == 1 and fits_operator(scale, bias, wide)
-    backend: Product | brgemm.Float8Products | None = None
+    backend: Product | brgemm.Float8Kernels | None = None
     if per_output and epilogue is not None:
         of_weight = weight.codes, weight.zero_point
-        backend = brgemm.float8(weight.codes) if offset is None else product_for(flat.shape[0], *of_weight)
+        backend = brgemm.float8_for(weight.codes) if offset is None else product_for(flat.shape[0], *of_weight)
     y: Tensor | None = None
     if backend is not None:
         taken = (flat, None) if offset is None else backend_codes(backend.CODES, spec, flat, qp)
@@ -222,7 +221,7 @@ def _codes_are_made_by_brgemm(
     if floats is not codes.is_floating_point() or not brgemm.quantizes(spec, qp.scale, x):
         return False
     if floats:
-        return brgemm.float8(codes) is not None
+        return brgemm.float8_for(codes) is not None
     # One row of a large weight too: what another saves there is less than what `quantize` takes.
     return product_for(2, codes, weight.zero_point) is brgemm
 
@@ -241,8 +240,9 @@ def bracket(codes: Tensor, weight: FoldedWeight, offset: Tensor | None, fast_acc
         return float8_product(codes, weight.codes, fast_accum)
     product = integer_product(codes, weight.codes)
     if weight.zero_point is not None:
-        product = less_product(product, codes.sum(1, keepdim=True, dtype=product.dtype), weight.zero_point.reshape(-1))
-    return less(product, offset)
+        row_sums = codes.sum(1, keepdim=True, dtype=product.dtype)
+        product = subtract_product(product, row_sums, weight.zero_point.reshape(-1))
+    return subtract(product, offset)
 
 
 def linear_reference(
@@ -278,7 +278,7 @@ def linear_reference(
     check_real(weight, "linear_reference (weight)")
     x = dequantize(spec, q, qp, dtype=weight.dtype)
     _check_inner(x, weight)
-    check_bias(bias, weight.shape[0])
+    check_bias(bias, weight.shape[0], weight.dtype)
     with as_written(x.device):
         return F.linear(x, weight, bias)
 
@@ -286,7 +286,7 @@ def linear_reference(
 def check_operands(spec: QuantSpec, q: Tensor, qp: QParams, weight: FoldedWeight) -> QParams:
     """Return `qp`; raise unless the codes of activations and those of a weight have a common product."""
     check_spec(spec)
-    check_storage(spec, q)
+    check_codes(spec, q, "a product")
     qp = check_qparams(qp)
     check_folded(weight)
     if torch.int16 in (q.dtype, weight.codes.dtype):

@@ -37,6 +37,7 @@ __all__ = [
     "Reduction",
     "State",
     "check_number",
+    "extremes",
 ]
 
 State = dict[str, Tensor]
@@ -225,8 +226,13 @@ class Accumulator(Observer):
 
         `keep` is bool, of the rank of `x`, and broadcasts to its shape.
         """
-        measured = {}
-        for name, values in self.elements(x).items():
+        measured, elements = {}, self.elements(x)
+        if elements.keys() != self.reductions.keys():
+            raise TypeError(
+                f"{self}: elements gives {sorted(elements)}, and reductions has {sorted(self.reductions)}; give the "
+                f"same names, or a measure of your own"
+            )
+        for name, values in elements.items():
             reduction = self.reductions[name]
             if reduction is not SUM and not values.is_floating_point():
                 values = values.double()  # A state holds an extreme as a real value: no integer is its identity.

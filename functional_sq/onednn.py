@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -20,23 +20,26 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq.granularity import PerTensor
-from functional_sq.int_mm import INT32_TERMS, less_product, plain
+from functional_sq.int_mm import INT32_TERMS, subtract_product, with_plain_strides
 from functional_sq.operands import Operands
 from functional_sq.qparams import MappingType, QParams
-from functional_sq.requantize import Requantization, apply_epilogue, fills_a_byte, requantize
+from functional_sq.requantize import Requantization, apply_epilogue, requantize, requantizes
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import always, define_operator, is_batched, is_traced
 
 __all__ = [
+    "AMX",
+    "AVAILABLE",
     "CODES",
     "NAME",
     "SUMS",
+    "Tail",
     "arguments",
     "exact_sums",
     "exactly",
     "finish",
     "is_capable",
-    "is_version",
+    "is_unchanged",
     "key",
     "largest_sum",
     "plus",
@@ -86,7 +89,7 @@ _POST_OPS: dict[str, tuple[str, list[float], str]] = {
 
 _UINT8 = QuantSpec(torch.uint8, PerTensor(), mapping=MappingType.ASYMMETRIC)
 
-_PACKED: Any = WeakTensorKeyDictionary()
+_PACKED: MutableMapping[Tensor, tuple[int | Tensor, tuple[Tensor, Tensor, int]]] = WeakTensorKeyDictionary()
 """A memo of `_pack`: weight codes to their `version` and what was packed, for as long as the codes live.
 
 Packing takes 3.5 ns a byte, as long as the product with 4000 rows. The packed tensor is opaque: a compiled
@@ -150,23 +153,6 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, apart from their arguments."""
     return AVAILABLE, AMX, WORTH, LARGEST_K
-
-
-def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
-    """Whether oneDNN applies an activation and makes codes of its result: of all 8 bits, one scale.
-
-    Args:
-        spec: the codes' quantization.
-        scale: its scale.
-        activation: a key of `functional_sq.ACTIVATIONS`.
-
-    Example:
-        >>> import torch, functional_sq as fsq
-        >>> from functional_sq import onednn
-        >>> onednn.requantizes(fsq.QuantSpec(torch.int8, fsq.PerTensor(), quant_min=-127), torch.ones(1), "relu")
-        False
-    """
-    return fills_a_byte(spec, scale) and activation in _POST_OPS
 
 
 def product(
@@ -249,7 +235,7 @@ def _corrected(operands: Operands, weight_zero_point: Tensor) -> Tensor:
     assert zero_point is not None
     product: Tensor = torch.ops.functional_sq.onednn_sums.default(q, zero_point, codes)
     token_sum = q.sum(1, keepdim=True, dtype=torch.int32) - codes.shape[1] * zero_point
-    return less_product(product, weight_zero_point, token_sum)
+    return subtract_product(product, weight_zero_point, token_sum)
 
 
 def finish(
@@ -301,7 +287,7 @@ def _product(
 
 def _add_product(y: Tensor, q: Tensor, zero_point: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     multiply, largest = _multiply(codes)
-    result = exactly(multiply, q, int(zero_point), scale, bias, largest, dtype=y.dtype, onto=plain(y))
+    result = exactly(multiply, q, int(zero_point), scale, bias, largest, dtype=y.dtype, onto=with_plain_strides(y))
     if result.data_ptr() != y.data_ptr():
         y.copy_(result)
 
@@ -317,7 +303,7 @@ def _multiply(codes: Tensor) -> tuple[Callable[..., Tensor], int]:
     packed, zero, largest = _pack(codes)
 
     def multiply(q: Tensor, z: int, scale: Tensor, bias: Tensor | None, tail: Tail, onto: Tensor | None) -> Tensor:
-        known = plain(q), 1.0, z, packed, scale, zero
+        known = with_plain_strides(q), 1.0, z, packed, scale, zero
         op = torch.ops.onednn.qlinear_pointwise
         y: Tensor
         if onto is None:
@@ -438,12 +424,12 @@ def largest_sum(codes: Tensor) -> int:
 def _pack(codes: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return the packed weight, the zero point 0 that its product takes, and its `largest_sum`."""
     known = _PACKED.get(codes)
-    if known is None or not is_version(known[0], codes):
+    if known is None or not is_unchanged(known[0], codes):
         with torch.inference_mode(False):  # what is kept serves calls outside of it too
-            packed = torch.ops.onednn.qlinear_prepack(plain(codes), None)
+            packed = torch.ops.onednn.qlinear_prepack(with_plain_strides(codes), None)
             known = version(codes), (packed, torch.zeros(1, dtype=torch.int32), largest_sum(codes))
         _PACKED[codes] = known
-    return known[1]  # type: ignore[no-any-return]
+    return known[1]
 
 
 def version(codes: Tensor) -> int | Tensor:
@@ -451,6 +437,6 @@ def version(codes: Tensor) -> int | Tensor:
     return codes.clone() if codes.is_inference() else codes._version
 
 
-def is_version(known: int | Tensor, codes: Tensor) -> bool:
+def is_unchanged(known: int | Tensor, codes: Tensor) -> bool:
     """Whether codes are what they were when `version` gave `known`; a copy compares in a 20th of packing's time."""
     return torch.equal(known, codes) if isinstance(known, Tensor) else known == codes._version

@@ -24,7 +24,7 @@ care; each point was found by comparing with exact integers:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_sq import onednn
-from functional_sq.int_mm import INT32_TERMS, less_product
+from functional_sq.int_mm import INT32_TERMS, subtract_product
 from functional_sq.operands import Operands
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import define_operator
@@ -57,10 +57,10 @@ are always taken."""
 LARGEST_K = 1028
 """The largest K of an asymmetric weight without groups: uniform codes have no sums that `onednn.exact_sums` cuts."""
 
-_PACKED: Any = WeakTensorKeyDictionary()
+_PACKED: MutableMapping[Tensor, _Packed] = WeakTensorKeyDictionary()
 """A memo of `_pack`, as `functional_sq.onednn` has one: weight codes to a `_Packed`, for as long as the codes live."""
 
-_ONES: Any = WeakTensorKeyDictionary()
+_ONES: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 """The weight that `_ones` gives for the codes of a layer."""
 
 
@@ -212,7 +212,7 @@ def _corrected(operands: Operands, weight_zero_point: Tensor, settings: tuple[An
     # The outputs of a group have an axis of their own, along which a compiler reads one sum of a window for all.
     each, (batch, _, *size) = len(codes) // groups, of_windows.shape
     of_weight = weight_zero_point.reshape(groups, each, 1, 1)
-    total = less_product(of_codes.reshape(batch, groups, each, *size), of_windows.unsqueeze(2), of_weight)
+    total = subtract_product(of_codes.reshape(batch, groups, each, *size), of_windows.unsqueeze(2), of_weight)
     return total.flatten(1, 2)
 
 
@@ -287,7 +287,7 @@ def _fake_sums(q: Tensor, zero_point: Tensor, codes: Tensor, of_codes: bool, *se
 
 def _ones(codes: Tensor, groups: int) -> Tensor:
     """Return the weight whose sums are those of windows: the same one for a layer's codes, so that it stays packed."""
-    known: Tensor | None = _ONES.get(codes)
+    known = _ONES.get(codes)
     if known is None or known.shape != (groups, *codes.shape[1:]):
         with torch.inference_mode(False):
             known = _ONES[codes] = torch.ones((groups, *codes.shape[1:]), dtype=torch.int8)
@@ -425,9 +425,9 @@ def _fitted(
 
 
 def _pack(codes: Tensor, form: tuple[Any, ...]) -> _Packed:
-    known: _Packed | None = _PACKED.get(codes)
+    known = _PACKED.get(codes)
     # Another layout is chosen when it is asked for twice in a row: sizes that always change cost no packing.
-    if known is None or not onednn.is_version(known.version, codes) or (form == known.asked and form != known.form):
+    if known is None or not onednn.is_unchanged(known.version, codes) or (form == known.asked and form != known.form):
         known = _PACKED[codes] = _prepack(codes, form)
     elif form != known.asked:
         known = _PACKED[codes] = known._replace(asked=form)

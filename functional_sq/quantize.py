@@ -13,7 +13,7 @@ from functional_sq.blocks import blockwise
 from functional_sq.formats import check_real, check_real_dtype
 from functional_sq.granularity import check_stats
 from functional_sq.qparams import QParams, check_qparams
-from functional_sq.spec import QuantSpec, check_spec
+from functional_sq.spec import QuantSpec, check_codes, check_spec
 from functional_sq.tracing import is_batched, is_traced
 
 __all__ = ["dequantize", "fake_quantize", "quantize", "saturates"]
@@ -90,9 +90,7 @@ def dequantize(spec: QuantSpec, q: Tensor, qp: QParams, *, dtype: torch.dtype = 
         tensor([-1.0000,  0.0000, 63.5000])
     """
     check_spec(spec)
-    if not isinstance(q, Tensor) or q.dtype is not spec.format.storage:
-        found = q.dtype if isinstance(q, Tensor) else type(q).__name__
-        raise TypeError(f"dequantize got {found}; the codes of {spec.dtype} are a tensor of {spec.format.storage}")
+    check_codes(spec, q, "dequantize")
     check_real_dtype(dtype, "dequantize to ")
     qp = _fitted(spec, q, qp)
     format = spec.format

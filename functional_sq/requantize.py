@@ -19,7 +19,7 @@ from functional_sq.tracing import is_batched, is_traced
 
 __all__ = [
     "ACTIVATIONS",
-    "MakesFloat8",
+    "Float8Codes",
     "Requantization",
     "apply_epilogue",
     "check_requantization",
@@ -138,7 +138,7 @@ def requantizes(spec: QuantSpec, scale: Tensor, activation: str) -> bool:
     return fills_a_byte(spec, scale) and activation in ACTIVATIONS
 
 
-class MakesFloat8:
+class Float8Codes:
     """What kernels of float8 say of the codes that they make, as a backend does of integers."""
 
     CODES: torch.dtype = torch.float8_e4m3fn

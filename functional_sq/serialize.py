@@ -19,6 +19,7 @@ from torch import Tensor
 
 import functional_sq
 from functional_sq import safetensors
+from functional_sq.formats import name_of
 from functional_sq.granularity import Granularity
 from functional_sq.observer import Observer, State
 from functional_sq.qparams import MappingType
@@ -71,7 +72,7 @@ def spec_to_plain(spec: QuantSpec) -> dict[str, object]:
     for f in dataclasses.fields(spec):
         value = getattr(spec, f.name)
         if f.name in _DTYPE_FIELDS:
-            plain[f.name] = str(value).removeprefix("torch.")
+            plain[f.name] = name_of(value)
         elif isinstance(value, MappingType):
             plain[f.name] = value.name
         else:
@@ -114,10 +115,7 @@ def spec_from_json(text: str, *, classes: Iterable[type] = ()) -> QuantSpec:
 
 def spec_from_plain(plain: object, *, classes: Iterable[type] = ()) -> QuantSpec:
     """Read a spec that `spec_to_plain` gave; arguments and errors as `spec_from_json`."""
-    known = _known(classes)
-    if not isinstance(plain, dict):
-        raise ValueError(f"not the JSON of a spec: a {type(plain).__name__}; give what spec_to_json returned")
-    return _spec(plain, known)
+    return _spec(plain, _known(classes))
 
 
 def own_classes(spec: QuantSpec) -> tuple[type, ...]:
@@ -307,7 +305,7 @@ def _spec(plain: object, known: Mapping[str, type]) -> QuantSpec:
 
 def _spec_of(plain: object, known: Mapping[str, type]) -> QuantSpec:
     if not isinstance(plain, dict):
-        raise ValueError(f"a spec is {plain!r}; it must be a JSON object")
+        raise ValueError(f"not the JSON of a spec: a {type(plain).__name__}; give what spec_to_json returned")
     values: dict[str, Any] = {}
     for name, v in plain.items():
         if name in _DTYPE_FIELDS:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from functional_sq.formats import REAL_DTYPES, Float8, Format, check_real_dtype, format_of
+from functional_sq.formats import REAL_DTYPES, Float8, Format, check_real_dtype, format_of, name_of
 from functional_sq.granularity import Granularity
 from functional_sq.observer import Observer, check_number
 from functional_sq.observers.min_max import MinMax
 from functional_sq.qparams import MappingType, fixed_zero_point
 
-__all__ = ["QuantSpec", "check_spec"]
+__all__ = ["QuantSpec", "check_codes", "check_spec"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,13 @@ def check_spec(spec: object) -> None:
         raise TypeError(f"spec is {spec!r}; give a QuantSpec, such as QuantSpec(torch.int8, PerTensor())")
 
 
+def check_codes(spec: QuantSpec, q: object, verb: str) -> None:
+    """Raise TypeError unless `q` is a tensor in the storage dtype of `spec`; `verb` names the caller."""
+    found = q.dtype if isinstance(q, Tensor) else type(q).__name__
+    if found is not spec.format.storage:
+        raise TypeError(f"{verb} got {found}; the codes of {spec.dtype} are a tensor of {spec.format.storage}")
+
+
 def _meant(value: object, kind: type) -> str:
     if type(value).__module__.startswith("torchao."):
         return f"that is torchao's; use functional_sq.{value}"
@@ -121,7 +129,7 @@ def _meant(value: object, kind: type) -> str:
 
 
 def _check_bounds(spec: QuantSpec, format: Format) -> None:
-    short = str(spec.dtype).removeprefix("torch.")
+    short = name_of(spec.dtype)
     given = {"quant_min": spec.quant_min, "quant_max": spec.quant_max}
     low, high = format.bounds
     for name, value in given.items():
@@ -139,7 +147,7 @@ def _check_bounds(spec: QuantSpec, format: Format) -> None:
 
 
 def _check_mapping(spec: QuantSpec, format: Format) -> None:
-    short = str(spec.dtype).removeprefix("torch.")
+    short = name_of(spec.dtype)
     if isinstance(format, Float8) and spec.mapping is not MappingType.SYMMETRIC:
         raise ValueError(
             f"{short} with mapping={spec.mapping}: a float format has no zero point; use MappingType.SYMMETRIC"
@@ -159,8 +167,8 @@ def _check_dtypes(spec: QuantSpec, format: Format) -> None:
     tiny, huge = torch.finfo(spec.scale_dtype).tiny, torch.finfo(spec.scale_dtype).max
     if not tiny <= spec.eps <= huge:
         raise ValueError(
-            f"eps={spec.eps!r} with scale_dtype={spec.scale_dtype}: the reciprocal of the smallest scale must be "
-            f"finite; use an eps of at least {tiny!r}"
+            f"eps={spec.eps!r} with scale_dtype={spec.scale_dtype}: the smallest scale and its reciprocal must be "
+            f"finite; use an eps from {tiny!r} to {huge!r}"
         )
     if format.storage is torch.int16 and torch.finfo(spec.scale_dtype).eps > 2**-16:
         raise ValueError(
@@ -175,7 +183,10 @@ def _check_dtypes(spec: QuantSpec, format: Format) -> None:
     else:
         exact = zp in _INTEGERS and torch.iinfo(zp).min <= low and high <= torch.iinfo(zp).max
     if not exact:
-        raise ValueError(f"zero_point_dtype={zp} does not hold every code from {low} to {high}; use torch.int32")
+        raise ValueError(
+            f"zero_point_dtype={zp} is no float, and none of int8, uint8, int16, int32 and int64, that holds every "
+            f"code from {low} to {high}; use torch.int32"
+        )
 
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)

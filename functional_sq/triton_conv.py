@@ -27,7 +27,7 @@ from torch import Tensor
 from functional_sq import triton_mm
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
-from functional_sq.requantize import MakesFloat8, requantizes
+from functional_sq.requantize import Float8Codes, requantizes
 from functional_sq.tracing import always, asked_once, looped
 from functional_sq.triton_mm import CODES, IMPRECISE, Tile
 from functional_sq.windows import are_alone, as_bytes, pad_codes, window_sizes
@@ -35,9 +35,9 @@ from functional_sq.windows import are_alone, as_bytes, pad_codes, window_sizes
 __all__ = [
     "CODES",
     "NAME",
-    "Float8",
+    "Float8Kernels",
     "convolve",
-    "float8",
+    "float8_for",
     "key",
     "reads_real",
     "requantizes",
@@ -190,7 +190,7 @@ def convolve(
     return y.movedim(-1, 1)
 
 
-class Float8(MakesFloat8):
+class Float8Kernels(Float8Codes):
     """The kernel as `conv` asks it for codes of float8, of which the codes that it makes are too.
 
     Attributes:
@@ -205,10 +205,10 @@ class Float8(MakesFloat8):
         return convolve(*operands, **rest, fast_accum=self.fast_accum)
 
 
-_FLOAT8 = {fast_accum: Float8(fast_accum) for fast_accum in (False, True)}
+_FLOAT8 = {fast_accum: Float8Kernels(fast_accum) for fast_accum in (False, True)}
 
 
-def float8(q: Tensor, codes: Tensor, fast_accum: bool) -> Float8 | None:
+def float8_for(q: Tensor, codes: Tensor, fast_accum: bool) -> Float8Kernels | None:
     """Return the kernel for codes of float8 and those of a weight, from Ada on, where it would convolve int8; or None.
 
     Args:
@@ -220,7 +220,7 @@ def float8(q: Tensor, codes: Tensor, fast_accum: bool) -> Float8 | None:
         >>> import torch
         >>> from functional_sq import triton_conv
         >>> codes = torch.ones(1, 32, 1, 1).to(torch.float8_e4m3fn)
-        >>> triton_conv.float8(codes, codes, False) is None  # not on a GPU
+        >>> triton_conv.float8_for(codes, codes, False) is None  # not on a GPU
         True
     """
     fits = codes.ndim in (3, 4) and triton_mm.is_capable_of_float8(q, codes)

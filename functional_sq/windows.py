@@ -16,7 +16,7 @@ __all__ = [
     "are_alone",
     "as_bytes",
     "check_windows",
-    "flat",
+    "flatten_padding",
     "geometry_of",
     "laid_out",
     "pad_codes",
@@ -65,13 +65,13 @@ def are_alone(codes: Tensor, groups: int) -> bool:
 
 def per_dimension(name: str, value: object, rank: int, least: int, words: str = "") -> tuple[int, ...]:
     """Return a setting for each dimension, or raise ValueError; `words` are what else may be given."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
-    if len(values) != rank or not whole:
+    values = list(value) if isinstance(value, Sequence) else [value] * rank
+    whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= least]
+    if not len(values) == len(whole) == rank:
         raise ValueError(
             f"{name}={value!r}; give an int from {least}{words}, or {rank} of them, one for each dimension"
         )
-    return values  # type: ignore[return-value]
+    return tuple(whole)
 
 
 def window_sizes(
@@ -123,7 +123,7 @@ def check_windows(q: Sequence[int], weight: Sequence[int], geometry: Geometry) -
     return size
 
 
-def flat(padding: Sequence[tuple[int, int]]) -> list[int]:
+def flatten_padding(padding: Sequence[tuple[int, int]]) -> list[int]:
     """Return padding as `F.pad` takes it: the last axis first."""
     return [side for pair in reversed(padding) for side in pair]
 

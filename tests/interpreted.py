@@ -104,7 +104,7 @@ def check_groups() -> None:
         q, w = torch.randn(2, channels * groups, *size), torch.randn(outputs * groups, channels, *kernel)
         q, w = (t.to(torch.float8_e4m3fn) for t in (q, w))
         scale, bias = torch.rand(len(w)), torch.randn(len(w))
-        kernel = triton_conv.float8(q, w, False)
+        kernel = triton_conv.float8_for(q, w, False)
         assert kernel is not None
         y = kernel.convolve(Operands(q, None, w, None, scale, None, bias), **settings)
         x, along = F.pad(q.double(), (2, 1, 1, 0)), (-1, 1, 1)

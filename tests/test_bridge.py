@@ -189,8 +189,9 @@ def test_the_attributes_of_the_torchao_observer(granularity: ao_granularity.Gran
         assert getattr(ours, name) == getattr(theirs, name), name
     assert (ours.mapping_type.name, str(ours.granularity)) == (theirs.mapping_type.name, str(theirs.granularity))
     for name in ("min_val", "max_val"):
-        assert not hasattr(ours, name)
         assert not hasattr(theirs, name)
+        with pytest.raises(AttributeError, match=f"{name}: nothing was seen; run data through the observer"):
+            getattr(ours, name)
     for x in torch.randn(3, 6, 8):
         ours(x)
         theirs(x)

@@ -520,6 +520,16 @@ def test_what_several_ranks_cannot_do_is_refused_by_each_before_a_batch_runs(
 # --- refusals --------------------------------------------------------------------------------------
 
 
+def test_an_observer_without_a_shape_is_refused_by_its_name() -> None:
+    own = bridge.ObserverModule(fsq.QuantSpec(torch.int8, fsq.PerAxis(-1)))
+    model = bridge.prepare_(nn.Sequential(nn.Linear(8, 8), own).eval(), PRESETS["int8"])
+    with pytest.raises(ValueError, match=r"^1 takes its shape from the first tensor, .* ObserverModule\(spec, shape\)"):
+        bridge.calibrate(model, torch.randn(3, 4, 8))
+    own.reset((4, 8))
+    assert bridge.calibrate(model, torch.randn(3, 4, 8)) == 3
+    assert int(own.state["count"].sum()) == 3 * 4 * 8
+
+
 def test_labels_in_a_batch_are_told_of() -> None:
     for batch in ((data()[0], torch.ones(5)), {"input": data()[0], "labels": torch.ones(5)}):
         with pytest.raises(

@@ -214,6 +214,11 @@ def test_what_a_preset_is() -> None:
             "the rule for 'a' has rules itself; put them into the outer ones",
         ),
         (lambda: StaticQuantConfig.from_json("{"), ValueError, "not the JSON of a StaticQuantConfig"),
+        (
+            lambda: StaticQuantConfig.from_json("{}", classes=["Mine"]),
+            TypeError,
+            "classes has 'Mine', which is no class",
+        ),
         (lambda: StaticQuantConfig.from_json("[]"), ValueError, "not the JSON of a StaticQuantConfig"),
         (
             lambda: StaticQuantConfig.from_json(PRESETS["int8"].to_json().replace('"step"', '"stop"')),

@@ -401,10 +401,12 @@ def test_unfold_gives_back_what_fold_took_and_a_known_epilogue_changes_no_bit(na
 def test_vmap_is_the_loop(name: str, formats: str) -> None:
     """Over experts: each has codes, qparams and weights of its own."""
     cases = [draw(GEOMETRIES[name], *FORMATS[formats], seed=seed) for seed in range(3)]
-    act, settings = cases[0].act, cases[0].geometry.settings()
+    assert_vmap_is_the_loop(fsq.conv, cases, [case.conv() for case in cases])
 
+
+def assert_vmap_is_the_loop(conv: Callable[..., Tensor], cases: Sequence[Case], loop: Sequence[Tensor]) -> None:
     def one(q: Tensor, qp: QParams, weight: FoldedWeight, bias: Tensor) -> Tensor:
-        return fsq.conv(act, q, qp, weight, bias, **settings)
+        return conv(cases[0].act, q, qp, weight, bias, **cases[0].geometry.settings())
 
     def stack(values: list[tuple]) -> list[Tensor | None]:
         return [None if v[0] is None else torch.stack(v) for v in zip(*values, strict=True)]
@@ -416,7 +418,7 @@ def test_vmap_is_the_loop(name: str, formats: str) -> None:
         torch.stack([case.bias for case in cases]),
     )
     in_dims = tree_map(lambda value: None if value is None else 0, arguments)
-    assert torch.equal(torch.vmap(one, in_dims)(*arguments), torch.stack([case.conv() for case in cases]))
+    assert torch.equal(torch.vmap(one, in_dims)(*arguments), torch.stack(loop))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,15 +21,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_chains import EXACT, assert_codes, difference, to
-from test_conv import FORMATS, PER_CHANNEL, PER_TENSOR, SCHEMES, Case, assert_exact, draw, last, quantized, twin
-from test_linear import ARRAYS, BY, FLOAT8S, array, assert_within, bound, epilogue
+from test_conv import (
+    FORMATS,
+    PER_CHANNEL,
+    PER_TENSOR,
+    SCHEMES,
+    Case,
+    assert_exact,
+    assert_float8,
+    assert_vmap_is_the_loop,
+    draw,
+    last,
+    quantized,
+    twin,
+)
+from test_linear import ARRAYS, BY, FLOAT8S, array, epilogue
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
-from torch.utils._pytree import tree_map
 
 import functional_sq as fsq
-from functional_sq import FoldedWeight, QParams, QuantSpec, brgemm, onednn, onednn_conv
+from functional_sq import QParams, QuantSpec, brgemm, onednn, onednn_conv
 from functional_sq.formats import REAL_DTYPES
 
 with warnings.catch_warnings():
@@ -155,15 +167,6 @@ def test_float8_is_within_the_bound_of_a_float32_sum(name: str, dtype: torch.dty
     assert_float8(convolved(case), case, 2.0**-24)
 
 
-def assert_float8(y: Tensor, case: Case, unit: float) -> None:
-    q, w = (array(t).astype(np.float64) for t in (case.q, case.w))
-    scale, bias = case.scale(np.dtype(np.float64)), case.bias_array()
-    exact = case.geometry.convolve(q, w) * scale
-    magnitude = case.geometry.convolve(np.abs(q), np.abs(w)) * scale
-    k = math.prod(case.geometry.weight[1:])
-    assert_within(array(y), exact, bias, 1.01 * k * unit * magnitude + bound(exact, bias, ARRAYS[y.dtype]))
-
-
 @every_geometry
 def test_a_backend_has_the_same_integers_and_roundings(
     name: str, packing: str, monkeypatch: pytest.MonkeyPatch
@@ -226,22 +229,7 @@ def test_the_reference_has_the_bits_of_torch_on_dequantized_operands(name: str, 
 @pytest.mark.parametrize("formats", ["uint8-uint8", "int8-int8"])
 def test_vmap_is_the_loop(name: str, formats: str) -> None:
     cases = [draw(GEOMETRIES[name], *FORMATS[formats], seed=seed) for seed in range(3)]
-    act, settings = cases[0].act, cases[0].geometry.settings()
-
-    def one(q: Tensor, qp: QParams, weight: FoldedWeight, bias: Tensor) -> Tensor:
-        return fsq.conv_transpose(act, q, qp, weight, bias, **settings)
-
-    def stack(values: list[tuple]) -> list[Tensor | None]:
-        return [None if v[0] is None else torch.stack(v) for v in zip(*values, strict=True)]
-
-    arguments = (
-        torch.stack([case.q for case in cases]),
-        QParams(*stack([case.qp for case in cases])),
-        FoldedWeight(*stack([case.folded() for case in cases])),
-        torch.stack([case.bias for case in cases]),
-    )
-    in_dims = tree_map(lambda value: None if value is None else 0, arguments)
-    assert torch.equal(torch.vmap(one, in_dims)(*arguments), torch.stack([convolved(case) for case in cases]))
+    assert_vmap_is_the_loop(fsq.conv_transpose, cases, [convolved(case) for case in cases])
 
 
 ACT, WEIGHT = FORMATS["int8-int8"]

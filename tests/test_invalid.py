@@ -39,6 +39,19 @@ class FloatSum(fsq.Accumulator):
         return -state["sum"], state["sum"]
 
 
+@dataclass(frozen=True)
+class Misnamed(fsq.Accumulator):
+    """Names one statistic twice."""
+
+    reductions = {"max": fsq.MAX}
+
+    def elements(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"highest": x}
+
+    def range(self, spec: fsq.QuantSpec, state: fsq.State) -> tuple[torch.Tensor, torch.Tensor]:
+        return -state["max"], state["max"]
+
+
 @dataclass
 class Thawed(fsq.Accumulator):
     """An observer whose author forgot `frozen=True`."""
@@ -77,6 +90,7 @@ def arguments() -> dict[str, object]:
         "folded": fsq.fold(channel, x.to(torch.int8), fsq.calc_qparams(channel, seen_channel)),
         "theirs": PerTensor(),
         "thawed": Thawed(),
+        "misnamed": fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=Misnamed()),
         "adds": fsq.QuantSpec(torch.int8, fsq.PerTensor(), observer=FloatSum()),
         "windows": fsq.fold(tensor, torch.ones(4, 4, 3, dtype=torch.int8), fsq.calc_qparams(tensor, seen)),
     }
@@ -195,17 +209,17 @@ INVALID: dict[str, tuple[object, ...]] = {
     "QuantSpec(torch.int8, PerTensor(), quant_min=-127.0)": (TypeError, "quant_min=-127.0", "codes are integers"),
     "QuantSpec(torch.int8, PerTensor(), quant_max=True)": (TypeError, "quant_max=True", "codes are integers"),
     f"QuantSpec({E4M3}, PerTensor(), quant_max=100)": (ValueError, "with quant_max=100", "leave quant_max out"),
-    "QuantSpec(torch.int8, PerTensor(), eps=0)": (ValueError, "eps=0", "use an eps of at least 1.17549"),
-    "QuantSpec(torch.int8, PerTensor(), eps=-1e-05)": (ValueError, "eps=-1e-05", "use an eps of at least 1.17549"),
-    "QuantSpec(torch.int8, PerTensor(), eps=1e-40)": (ValueError, "eps=1e-40", "use an eps of at least 1.17549"),
-    "QuantSpec(torch.int8, PerTensor(), eps=float('nan'))": (ValueError, "eps=nan", "use an eps of at least"),
-    "QuantSpec(torch.int8, PerTensor(), eps=float('inf'))": (ValueError, "eps=inf", "use an eps of at least"),
+    "QuantSpec(torch.int8, PerTensor(), eps=0)": (ValueError, "eps=0", "use an eps from 1.17549"),
+    "QuantSpec(torch.int8, PerTensor(), eps=-1e-05)": (ValueError, "eps=-1e-05", "use an eps from 1.17549"),
+    "QuantSpec(torch.int8, PerTensor(), eps=1e-40)": (ValueError, "eps=1e-40", "use an eps from 1.17549"),
+    "QuantSpec(torch.int8, PerTensor(), eps=float('nan'))": (ValueError, "eps=nan", "use an eps from 1.17549"),
+    "QuantSpec(torch.int8, PerTensor(), eps=float('inf'))": (ValueError, "eps=inf", "use an eps from 1.17549"),
     "QuantSpec(torch.int8, PerTensor(), eps='1e-5')": (TypeError, "eps='1e-5'", "is not a number"),
     "QuantSpec(torch.int8, PerTensor(), eps=None)": (TypeError, "eps=None", "is not a number"),
     "QuantSpec(torch.int8, PerTensor(), scale_dtype=torch.float16)": (
         ValueError,
         "eps=1.1920928955078125e-07 with scale_dtype=torch.float16",
-        "use an eps of at least 6.1",
+        "use an eps from 6.1",
     ),
     "QuantSpec(torch.int8, PerTensor(), scale_dtype=torch.int32)": (TypeError, "scale_dtype=torch.int32", REALS),
     "QuantSpec(torch.int8, PerTensor(), scale_dtype=None)": (TypeError, "scale_dtype=None", REALS),
@@ -216,13 +230,13 @@ INVALID: dict[str, tuple[object, ...]] = {
     ),
     "QuantSpec(torch.uint8, PerTensor(), zero_point_dtype=torch.int8)": (
         ValueError,
-        "zero_point_dtype=torch.int8 does not hold every code from 0 to 255",
+        "zero_point_dtype=torch.int8 is no float, and none of int8, uint8, int16",
         "use torch.int32",
     ),
     "QuantSpec(torch.int8, PerTensor(), zero_point_dtype=torch.uint8)": (ValueError, "torch.uint8", "use torch.int32"),
     "QuantSpec(torch.int16, PerTensor(), zero_point_dtype=torch.bfloat16)": (
         ValueError,
-        "zero_point_dtype=torch.bfloat16 does not hold every code from -32768 to 32767",
+        "that holds every code from -32768 to 32767",
         "use torch.int32",
     ),
     f"QuantSpec(torch.int8, PerTensor(), zero_point_dtype={E4M3})": (ValueError, E4M3, "use torch.int32"),
@@ -230,6 +244,12 @@ INVALID: dict[str, tuple[object, ...]] = {
     "QuantSpec(torch.int8, PerTensor(), zero_point_dtype='int32')": (TypeError, "'int32'", "use torch.int32"),
     "formats.format_of(None)": (TypeError, "None", CODE_DTYPES),
     # Observers.
+    "observe(misnamed, init(misnamed, (4, 8)), x)": (
+        TypeError,
+        "elements gives ['highest']",
+        "has ['max']",
+        "same names",
+    ),
     "Fixed(1.0, 0.0)": (ValueError, "lo=1.0 is above hi=0.0", "exchange them"),
     "Fixed(float('-inf'), 0.0)": (ValueError, "lo=-inf is not a finite float32", "two such ends"),
     "Fixed(0.0, float('nan'))": (ValueError, "hi=nan is not a finite float32", "two such ends"),
@@ -377,7 +397,7 @@ INVALID: dict[str, tuple[object, ...]] = {
     "fake_quantize(tensor, x, qp_channel)": (ValueError, "the scale has shape (4, 1)", BELONGS),
     # Products of codes.
     "fold(channel, q[0], qp_channel)": (ValueError, "fold got codes of shape (8,)", "is (out, in)"),
-    "fold(channel, x, qp_channel)": (TypeError, "codes of torch.float32", "are a tensor of torch.int8"),
+    "fold(channel, x, qp_channel)": (TypeError, "got torch.float32", "are a tensor of torch.int8"),
     "fold(channel, q, qp)": (ValueError, "the weight's scale has shape (1, 1)", BELONGS),
     "fold(channel, q, QParams(qp_channel.scale, qp_channel.zero_point + 1))": (
         ValueError,
@@ -397,7 +417,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "activations of shape (4, 4) meet a weight of shape (4, 8)",
         "the last axes must be equal",
     ),
-    "linear(tensor, x, qp, folded)": (TypeError, "codes of torch.float32", "are a tensor of torch.int8"),
+    "linear(tensor, x, qp, folded)": (TypeError, "got torch.float32", "are a tensor of torch.int8"),
     f"linear(e4m3, x.to({E4M3}), qp, folded)": (
         TypeError,
         f"{E4M3} meet a weight of torch.int8",
@@ -420,7 +440,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "reshape it",
     ),
     "Fixed(-(10**400), 1)": (ValueError, "lo=-inf is not a finite float32", "two such ends"),
-    "linear(tensor, [1], qp, folded)": (TypeError, "got codes of list", "are a tensor of torch.int8"),
+    "linear(tensor, [1], qp, folded)": (TypeError, "got list", "are a tensor of torch.int8"),
     "linear(tensor, q[0, 0], qp, folded)": (ValueError, "activations of shape ()", "the last axes must be equal"),
     "linear(tensor, q, qp.scale, folded)": (TypeError, "qp is tensor([[", "give QParams(scale, zero_point)"),
     "linear(tensor, q, qp, q)": (TypeError, "weight is a Tensor", "the FoldedWeight that fold(spec, q, qp) returns"),
@@ -467,6 +487,15 @@ INVALID: dict[str, tuple[object, ...]] = {
     "conv_reference(tensor, [1], qp, x[:, :, None])": (TypeError, "dequantize got list", "are a tensor of torch.int8"),
     "conv_reference(tensor, q.T, qp, x[..., None], x[0])": (ValueError, "bias has shape (8,)", "one entry for each"),
     "conv_transpose_reference(tensor, q.T, qp, x[..., None], x[0])": (ValueError, "bias has shape (8,)", "one entry"),
+    "linear_reference(tensor, q, qp, x, x[:, 0].double())": (TypeError, "bias is torch.float64", "cast one of them"),
+    "conv_reference(tensor, q.T, qp, x[..., None], x[:, 0].half())": (TypeError, "bias is torch.float16", "cast one"),
+    "conv_transpose_reference(tensor, q.T, qp, x[..., None], x[:, 0].half())": (TypeError, "torch.float16", "cast one"),
+    "conv_transpose_reference(tensor, q.T[:, :0], qp, x[..., None])": (
+        ValueError,
+        "(8, 0)",
+        "give more of them, or pad",
+    ),
+    "transpose_weight([1])": (TypeError, "weight is a list", "give a tensor of (in, out / groups, *kernel)"),
     "transpose_weight(x[..., None], True)": (ValueError, "groups=True", "groups a divisor of its first axis"),
     "transpose_weight(x[..., None], 1.0)": (ValueError, "groups=1.0", "groups a divisor of its first axis"),
     "fold_batch_norm(q, None, x[:, 0], x[:, 0], None, None, 0.1)": (
@@ -474,6 +503,11 @@ INVALID: dict[str, tuple[object, ...]] = {
         "fold_batch_norm (weight) got a tensor of torch.int8",
         CONVERT,
     ),
+    "fold_batch_norm(x, [1.0], x[:, 0], x[:, 0], None, None, 0.1)": (TypeError, "(bias) got a list", "give a tensor"),
+    "fold_batch_norm(x, None, None, x[:, 0], None, None, 0.1)": (TypeError, "(running_mean) got a NoneType", "give a"),
+    "fold_batch_norm(x, None, x[:, 0], x[:, 0], q[:, 0], None, 0.1)": (TypeError, "(gamma) got a tensor", CONVERT),
+    "fold_batch_norm(x[0, 0], None, x[0], x[0], None, None, 0.1)": (ValueError, "a weight of shape ()", "give that of"),
+    "fold_batch_norm(x, None, x[:, 0], x[:, 0], None, None, None)": (TypeError, "eps=None", "that of the batch norm"),
     "quantize(tensor, x.to_sparse(), qp)": (TypeError, "got a sparse_coo tensor", "give a dense one"),
     "observe(tensor, seen, torch.nested.nested_tensor([x, x], layout=torch.jagged))": (
         TypeError,
@@ -499,7 +533,7 @@ INVALID: dict[str, tuple[object, ...]] = {
     ),
     "linear(tensor, q, qp, folded, then=Requantization(tensor, qp, ['relu']))": (ValueError, "['relu']", "use one of"),
     "epilogue(tensor, qp, None)": (TypeError, "weight is a NoneType", "give the FoldedWeight"),
-    "fold(channel, [1], qp_channel)": (TypeError, "got codes of list", "are a tensor of torch.int8"),
+    "fold(channel, [1], qp_channel)": (TypeError, "got list", "are a tensor of torch.int8"),
     "fold(channel, q, None)": (TypeError, "qp is None", "give QParams(scale, zero_point)"),
     "unfold(None, folded)": (TypeError, "spec is None", "give a QuantSpec"),
     "unfold(e4m3, folded)": (TypeError, f"of {E4M3} has codes of {E4M3}, this one torch.int8", "give its spec"),

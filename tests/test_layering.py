@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -121,3 +122,12 @@ print(time.perf_counter() - start)
     while len(times) < 3 and min(times, default=1.0) >= 0.3:
         times.append(float(python(code)))
     assert min(times) < 0.3, times
+
+
+@pytest.mark.parametrize("path", [*CORE, *BRIDGE], ids=name_of)
+def test_a_file_uses_what_others_name_in_all(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("functional_sq", "bridge"):
+            said = getattr(importlib.import_module(str(node.module)), "__all__", ())
+            folder = ROOT / str(node.module).replace(".", "/")
+            assert not [a.name for a in node.names if a.name not in said and not (folder / f"{a.name}.py").exists()]

@@ -1524,8 +1524,8 @@ def per(granularity: fsq.Granularity, spec: QuantSpec) -> QuantSpec:
         pytest.param(
             lambda: fsq.fold(WEIGHT, zeros(ACT, 4, 8), ones(WEIGHT, 4, 8)),
             TypeError,
-            "codes of torch.uint8",
-            "those of torch.int8",
+            "got torch.uint8",
+            "the codes of torch.int8",
             "are a tensor of torch.int8",
             id="fold(uint8 codes, int8 spec)",
         ),
@@ -1636,8 +1636,8 @@ def per(granularity: fsq.Granularity, spec: QuantSpec) -> QuantSpec:
         pytest.param(
             lambda: fsq.linear(ACT, zeros(WEIGHT, 2, 8), ones(ACT, 2, 8), fold(WEIGHT)),
             TypeError,
-            "codes of torch.int8",
-            "those of torch.uint8",
+            "got torch.int8",
+            "the codes of torch.uint8",
             "are a tensor of torch.uint8",
             id="linear(int8 codes, uint8 spec)",
         ),

@@ -370,7 +370,10 @@ FILES = {
         "its specs cannot be read; the file is damaged",
     ),
     "a list of specs": (lambda raw, m: edit(raw, __metadata__=m | {"specs": "[]"}), "its specs cannot be read"),
-    "spec of nothing": (lambda raw, m: edit(raw, __metadata__=m | {"specs": '{"x": 1}'}), "layer 'x': a spec is 1"),
+    "spec of nothing": (
+        lambda raw, m: edit(raw, __metadata__=m | {"specs": '{"x": 1}'}),
+        "layer 'x': not the JSON of a spec: a int",
+    ),
     "no such layer": (lambda raw, m: edit(raw, __metadata__=m | {"specs": "{}"}), "belongs to no layer"),
     "hole": (lambda raw, m: edit(raw, **{"x.min": None}), "tensor 'x.max' starts at byte 12 of the data, expected 8"),
     "overlap": (lambda raw, m: edit(raw, **{"x.min": entry(data_offsets=(4, 8))}), "starts at byte 4"),

@@ -224,3 +224,8 @@ def test_generated_code_has_the_bits_of_eager() -> None:
         expected = fsq.observe(spec, state, x)
         state = compiled(state, x)
         assert_same_bits("compiled", "eager", state, expected)
+
+
+def test_it_merges_by_a_table_where_the_inner_observer_does() -> None:
+    assert SkipNonfinite(fsq.MinMax()).table == fsq.MinMax().table | {"nonfinite": fsq.SUM}
+    assert SkipNonfinite(MovingAverage(0.3)).table == {}

@@ -621,6 +621,31 @@ class Aliased(nn.Module):
         return self.head(self.body(x))
 
 
+def not_backbone(module: nn.Module, name: str) -> bool:
+    return isinstance(module, (nn.Linear, ObservedLinear)) and not name.startswith("backbone")
+
+
+@pytest.mark.parametrize("step", ["convert_", "quantize_", "reread_", "report", "insert_observers_"])
+def test_a_layer_with_two_names_gets_one_answer_at_every_step(step: str) -> None:
+    model, data, rules = Aliased().eval(), torch.randn(2, 4, 16), {"body.0": None}
+    observers = [bridge.ObserverModule(spec) for spec in (INT8.activation, INT8.weight)]
+    if step != "insert_observers_":
+        bridge.prepare_(model, INT8)
+        bridge.calibrate(model, data)
+    before = [type(module) for module in model.modules()]
+    ruled = StaticQuantConfig(torch.int8, rules=rules)
+    calls = {
+        "convert_": lambda: bridge.convert_(model, ruled),
+        "quantize_": lambda: bridge.quantize_(model, INT8, not_backbone),
+        "reread_": lambda: bridge.reread_(model, ruled),
+        "report": lambda: bridge.report(model, data, config=ruled),
+        "insert_observers_": lambda: bridge.insert_observers_(model, *observers, not_backbone),
+    }
+    with pytest.raises(ValueError, match=r"'(body|backbone)\.0' and '(body|backbone)\.0' are one (layer|module), "):
+        calls[step]()
+    assert [type(module) for module in model.modules()] == before
+
+
 def test_a_layer_with_two_names_gets_one_answer() -> None:
     float8 = StaticQuantConfig(torch.float8_e4m3fn)
     for rules in ({"backbone.*": None}, {"body.0": None}, {"backbone.0": float8, "body.0": None}):
@@ -630,8 +655,8 @@ def test_a_layer_with_two_names_gets_one_answer() -> None:
         ):
             bridge.prepare_(model, StaticQuantConfig(torch.int8, rules=rules))
         assert type(model.body[0]) is nn.Linear
-    with pytest.raises(ValueError, match=r"'backbone\.0' and 'body\.0' are one layer, .* to stay in float as the one"):
-        bridge.prepare_(model, INT8, lambda module, name: not name.startswith("backbone"))
+    with pytest.raises(ValueError, match=r"'body\.0' and 'backbone\.0' are one module, which the filter picks as the"):
+        bridge.prepare_(model, INT8, not_backbone)
     bridge.prepare_(model, StaticQuantConfig(torch.int8, rules={"b*.0": None}))
     assert (type(model.body[0]), type(model.head)) == (nn.Linear, ObservedLinear)
     assert type(bridge.prepare_(Aliased().eval(), INT8).body[0]) is ObservedLinear

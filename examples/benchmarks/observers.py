@@ -10,14 +10,12 @@ reads the tensor (`x.sum()`). `--quick` takes small tensors and little time.
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from linear import Calls, cpu, medians
 
 import functional_sq as fsq
 
@@ -28,23 +26,6 @@ with warnings.catch_warnings():
     from torchao.quantization.granularity import PerAxis, PerTensor
     from torchao.quantization.observer import AffineQuantizedMinMaxObserver, AffineQuantizedMSEObserver
     from torchao.quantization.quant_primitives import MappingType
-
-Calls = dict[str, Callable[[], object]]
-
-
-def medians(calls: Calls, seconds: float) -> dict[str, float]:
-    """Time the calls in turn; return medians in ms."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(2):
-            call()
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or min(map(len, times.values())) < 3:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def torchao_observer(kind: type, granularity: object, x: torch.Tensor) -> Callable[[], object]:
@@ -94,10 +75,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small tensor, little time")
     args = parser.parse_args()
     shapes, seconds = ([(64, 64)], 0.1) if args.quick else ([(4096, 1024), (256, 256)], 3.0)
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-    )
-    print(f"torchao {torchao.__version__}; medians in ms, and as multiples of one read pass\n")
+    print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchao {torchao.__version__}")
+    print("medians in ms, and as multiples of one read pass\n")
     columns = ("floor", "eager", "compiled", "torchao", "pytorch")
     print(f"{'':40}" + "".join(f"{c:>20}" for c in columns))
     for shape in shapes:

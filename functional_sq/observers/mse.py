@@ -14,7 +14,7 @@ from functional_sq.observers.histogram import Histogram, histogram_of, search_bl
 from functional_sq.qparams import MappingType, QParams, check_qparams, from_range
 from functional_sq.spec import QuantSpec, check_spec
 
-__all__ = ["Mse", "SquaredError", "expected_error"]
+__all__ = ["Mse", "SquaredError", "code_table", "expected_error"]
 
 _OCTAVES = 12
 """How far below the extreme a threshold is looked for. A value of magnitude m seen once in N, if

@@ -73,7 +73,8 @@ remove them from the calibration data, mend the layer that makes them, or raise 
 
     @property
     def table(self) -> Mapping[str, Reduction]:
-        return {**self.observer.table, "nonfinite": SUM}
+        inner = self.observer.table
+        return {**inner, "nonfinite": SUM} if inner else {}
 
     def init(self, stat_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> State:
         nonfinite = torch.zeros(stat_shape, dtype=torch.int64, device=device)
