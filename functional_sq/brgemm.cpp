@@ -495,7 +495,8 @@ Rows<Code> coded(const Call& call, at::ScalarType of, F code) {
   });
 }
 
-// As std::copy_n, which calls a function: a few bytes at a time are most of the time of an image of three channels.
+// As std::copy_n, which calls a function: a few bytes at a time are most of the time of an image of three channels. The
+// last 64 bytes are written whole: there is room for them behind the last row of `scratch`.
 constexpr auto copy = [](const uint8_t* from, int64_t count, uint8_t* to) {
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
@@ -578,17 +579,25 @@ inline void decode(const at::BFloat16* values, const uint8_t* codes, int64_t cou
   }
 }
 
-// A packed weight, which lives and dies with the tensor of its codes.
-struct Packed : c10::BackendMeta {
+// A packed weight.
+struct Packed {
   const c10::TensorImpl* owner;  // of two tensors that share it, one may have been written to
   const void* memory;
+  std::vector<int64_t> sizes, strides;
   int64_t groups, depth = 0;  // K
   uint32_t version = 0;
   at::Tensor copy;  // of codes in inference mode, which have no version
   at::Tensor weight, sums;  // no sums of float8
 
   Packed(const at::Tensor& codes, int64_t groups)
-      : owner(codes.unsafeGetTensorImpl()), memory(codes.const_data_ptr()), groups(groups) {
+      : owner(codes.unsafeGetTensorImpl()),
+        memory(codes.const_data_ptr()),
+        sizes(codes.sizes().vec()),
+        strides(codes.strides().vec()),
+        groups(groups) {
+    TORCH_CHECK(
+        codes.numel() > 0 && (codes.scalar_type() == at::kChar || (codes.is_floating_point() && codes.element_size() == 1)),
+        "a weight of ", codes.scalar_type(), " and shape ", codes.sizes(), "; give codes of int8 or float8, at least one");
     if (codes.is_inference())
       copy = codes.clone(at::MemoryFormat::Contiguous);
     else
@@ -610,21 +619,36 @@ struct Packed : c10::BackendMeta {
 
   bool is_of(const at::Tensor& codes, int64_t in_groups) const {
     if (owner != codes.unsafeGetTensorImpl() || memory != codes.const_data_ptr() || groups != in_groups) return false;
+    if (codes.sizes() != at::IntArrayRef(sizes) || codes.strides() != at::IntArrayRef(strides)) return false;
     if (!codes.is_inference()) return version == codes._version();
     const at::Tensor now = codes.contiguous();
     return copy.defined() && std::memcmp(copy.const_data_ptr(), now.const_data_ptr(), now.nbytes()) == 0;
   }
 };
 
-c10::intrusive_ptr<Packed> packed(const at::Tensor& codes, int64_t groups) {
+// What keeps it, for as long as the tensor of its codes lives. A tensor gets one once, as torch reads the pointer to it
+// without a lock where it makes an alias, which begins with none.
+struct Kept : c10::BackendMeta {
+  std::shared_ptr<Packed> weight;
+  c10::intrusive_ptr<c10::BackendMeta> clone(const c10::intrusive_ptr<c10::BackendMeta>&) const override { return {}; }
+};
+
+std::shared_ptr<Packed> packed(const at::Tensor& codes, int64_t groups) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   c10::TensorImpl* impl = codes.unsafeGetTensorImpl();
-  auto* known = dynamic_cast<Packed*>(impl->get_backend_meta());
-  if (known && known->is_of(codes, groups)) return c10::intrusive_ptr<Packed>::reclaim_copy(known);
+  auto* kept = dynamic_cast<Kept*>(impl->get_backend_meta());
+  if (kept && kept->weight->is_of(codes, groups)) return kept->weight;
   const c10::InferenceMode outside(false);  // what is kept serves calls outside of it too
-  const auto made = c10::make_intrusive<Packed>(codes, groups);
-  impl->set_backend_meta(made);
+  const auto made = std::make_shared<Packed>(codes, groups);
+  if (!kept) {
+    auto keeper = c10::make_intrusive<Kept>();
+    kept = keeper.get();
+    kept->weight = made;
+    impl->set_backend_meta(std::move(keeper));
+  } else {
+    kept->weight = made;
+  }
   return made;
 }
 
@@ -706,14 +730,22 @@ Call call_of(
       .streamed = is_streamed(y, weight.groups)};
 }
 
-// oneDNN on, as for its other quantized operators: who turned it off means float ones, and brgemm would raise.
-struct Enabled {
-  const bool before = at::globalContext().userEnabledMkldnn();
+// oneDNN on, as for its other quantized operators: who turned it off means float ones, and brgemm would raise. The first
+// of the calls that run at a time turns it on, and the last one off again.
+class Enabled {
+  static inline std::mutex mutex;
+  static inline int64_t calls = 0;
+  static inline bool before = true;
+
+ public:
   Enabled() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (calls++ == 0) before = at::globalContext().userEnabledMkldnn();
     if (!before) at::globalContext().setUserEnabledMkldnn(true);
   }
   ~Enabled() {
-    if (!before) at::globalContext().setUserEnabledMkldnn(false);
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (--calls == 0 && !before) at::globalContext().setUserEnabledMkldnn(false);
   }
 };
 
@@ -761,7 +793,6 @@ at::Tensor product(
   TORCH_CHECK(
       q.dim() == 2 && codes.dim() == 2 && q.size(1) == codes.size(1), "q of shape ", q.sizes(), " meets codes of shape ",
       codes.sizes(), "; the last axes must be equal");
-  TORCH_CHECK(codes.element_size() == 1, "codes of 8 bits are multiplied");
   const at::Tensor y = at::empty({q.size(0), codes.size(0)}, q.options().dtype(to_scale ? codes_dtype(codes) : dtype));
   if (y.numel() == 0) return y;
   const Enabled enabled;
@@ -795,9 +826,12 @@ at::Tensor convolution(
     const std::optional<at::Tensor>& to_zero_point,
     at::ScalarType dtype) {
   TORCH_CHECK(
-      q.dim() == 4 && (codes.dim() == 3 || codes.dim() == 4) && q.size(1) == codes.size(1) * groups &&
+      groups > 0 && q.dim() == 4 && (codes.dim() == 3 || codes.dim() == 4) && q.size(1) == codes.size(1) * groups &&
           codes.size(0) % groups == 0,
       "q of shape ", q.sizes(), " meets codes of shape ", codes.sizes(), " in ", groups, " groups");
+  TORCH_CHECK(
+      stride.size() == 2 && padding.size() == 4 && dilation.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride ",
+      stride, ", padding ", padding, ", dilation ", dilation, "; give 2, 4 and 2 numbers, strides from 1");
   const at::Tensor images = q.permute({0, 2, 3, 1}).contiguous();
   Geometry of{.height = images.size(1), .width = images.size(2), .channels = images.size(3)};
   for (int64_t i : {0, 1}) {

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from functional_sq import onednn, onednn_conv
+from functional_sq.files import replacing
 from functional_sq.formats import Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
 from functional_sq.operands import Operands
@@ -65,9 +67,9 @@ NAME: str = "brgemm"
 CODES: torch.dtype = torch.uint8
 """VNNI adds products of unsigned and signed codes."""
 
-_COMPILER = os.environ.get("CXX", "g++")
+_COMPILER = shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
-AVAILABLE: bool = sys.platform == "linux" and onednn.AVAILABLE and bool(shutil.which(_COMPILER))
+AVAILABLE: bool = sys.platform == "linux" and onednn.AVAILABLE and bool(shutil.which(_COMPILER[0]))
 """Whether this CPU adds products of 8 bits in 32, and there is a compiler."""
 
 _FLAGS = (
@@ -175,7 +177,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 
 def key() -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return AVAILABLE, HAS_BFLOAT16, onednn.AMX, _COMPILER
+    return is_built(), HAS_BFLOAT16, onednn.AMX
 
 
 def product(
@@ -231,7 +233,7 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
         RuntimeError: as `product`.
     """
     q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
-    added = residual.reshape(-1, codes.shape[0]), "none", None, None, residual.dtype
+    added = residual.reshape(q.shape[0], codes.shape[0]), "none", None, None, residual.dtype
     return _call(q, None, None, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
 
 
@@ -470,29 +472,48 @@ def is_built() -> bool:
 @functools.cache
 def _works() -> bool:
     try:
-        works = ctypes.CDLL(str(_compiled())).works
+        works = _library().works
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
-        warnings.warn(f"products of codes are slower than they could be: {_COMPILER} failed: {said}", stacklevel=2)
+        warnings.warn(f"products of codes on the CPU are slower than they could be: {said}", stacklevel=2)
         return False
     works.restype = ctypes.c_bool
     return bool(works())
 
 
+def _library() -> ctypes.CDLL:
+    path = _compiled()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # damaged
+        path.unlink()
+        return ctypes.CDLL(str(_compiled()))
+
+
 def _compiled() -> Path:
-    """Return the shared library, which is named by all that it depends on."""
+    """Return the shared library, which is named by all that it depends on, and built by one thread of one process."""
+    import fcntl  # on Linux alone
+
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # not needed by who never multiplies
 
     source, root = Path(__file__).with_suffix(".cpp"), Path(torch.__file__).parent
     flags = (*_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     name = sha256(repr((source.read_text(), _COMPILER, flags, torch.__version__, str(root))).encode()).hexdigest()
     path = Path(cache_dir()) / "functional_sq" / f"{name}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [_COMPILER, *flags, f"-I{root / 'include'}", str(source), "-o", str(made)]
-            libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-            subprocess.run([*command, *libraries], check=True, capture_output=True, text=True)
-            made.replace(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                made = Path(folder) / path.name
+                command = [*_COMPILER, *flags, f"-I{root / 'include'}", str(source), "-o", str(made)]
+                libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+                subprocess.run([*command, *libraries], check=True, capture_output=True, text=True)
+                with replacing(path) as file:
+                    file.write(made.read_bytes())
+    finally:
+        os.close(held)
     return path

@@ -105,8 +105,6 @@ def layer(
         >>> chains.layer(chains.describe(spec), x, one, weight.codes, weight.zero_point, None, known)
         tensor([[12., 34.]])
     """
-    if codes.device.type == "cpu":
-        brgemm.is_built()  # A graph that a cache on disk has calls it, and asks nobody.
     q = torch.ops.functional_sq.quantize.default(x, *qp, spec)
     product = torch.ops.functional_sq.product.default
     how = geometry, dtype, fast_accum, known_by

@@ -156,7 +156,7 @@ def linear(
     elif per_output and offset is None and residual is None:
         y = float8_linear(flat, weight.codes, scale, bias, dtype, fast_accum)
     if y is None:
-        added = None if residual is None else residual.reshape(-1, n)
+        added = None if residual is None else residual.reshape(flat.shape[0], n)
         product = bracket(operand(spec, flat), weight, offset, fast_accum)
         y = apply_epilogue(product, scale, bias, dtype, added)
     y = y.reshape(*lead, n)

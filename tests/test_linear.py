@@ -22,6 +22,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from functional_sq import (
     MappingType,
     QParams,
     QuantSpec,
+    backends,
     brgemm,
     chains,
     float8_mm,
@@ -583,6 +585,7 @@ def test_a_residual_and_then_codes() -> None:
     qp = QParams(torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32))
     then = fsq.Requantization(QuantSpec(torch.int8, fsq.PerTensor()), qp, "relu")
     assert torch.equal(case.kept(residual=residual, then=then), fsq.requantize(case.kept(residual=residual), then))
+    assert symmetric(5, 16, 0, bias=False).kept(residual=torch.ones(5, 0)).shape == (5, 0)
 
 
 needs_brgemm = pytest.mark.skipif(not brgemm.AVAILABLE, reason="this machine has no VNNI, or no compiler")
@@ -957,6 +960,104 @@ def test_a_compiler_that_fails_leaves_products_to_others(tmp_path: Path) -> None
     assert run.stdout == "True False\n", run.stderr
     assert run.stderr.count("no such header") == 1
     assert not list((folder / "functional_sq").iterdir())
+
+
+@needs_brgemm
+def test_the_kernel_is_built_once_by_threads_that_ask_together_and_again_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a compiler that copies what there is, and notes that it was called."""
+    built, calls = brgemm._compiled(), tmp_path / "calls"
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\necho $1 >> {calls}\nsleep 0.2\nwhile [ "$1" != -o ]; do shift; done\ncp {built} $2\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(brgemm, "_COMPILER", [str(compiler), "given"])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with ThreadPoolExecutor(4) as pool:
+        (path,) = set(pool.map(lambda _: brgemm._compiled(), range(4)))
+    assert calls.read_text() == "given\n"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    path.write_bytes(b"")
+    assert brgemm._library().works()
+    assert (calls.read_text(), path.read_bytes()) == ("given\n" * 2, built.read_bytes())
+
+
+@needs_brgemm
+def test_a_graph_that_was_cached_with_the_kernel_is_none_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_it = backends.fingerprint()
+    monkeypatch.setattr(brgemm, "_works", lambda: False)
+    assert backends.fingerprint() != with_it
+
+
+@needs_brgemm
+def test_threads_multiply_where_onednn_is_off_and_leave_it_off() -> None:
+    assert brgemm.is_built()
+    given = by_brgemm(symmetric(500, 512, 512, torch.uint8), None, torch.float32)
+    multiply = torch.ops.functional_sq.brgemm_product.default
+    y = multiply(*given)
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None), ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: torch.equal(multiply(*given), y), range(100)))
+        assert not torch.backends.mkldnn.enabled
+
+
+@needs_brgemm
+def test_a_weight_of_another_shape_in_the_same_memory_is_packed_again() -> None:
+    """In inference mode, where that is no version."""
+    assert brgemm.is_built()
+    with torch.inference_mode():
+        case = symmetric(4, 16, 8, torch.uint8, bias=False)
+        q, w = case.q, case.w.clone()
+        multiply = torch.ops.functional_sq.brgemm_product.default
+
+        def product(q: Tensor) -> Tensor:
+            z = torch.zeros(1, dtype=torch.int32)
+            ones = torch.ones(w.shape[0])
+            return multiply(q, None, None, z, w, None, ones, None, None, "none", None, None, torch.float32)
+
+        assert torch.equal(product(q), q.float() @ w.float().T)
+        w.as_strided_((16, 8), (8, 1))
+        assert torch.equal(product(q[:, :8]), q[:, :8].float() @ w.float().T)
+
+
+@needs_brgemm
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"stride": [0, 1]}, "strides from 1"),
+        ({"stride": [1]}, "give 2, 4 and 2 numbers"),
+        ({"padding": []}, "give 2, 4 and 2 numbers"),
+        ({"groups": 0}, "in 0 groups"),
+        ({"codes": torch.ones(4, 3, 3, 3, dtype=torch.int32)}, "give codes of int8 or float8"),
+        ({"codes": torch.ones(4, 3, 3, 3, dtype=torch.uint8)}, "give codes of int8 or float8"),
+        ({"q": torch.ones(1, 0, 5, 5).byte(), "codes": torch.ones(4, 0, 3, 3, dtype=torch.int8)}, "at least one"),
+    ],
+    ids=str,
+)
+def test_the_operator_refuses_what_would_be_read_or_divided_wrongly(changed: dict[str, Any], message: str) -> None:
+    given = {
+        "q": torch.ones(1, 3, 5, 5, dtype=torch.uint8),
+        "zero_point": torch.zeros(1, dtype=torch.int32),
+        "codes": torch.ones(4, 3, 3, 3, dtype=torch.int8),
+        "weight_zero_point": None,
+        "scale": torch.ones(4),
+        "bias": None,
+        "residual": None,
+        "stride": [1, 1],
+        "padding": [0, 0, 0, 0],
+        "dilation": [1, 1],
+        "groups": 1,
+        "activation": "none",
+        "to_scale": None,
+        "to_zero_point": None,
+        "dtype": torch.float32,
+    }
+    operator = torch.ops.functional_sq.brgemm_convolution.default
+    assert brgemm.is_built()
+    assert (operator(**given) == 27).all()
+    with pytest.raises(RuntimeError, match=message):
+        operator(**given | changed)
 
 
 @needs_onednn
