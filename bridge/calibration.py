@@ -60,7 +60,8 @@ def calibrate(
             have the mask's shape, or its axes flattened into one; or None, for a batch without
             padding. Default: a batch's own `attention_mask`, if it has one; where `decoder_input_ids`, or
             the `labels` of an encoder-decoder, have its shape, the positions of either sequence. Other
-            inputs (pooled ones) are recorded whole.
+            inputs (pooled ones, or images with another number of tokens) are recorded whole; where a model takes
+            images of as many tokens as its texts, give `lambda batch: None`.
         max_batches: stop after so many, those of the checkpoint included.
         until_stable: stop when in the last `window` batches no layer's scale moved by more than this
             share of itself, and no zero point by more than this share of the codes. Where the

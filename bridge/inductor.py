@@ -148,10 +148,14 @@ def capture(run: Callable[[], object], names: Mapping[nn.Module, str]) -> tuple[
     found: list[Chain] = []
 
     def backend(graph: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+        for target in dict.fromkeys(str(node.target) for node in graph.graph.find_nodes(op="get_attr")):
+            inner = getattr(graph, target, None)
+            if isinstance(inner, fx.GraphModule):  # a region, or a branch: what goes into it is not known
+                backend(inner, ())
         changed, copies = fx.Graph(), dict[Any, fx.Node]()
         changed.output(changed.graph_copy(graph.graph, copies))
         taken = (copies[node] for node in graph.graph.find_nodes(op="placeholder"))
-        values: dict[Any, object] = dict(zip(taken, inputs, strict=True))
+        values: dict[Any, object] = dict(zip(taken, inputs, strict=bool(inputs)))
 
         def name(node: fx.Node) -> str:
             caller = known[next(reversed(node.meta["nn_module_stack"])).partition("@")[0]]

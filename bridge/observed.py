@@ -408,8 +408,7 @@ def check_plain(module: nn.Module) -> None:
             "the layer has a forward of its own, which would be lost; take it away first, or leave the layer out by a "
             "rule"
         )
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks):
+    if any(found for name, found in vars(module).items() if name.startswith("_") and name.endswith("_hooks")):
         raise ValueError("the layer has hooks, which would be lost; remove them first, or leave it out by a rule")
     for weight in [module.weight] if hasattr(module, "weight") else module.parameters(recurse=False):
         if hasattr(weight, "placements"):  # a DTensor

@@ -47,8 +47,10 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     holder = model.get_submodule(parent)
     setattr(holder, child, module)
     if child == "_orig_mod":
-        # What a wrapper calls was bound when it was made, and is again when it is read.
+        # What a wrapper calls was bound when it was made, and is again when it is read; what is compiled of it when it
+        # is compiled once more is not.
         holder.__setstate__(holder.__getstate__())
+        vars(holder).update(_torchdynamo_orig_callable=module.forward)
 
 
 def swap_(

@@ -536,6 +536,9 @@ def _activation(node: fx.Node) -> str | None:
     if node.target is F.hardtanh:  # as torch.nn.ReLU6 calls it
         ends = _argument(node, "min_val", 1), _argument(node, "max_val", 2)
         return "relu6" if ends == (0, 6) else None
+    if node.target in (F.pad, torch._C._nn.pad):  # Dynamo notes the latter
+        widths = _argument(node, "pad", 1)
+        return "none" if isinstance(widths, Sequence) and all(width == 0 for width in widths) else None
     if node.target in _DROPOUTS:
         return None if _argument(node, "training", 2) is not False else "none"
     return _ACTIVATION_OF.get(node.target)

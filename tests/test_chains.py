@@ -35,6 +35,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
+from torch.utils.checkpoint import checkpoint
 
 import bridge
 import functional_sq as fsq
@@ -252,6 +253,11 @@ def inplace(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+@torch.compiler.nested_compile_region
+def region(m: Net, x: Tensor) -> Tensor:
+    return m.b(F.relu(m.a(x)))
+
+
 HANDS_ON: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "nothing": ("a -> b", lambda m, x: m.b(m.a(x))),
     "F.relu": ("a -> relu b", lambda m, x: m.b(F.relu(m.a(x)))),
@@ -271,6 +277,13 @@ HANDS_ON: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "dropout": ("a -> relu b", lambda m, x: m.b(F.dropout(F.relu(F.dropout(m.a(x), training=False)), 0.1, False))),
     "by name": ("a -> gelu b", lambda m, x: m.b(F.gelu(input=F.dropout(input=m.a(input=x), training=False)))),
     "identity": ("a -> b", lambda m, x: m.b(nn.Identity()(m.a(x)))),
+    "no padding": ("a -> relu b", lambda m, x: m.b(F.pad(F.relu(F.pad(m.a(x), (0, 0))), pad=[0, 0, 0, 0]))),
+    "in a region": ("a -> relu b", lambda m, x: region(m, x)),
+    "in a branch": (
+        "a -> relu b",
+        lambda m, x: torch.cond(x.sum() < 999, lambda x: m.b(F.relu(m.a(x))), torch.cos, [x]),
+    ),
+    "recomputed": ("a -> relu b", lambda m, x: checkpoint(lambda x: m.b(F.relu(m.a(x))), x, use_reentrant=False)),
     "residual around": ("b -> gelu c", lambda m, x: x + m.c(F.gelu(m.b(m.norm(x + m.a(x)))))),
     "writes elsewhere": ("a -> b", lambda m, x: inplace(torch.zeros(6, 16), m.b(m.a(x)))),
 }
@@ -298,6 +311,8 @@ KEEPS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "a residual": lambda m, x: m.b(x + m.a(x)),
     "a residual in place": lambda m, x: m.b(inplace(m.a(x), x)),
     "an activation into a tensor": lambda m, x: m.b(torch.tanh(m.a(x), out=(y := torch.empty(6, 16)))) + y,
+    "padding": lambda m, x: m.b(F.pad(m.a(x)[:, 1:], (1, 0))),
+    "padding behind": lambda m, x: m.b(F.pad(m.a(x), (1, -1))),
     "a view": lambda m, x: m.b(m.a(x).view(3, 2, 16)),
     "the last layer": lambda m, x: F.relu(m.a(x)),
     "a function that nobody knows between": lambda m, x: m.b((m.a(x), doubled(x))[0]),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import re
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -282,11 +284,16 @@ def with_first_compiled(model: nn.Sequential) -> nn.Sequential:
 @pytest.mark.parametrize("before", [True, False], ids=["before", "while prepared"])
 def test_a_layer_compiled_by_itself_is_swapped_with_what_its_wrapper_calls(before: bool) -> None:
     model, data = two_layers(), batches()
+    weight = weakref.ref(model[0].weight)
     expected = bridge.convert_(calibrated(copy.deepcopy(model), data=data))(data[0])
     model = calibrated(with_first_compiled(model) if before else model, data=data)
     model = bridge.convert_(model if before else with_first_compiled(model))
     assert type(model[0]._orig_mod) is bridge.QuantizedLinear
     assert torch.equal(model(data[0]), expected)
+    again = torch.compile(model[0], backend="eager")
+    assert torch.equal(again(data[0]), model[0](data[0]))
+    gc.collect()
+    assert weight() is None
     model[0]._orig_mod.weight_codes.zero_()
     assert not torch.equal(model(data[0]), expected)
 
@@ -944,6 +951,26 @@ def test_layers_of_a_compiled_model_have_the_names_of_the_model_wherever_they_ar
     model._orig_mod[2].register_forward_hook(print)
     with pytest.raises(ValueError, match=r"^2: the layer has hooks"):
         bridge.unprepare_(model)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "forward_hook",
+        "forward_pre_hook",
+        "full_backward_hook",
+        "state_dict_pre_hook",
+        "state_dict_post_hook",
+        "load_state_dict_pre_hook",
+        "load_state_dict_post_hook",
+    ],
+)
+def test_a_hook_of_any_kind_that_would_be_lost_is_told_of(register: str) -> None:
+    model = two_layers()
+    getattr(model[0], f"register_{register}")(lambda *_: None)
+    with pytest.raises(ValueError, match=r"^0: the layer has hooks, which would be lost"):
+        bridge.prepare_(model, INT8)
+    assert kinds(model) == ["Linear", "ReLU", "Linear"]
 
 
 @pytest.mark.parametrize("step", [bridge.prepare_, bridge.quantize_])
