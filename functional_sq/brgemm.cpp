@@ -17,6 +17,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -398,21 +399,46 @@ using Factor = std::conditional_t<sizeof(Code) == 1, uint8_t, Code>;
 template <typename Code>
 using Rows = std::function<const Factor<Code>*(int64_t, int64_t, int64_t)>;
 
-// Each task has some rows, and all or a part of the columns: as many tasks as keep every thread at work as long as the
-// others, alike in height.
+// Tasks by number, for as many threads: each takes those of its own part in order, so that it writes where it has written
+// before, and then what is left of the others', for one may be slower: its core is another process's too.
+class Tasks {
+  const int64_t count, threads;
+  std::vector<std::atomic<int64_t>> next;
+
+ public:
+  explicit Tasks(int64_t count)
+      : count(count), threads(std::min<int64_t>(count, at::get_num_threads())), next(threads) {
+    for (int64_t i = 0; i < threads; ++i) next[i] = count * i / threads;
+  }
+
+  // Call `thread` in each of them with a function that calls what it is given with each task.
+  template <typename F>
+  void share(F thread) {
+    at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+      thread([&](auto work) {
+        for (int64_t i = own; i < own + threads; ++i)
+          for (int64_t part = i % threads, end = count * (part + 1) / threads, task; (task = next[part]++) < end;) work(task);
+      });
+    });
+  }
+};
+
+// Each task has some rows, and all or a part of the columns; the rows are alike in number, and so many that every thread
+// has as many tasks as the others.
 template <typename Code, typename Sum>
 void multiply(const Call& call, const Rows<Code>& rows_of) {
   const int64_t each = call.n / call.groups, widths = call.groups * tiles(each);
   const int64_t threads = at::get_num_threads(), fewest = parts(call.m, has_amx() ? ROWS : ROWS / 2);
   const int64_t height = parts(call.m, fewest < threads ? fewest : parts(fewest, threads) * threads);
-  const int64_t heights = parts(call.m, height), shares = std::min(widths, parts(4 * threads, heights));
+  const int64_t heights = parts(call.m, height), shares = std::min(widths, parts(8 * threads, heights));
   const int64_t depth = inner<Code>(call.k), size = COLUMNS * depth;
   const Finish<Sum> finish = finisher<Sum>(call);
-  at::parallel_for(0, heights * shares, 1, [&](int64_t begin, int64_t end) {
+  Tasks(heights * shares).share([&](auto each_task) {
     alignas(LINE) Sum sums[ROWS * COLUMNS];
     int32_t row_sums[ROWS] = {};
     const Factor<Code>* rows = nullptr;
-    for (int64_t task = begin, last = -1, last_row = -1; task < end; ++task) {
+    int64_t last = -1, last_row = -1;
+    each_task([&](int64_t task) {
       const int64_t row = task / shares * height, share = task % shares;
       Tile tile{.row = row, .height = std::min(height, call.m - row)};
       for (int64_t j = widths * share / shares; j < widths * (share + 1) / shares; ++j) {
@@ -434,7 +460,7 @@ void multiply(const Call& call, const Rows<Code>& rows_of) {
               rows + k, weight + k * COLUMNS, sums);
         finish(call, sums, tile, row_sums);
       }
-    }
+    });
     at::native::cpublas::brgemm_release();
     _mm_sfence();
   });
