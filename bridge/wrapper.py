@@ -140,6 +140,7 @@ def _cache_key(t: Tensor) -> str:
 
 
 def each(func: Any, q: Wrapper, *args: Any, **kwargs: Any) -> Wrapper:
+    """Apply an operator to each tensor inside."""
     # A scale has the rank of its tensor, so what moves axes moves those of the scale alike.
     return q._map(lambda t: func(t, *args, **kwargs))
 

@@ -233,7 +233,7 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
         RuntimeError: as `product`.
     """
     q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
-    added = residual.reshape(q.shape[0], codes.shape[0]), "none", None, None, residual.dtype
+    added = residual.reshape(-1, codes.shape[0]), "none", None, None, residual.dtype
     return _call(q, None, None, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
 
 
