@@ -64,9 +64,8 @@ def swap_(
     """Replace every module that `wanted(module, name)` by `make(module, name)`, or none of them.
 
     All are made before the first is put in place. A module with two names is made once, and refused if it is wanted by
-    one of them alone. Where none is wanted, the
-    error says that none is `what`, and the `remedy`. The `warning` is given before, so that nothing is changed where
-    it is an error.
+    one of them alone. Where none is wanted, the error says that none is `what`, and the `remedy`. The `warning` is
+    given before, so that nothing is changed where it is an error.
     """
     if wanted(model, ""):
         raise ValueError(f"the model is itself {what} and cannot be replaced in place; wrap it: nn.Sequential(model)")
