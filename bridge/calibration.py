@@ -80,9 +80,9 @@ def calibrate(
         the number of batches that the record holds, of this rank.
 
     Raises:
-        ValueError: there are no batches; the model is not prepared, or not in eval mode; the
-            checkpoint is of other layers or weights; `mask` gives positions that no layer's input has; an argument is
-            outside its range; this rank is not in `group`.
+        ValueError: there are no batches; the model is not prepared, or not in eval mode; an observer of your own was
+            made without a shape; the checkpoint is of other layers or weights; `mask` gives positions that no layer's
+            input has; an argument is outside its range; this rank is not in `group`.
         TypeError: an observer whose states do not merge (a moving average), with several ranks;
             `mask` gives no bool tensor.
 

@@ -670,11 +670,9 @@ std::shared_ptr<Packed> packed(const at::Tensor& codes, int64_t groups) {
   if (!kept) {
     auto keeper = c10::make_intrusive<Kept>();
     kept = keeper.get();
-    kept->weight = made;
     impl->set_backend_meta(std::move(keeper));
-  } else {
-    kept->weight = made;
   }
+  kept->weight = made;
   return made;
 }
 

@@ -176,7 +176,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
 
 
 def key() -> tuple[object, ...]:
-    """Return what the answers here depend on, beside their arguments."""
+    """Return what the answers here depend on, beside their arguments; the kernel is built to know whether it works."""
     return is_built(), HAS_BFLOAT16, onednn.AMX
 
 

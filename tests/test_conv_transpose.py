@@ -257,7 +257,8 @@ REFUSALS = [
     ("added-more", lambda: call(stride=(2, 3), output_padding=2), ValueError,
      r"output_padding=2 with stride=\(2, 3\) and dilation=1; give less than the larger of the two"),
     ("nothing", lambda: call(padding=6), ValueError,
-     r"shape \(2, 4, 9, 9\) and a kernel of \(3, 3\) padding=6 leaves nothing; give more of them, or pad less"),
+     r"of activations of shape \(2, 4, 9, 9\) and a kernel of \(3, 3\) padding=6 leaves nothing; "
+     "give more of them, or pad less"),
     ("empty", lambda: call(q=(2, 4, 0, 9)), ValueError, r"shape \(2, 4, 0, 9\) .* leaves nothing"),
     ("dtype", lambda: call(dtype=torch.int32), TypeError, "conv to torch.int32; use one of torch.float32"),
     ("several", lambda: call(act=QuantSpec(torch.int8, fsq.PerAxis(1))), ValueError,

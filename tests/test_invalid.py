@@ -39,17 +39,10 @@ class FloatSum(fsq.Accumulator):
         return -state["sum"], state["sum"]
 
 
-@dataclass(frozen=True)
-class Misnamed(fsq.Accumulator):
-    """Names one statistic twice."""
+class Misnamed(FloatSum):
+    """Its elements have another name."""
 
     reductions = {"max": fsq.MAX}
-
-    def elements(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"highest": x}
-
-    def range(self, spec: fsq.QuantSpec, state: fsq.State) -> tuple[torch.Tensor, torch.Tensor]:
-        return -state["max"], state["max"]
 
 
 @dataclass
@@ -231,11 +224,13 @@ INVALID: dict[str, tuple[object, ...]] = {
     "QuantSpec(torch.uint8, PerTensor(), zero_point_dtype=torch.int8)": (
         ValueError,
         "zero_point_dtype=torch.int8 is no float, and none of int8, uint8, int16",
+        "that holds every code from 0 to 255",
         "use torch.int32",
     ),
     "QuantSpec(torch.int8, PerTensor(), zero_point_dtype=torch.uint8)": (ValueError, "torch.uint8", "use torch.int32"),
     "QuantSpec(torch.int16, PerTensor(), zero_point_dtype=torch.bfloat16)": (
         ValueError,
+        "zero_point_dtype=torch.bfloat16 is no float, and none of",
         "that holds every code from -32768 to 32767",
         "use torch.int32",
     ),
@@ -246,7 +241,7 @@ INVALID: dict[str, tuple[object, ...]] = {
     # Observers.
     "observe(misnamed, init(misnamed, (4, 8)), x)": (
         TypeError,
-        "elements gives ['highest']",
+        "elements gives ['sum']",
         "has ['max']",
         "same names",
     ),
@@ -397,7 +392,7 @@ INVALID: dict[str, tuple[object, ...]] = {
     "fake_quantize(tensor, x, qp_channel)": (ValueError, "the scale has shape (4, 1)", BELONGS),
     # Products of codes.
     "fold(channel, q[0], qp_channel)": (ValueError, "fold got codes of shape (8,)", "is (out, in)"),
-    "fold(channel, x, qp_channel)": (TypeError, "got torch.float32", "are a tensor of torch.int8"),
+    "fold(channel, x, qp_channel)": (TypeError, "fold got torch.float32", "are a tensor of torch.int8"),
     "fold(channel, q, qp)": (ValueError, "the weight's scale has shape (1, 1)", BELONGS),
     "fold(channel, q, QParams(qp_channel.scale, qp_channel.zero_point + 1))": (
         ValueError,
@@ -417,7 +412,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "activations of shape (4, 4) meet a weight of shape (4, 8)",
         "the last axes must be equal",
     ),
-    "linear(tensor, x, qp, folded)": (TypeError, "got torch.float32", "are a tensor of torch.int8"),
+    "linear(tensor, x, qp, folded)": (TypeError, "product got torch.float32", "are a tensor of torch.int8"),
     f"linear(e4m3, x.to({E4M3}), qp, folded)": (
         TypeError,
         f"{E4M3} meet a weight of torch.int8",
@@ -440,7 +435,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "reshape it",
     ),
     "Fixed(-(10**400), 1)": (ValueError, "lo=-inf is not a finite float32", "two such ends"),
-    "linear(tensor, [1], qp, folded)": (TypeError, "got list", "are a tensor of torch.int8"),
+    "linear(tensor, [1], qp, folded)": (TypeError, "a product got list", "are a tensor of torch.int8"),
     "linear(tensor, q[0, 0], qp, folded)": (ValueError, "activations of shape ()", "the last axes must be equal"),
     "linear(tensor, q, qp.scale, folded)": (TypeError, "qp is tensor([[", "give QParams(scale, zero_point)"),
     "linear(tensor, q, qp, q)": (TypeError, "weight is a Tensor", "the FoldedWeight that fold(spec, q, qp) returns"),
@@ -533,7 +528,7 @@ INVALID: dict[str, tuple[object, ...]] = {
     ),
     "linear(tensor, q, qp, folded, then=Requantization(tensor, qp, ['relu']))": (ValueError, "['relu']", "use one of"),
     "epilogue(tensor, qp, None)": (TypeError, "weight is a NoneType", "give the FoldedWeight"),
-    "fold(channel, [1], qp_channel)": (TypeError, "got list", "are a tensor of torch.int8"),
+    "fold(channel, [1], qp_channel)": (TypeError, "fold got list", "are a tensor of torch.int8"),
     "fold(channel, q, None)": (TypeError, "qp is None", "give QParams(scale, zero_point)"),
     "unfold(None, folded)": (TypeError, "spec is None", "give a QuantSpec"),
     "unfold(e4m3, folded)": (TypeError, f"of {E4M3} has codes of {E4M3}, this one torch.int8", "give its spec"),
