@@ -42,7 +42,7 @@ class HandOn(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Name what a graph becomes, for Inductor's caches on disk; None: not cached."""
-        ours = backends.fingerprint()
+        ours = backends.sources()  # what backends choose by is in each node: `known_by`
         if self.first is None:
             return ours
         theirs = self.first.uuid() if isinstance(self.first, CustomGraphPass) else None
@@ -50,18 +50,21 @@ class HandOn(CustomGraphPass):
 
 
 @asked_once  # by Dynamo while it captures a layer, just before the pass is looked for
-def install() -> str:
+def install(device: str) -> str:
     """Set the pass, after one that is set already. A list of passes, which newer versions take, gets it at its end.
 
     Called for each layer that is captured, as others may set theirs at any time.
 
+    Args:
+        device: type of the device that the layer is on.
+
     Returns:
-        `backends.fingerprint()`, for torch 2.11 does not ask the pass for its name.
+        `backends.fingerprint(device)`: no pass is told of a device, and torch 2.11 asks none for its name.
 
     Example:
         >>> from torch._inductor import config
         >>> from bridge import inductor
-        >>> _ = inductor.install()
+        >>> _ = inductor.install("cpu")
         >>> isinstance(config.pre_grad_custom_pass, inductor.HandOn)
         True
     """
@@ -71,7 +74,7 @@ def install() -> str:
             config.pre_grad_custom_pass = [*known, HandOn()]
     elif not isinstance(known, HandOn):
         config.pre_grad_custom_pass = HandOn(known)
-    return backends.fingerprint()
+    return backends.fingerprint(device)
 
 
 @dataclass(frozen=True)

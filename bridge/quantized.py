@@ -384,7 +384,7 @@ class Quantized(Buffers):
                 geometry=self._geometry_json,
                 dtype=x.dtype,
                 fast_accum=self.fast_accum,
-                known_by=inductor.install(),
+                known_by=inductor.install(self.weight_codes.device.type),
             )
         qp = self.act_qparams
         x, geometry = self._padded(x), {**self._geometry, **changed}

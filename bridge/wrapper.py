@@ -80,7 +80,7 @@ class Wrapper(Tensor):
         """
         names, context = self.__tensor_flatten__()
         inner = [_cache_key(getattr(self, name)) for name in names]
-        code = _source(), backends.fingerprint()
+        code = _source(), backends.fingerprint(self.device.type)
         return hashlib.sha256(pickle.dumps((type(self).__qualname__, inner, context, code))).hexdigest()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -51,8 +51,8 @@ class _Backend(Protocol):
     def requantizes(self, spec: QuantSpec, scale: Tensor, activation: str, /) -> bool:
         """Whether it applies a key of `ACTIVATIONS` and makes codes of the result: of all 8 bits, one scale."""
 
-    def key(self) -> tuple[object, ...]:
-        """What its answers depend on, apart from their arguments; its `repr` is part of `fingerprint`."""
+    def key(self, device: str, /) -> tuple[object, ...]:
+        """What its answers for weights on a type of device depend on; its `repr` is part of `fingerprint`."""
 
 
 class Product(_Backend, Protocol):
@@ -168,22 +168,25 @@ def codes_dtype(codes: Tensor) -> torch.dtype:
     return next((each.CODES for each in known if each.supports(codes, None)), torch.uint8)
 
 
-def fingerprint() -> str:
+def fingerprint(device: str) -> str:
     """Return what compiled code depends on beside its graph: this package's source, and what backends choose by.
 
     It must be part of the key of a compiler's cache on disk: a graph has operators of `functional_sq.chains` by name.
 
+    Args:
+        device: type of the device that the weight is on, as `tensor.device.type`.
+
     Example:
         >>> from functional_sq.backends import fingerprint
-        >>> fingerprint() == fingerprint()
-        True
+        >>> fingerprint("cpu") == fingerprint("cuda")
+        False
     """
-    keys = [(each.NAME, each.key()) for each in (*PRODUCTS, *CONVOLUTIONS)]
-    return hashlib.sha256(f"{sources(Path(__file__).parent)} {keys}".encode()).hexdigest()
+    keys = [(each.NAME, each.key(device)) for each in (*PRODUCTS, *CONVOLUTIONS)]
+    return hashlib.sha256(f"{sources()} {keys}".encode()).hexdigest()
 
 
 @cache
-def sources(folder: Path) -> str:
-    """Return what tells versions of the code in a folder apart."""
+def sources(folder: Path = Path(__file__).parent) -> str:
+    """Return what tells versions of the code in a folder apart; in this package's where none is given."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

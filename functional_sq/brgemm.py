@@ -175,9 +175,11 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
     return range(1 if codes.numel() <= _FEW else 2, sys.maxsize)
 
 
-def key() -> tuple[object, ...]:
-    """Return what the answers here depend on, beside their arguments; the kernel is built to know whether it works."""
-    return is_built(), HAS_BFLOAT16, onednn.AMX
+def key(device: str) -> tuple[object, ...]:
+    """Return what the answers here depend on, beside their arguments; for a CPU the kernel is built to know whether it
+    works.
+    """
+    return (is_built(), HAS_BFLOAT16, onednn.AMX) if device == "cpu" else ()
 
 
 def product(

@@ -89,7 +89,7 @@ def layer(
         geometry: JSON of the settings that `conv` or `conv_transpose` takes; "" for `linear`.
         dtype: dtype of the result.
         fast_accum: as `linear`.
-        known_by: `backends.fingerprint()`, by which a compiler's cache on disk tells versions of the operator apart.
+        known_by: `backends.fingerprint`, by which a compiler's cache on disk tells versions of the operator apart.
 
     Returns:
         what that function returns.

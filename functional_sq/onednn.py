@@ -150,7 +150,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
     return range(least, sys.maxsize) if zero_point is None else range(max(least, 2), k // 128 + 1)
 
 
-def key() -> tuple[object, ...]:
+def key(device: str) -> tuple[object, ...]:
     """Return what the answers here depend on, apart from their arguments."""
     return AVAILABLE, AMX, WORTH, LARGEST_K
 

@@ -125,7 +125,7 @@ def _overlap(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[in
     return any(step < gap * (size - 1) + 1 for size, step, gap in zip(kernel, stride, dilation, strict=True))
 
 
-def key() -> tuple[object, ...]:
+def key(device: str) -> tuple[object, ...]:
     """Return what the answers here depend on, apart from their arguments."""
     return onednn.AVAILABLE, onednn.AMX, WORTH, LARGEST_K
 

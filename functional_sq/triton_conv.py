@@ -100,9 +100,9 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
     return codes.ndim in (3, 4) and math.prod(codes.shape[1:]) <= INT32_TERMS and triton_mm.is_capable(codes)
 
 
-def key() -> tuple[object, ...]:
+def key(device: str) -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
-    return triton_mm.key()
+    return triton_mm.key(device)
 
 
 def windows(

@@ -109,7 +109,7 @@ def rows(codes: Tensor, zero_point: Tensor | None) -> range:
     return range(1, sys.maxsize)
 
 
-def key() -> tuple[object, ...]:
+def key(device: str) -> tuple[object, ...]:
     """Return what the answers here depend on, beside their arguments."""
     return (AVAILABLE,)
 

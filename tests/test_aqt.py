@@ -1209,7 +1209,7 @@ def test_the_cache_knows_a_graph_by_the_code_of_both_packages(monkeypatch: pytes
     for changed in ((wrapper, "_source"), None, (wrapper, "_source"), (wrapper.backends, "fingerprint")):
         if changed is not None:
             unique = uuid4().hex
-            monkeypatch.setattr(*changed, lambda unique=unique: unique)
+            monkeypatch.setattr(*changed, lambda *of, unique=unique: unique)
         check_bits(compiled_anew(module, x), module(x))
         found.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
     assert found == [0, 1, 0, 0]

@@ -53,7 +53,7 @@ class Int64:
     def requantizes(self, spec: fsq.QuantSpec, scale: Tensor, activation: str) -> bool:
         return scale.numel() == 1 and scale.dtype is torch.float32 and spec.bounds in ((0, 255), (-128, 127))
 
-    def key(self) -> tuple[object, ...]:
+    def key(self, device: str) -> tuple[object, ...]:
         return ()
 
     def rows(self, codes: Tensor, zero_point: Tensor | None) -> range:
@@ -1011,7 +1011,7 @@ def test_what_is_no_backend_is_refused_with_what_it_lacks() -> None:
         check_product_backend(object())
     with pytest.raises(TypeError, match="has no CODES, NAME, convolve, key, requantizes, supports, windows; give"):
         check_convolution_backend(object())
-    for key in (None, lambda: [1]):
+    for key in (None, lambda device: [1]):
         backend = Int64()
         backend.key = key
         for check in (check_product_backend, check_convolution_backend):

@@ -986,9 +986,14 @@ def test_the_kernel_is_built_once_by_threads_that_ask_together_and_again_where_i
 
 @needs_brgemm
 def test_a_graph_that_was_cached_with_the_kernel_is_none_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_it = backends.fingerprint()
+    with_it = backends.fingerprint("cpu")
     monkeypatch.setattr(brgemm, "_works", lambda: False)
-    assert backends.fingerprint() != with_it
+    assert backends.fingerprint("cpu") != with_it
+
+
+def test_nothing_is_built_where_layers_are_compiled_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brgemm, "_works", lambda: pytest.fail("the kernel for a CPU was built"))
+    assert backends.fingerprint("cuda") != backends.sources()
 
 
 @needs_brgemm

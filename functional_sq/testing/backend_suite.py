@@ -157,7 +157,7 @@ def _check_backend(backend: Product | Convolution, protocol: type, law: Law, max
             f"{backend!r} has no {', '.join(missing)}; "
             f"give an object with all that functional_sq.backends.{protocol.__name__} has"
         )
-    if not callable(backend.key) or not isinstance(backend.key(), tuple):
+    if not callable(backend.key) or not isinstance(backend.key("cpu"), tuple):
         raise TypeError(f"{backend!r}.key is no function that returns a tuple; give what its answers depend on, or ()")
     try:
         check_law(law, backend, max_examples=max_examples)
