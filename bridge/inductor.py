@@ -85,6 +85,8 @@ class Chain:
         producer: name of the layer.
         activation: what it applies before; a key of `functional_sq.ACTIVATIONS`.
         consumers: names of the layers that multiply the codes.
+
+    Example: see `chains`.
     """
 
     producer: str

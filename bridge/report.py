@@ -75,6 +75,8 @@ class LayerReport:
         hands_on: once compiled, the layers that get codes from this one in place of floats, after the
             activation: `"gelu encoder.1.fc2"`; empty where it makes floats.
         recorded: the histogram of the recorded state, if it has one.
+
+    Example: see `report`.
     """
 
     name: str
@@ -108,6 +110,8 @@ class Report:
         milliseconds: a forward pass of that model; median over batches.
         batches: how many batches were run.
         rank: as given to `report`.
+
+    Example: see `report`.
     """
 
     layers: tuple[LayerReport, ...]

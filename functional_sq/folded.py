@@ -46,6 +46,8 @@ class FoldedWeight(NamedTuple):
         zero_point: int32, the code of 0.0 in `codes`, shape of `scale`; None where the spec fixes it at 0.
         sum: `(N,)`, `codes` summed over all axes but the first; int32, of 2**24 codes of 8 bits or more int64; None for
             float8.
+
+    Example: see `fold`.
     """
 
     codes: Tensor
@@ -192,6 +194,8 @@ class Epilogue(NamedTuple):
         scale: `s_x s_w`, output units per unit of the product; `(N,)`, or `(M, N)` for a scale a token.
         offset: `z_x sum_k q_w - K z_x z_w`, what is subtracted from the product, shape of `scale`;
             int32, above K = 33025 int64; None for float8.
+
+    Example: see `epilogue`.
     """
 
     scale: Tensor

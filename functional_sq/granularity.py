@@ -26,7 +26,21 @@ __all__ = ["Granularity", "PerAxis", "PerBlock", "PerGroup", "PerRow", "PerTenso
 
 
 class Granularity(abc.ABC):
-    """Which elements share one scale. For one of your own, derive a frozen dataclass."""
+    """Which elements share one scale. For one of your own, derive a frozen dataclass.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Parts(fsq.Granularity):
+        ...     number: int
+        ...     def stat_shape(self, shape):
+        ...         return (self.number, *(1 for _ in shape[1:]))
+        >>> spec = fsq.QuantSpec(torch.int8, Parts(2))
+        >>> fsq.observe(spec, fsq.init(spec, (4, 2)), torch.arange(8.0).reshape(4, 2))["max"]
+        tensor([[3.],
+                [7.]])
+    """
 
     @abc.abstractmethod
     def stat_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

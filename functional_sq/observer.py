@@ -45,7 +45,10 @@ State = dict[str, Tensor]
 
 
 class CalibrationError(ValueError):
-    """A recorded state is not fit to choose a range from."""
+    """A recorded state is not fit to choose a range from.
+
+    Example: see `check`.
+    """
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class Reduction:
         reduce: `(x, dims) -> Tensor`, over at least one dim.
         combine: the binary operation; the same result in any order and grouping.
         identity: `dtype -> number` that `combine` leaves without effect.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> x = torch.tensor([[1, -2], [3, 0]])
+        >>> fsq.MAX.combine(fsq.MAX.reduce(x[:1], (0, 1)), fsq.MAX.reduce(x[1:], (0, 1)))
+        tensor(3)
     """
 
     name: str
@@ -136,6 +145,8 @@ class Observer(abc.ABC):
     Subclasses are frozen dataclasses (hashable, comparable, picklable); all that changes is in the
     state, and each state has `count`: int64, the values that each scale has seen.
     `functional_sq.testing.check_observer` runs the laws on one.
+
+    Example: see `Accumulator`, from which all derive that record by reductions.
     """
 
     @property

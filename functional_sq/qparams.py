@@ -28,6 +28,16 @@ class MappingType(enum.Enum):
     * `ASYMMETRIC`: the range, made to contain 0, is spread over all codes:
       `scale = (hi - lo) / (qmax - qmin)`, `zero_point = clamp(qmin - round(lo / scale), qmin, qmax)`.
       Integers only.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> for mapping in fsq.MappingType:
+        ...     spec = fsq.QuantSpec(torch.int8, fsq.PerTensor(), mapping=mapping)
+        ...     scale, zero_point = fsq.from_range(spec, torch.tensor([-128.0]), torch.tensor([63.5]))
+        ...     print(mapping, round(scale.item(), 4), zero_point.item())
+        MappingType.SYMMETRIC 1.0039 0
+        MappingType.SYMMETRIC_NO_CLIPPING_ERR 1.0 0
+        MappingType.ASYMMETRIC 0.751 42
     """
 
     SYMMETRIC = enum.auto()
@@ -46,6 +56,8 @@ class QParams(NamedTuple):
     Attributes:
         scale: positive; input units per step. Shape: the statistics' shape, of the tensor's rank.
         zero_point: the code of 0.0; the same shape. 0 everywhere for float8.
+
+    Example: see `calc_qparams` and `quantize`.
     """
 
     scale: Tensor

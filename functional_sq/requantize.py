@@ -52,6 +52,8 @@ class Requantization(NamedTuple):
         spec: the next layer's quantization of its input.
         qp: scale and zero point of it, one for the tensor.
         activation: what is applied before, a key of `ACTIVATIONS`.
+
+    Example: see `requantize`.
     """
 
     spec: QuantSpec

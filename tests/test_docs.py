@@ -14,6 +14,7 @@ import pytest
 
 import bridge
 import functional_sq
+import functional_sq.testing
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -30,12 +31,17 @@ def test_doctests(name: str) -> None:
     assert result.failed == 0, f"{result.failed} of {result.attempted} examples of {name} failed, see the output"
 
 
-def test_every_public_name_of_the_core_has_a_docstring() -> None:
-    for name in functional_sq.__all__:
-        value = getattr(functional_sq, name)
-        if isinstance(value, type) or callable(value):
-            assert value.__doc__, name
-            assert not value.__doc__.startswith(f"{name}("), f"{name} has only the docstring that dataclass makes"
+def test_every_public_name_has_an_example_or_names_one() -> None:
+    packages = (functional_sq, functional_sq.testing, bridge)
+    values = {name: getattr(package, name) for package in packages for name in package.__all__}
+    ours = ("functional_sq.", "bridge.")
+    texts = {
+        name: value.__doc__ or "" for name, value in values.items() if getattr(value, "__module__", "").startswith(ours)
+    }
+    assert len(texts) > 100
+    for name, text in texts.items():
+        seen = re.findall(r"`(\w+)`", text.partition("Example: see ")[2].partition("\n")[0])
+        assert ">>> " in text or (seen and all(">>> " in texts[each] for each in seen)), name
 
 
 def blocks(text: str) -> list[tuple[int, str]]:

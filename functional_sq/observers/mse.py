@@ -82,6 +82,8 @@ class SquaredError(NamedTuple):
         signal: of the squares of the values themselves.
         total: of the squared differences that quantize and dequantize make.
         clipping: the part of `total` that comes from values which saturate; the rest is rounding.
+
+    Example: see `expected_error`.
     """
 
     signal: Tensor

@@ -25,6 +25,8 @@ class Law:
         holds: the function that raises AssertionError where the law does not hold.
         cases: from what is under test, an observer or a backend, to the strategy of the keyword arguments of `holds`.
         max_examples: limit on the number of cases, for a law that is slow to check.
+
+    Example: see `check_law`.
     """
 
     holds: Callable[..., None]
