@@ -7,8 +7,9 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import is_
 from typing import Any, ClassVar, cast
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ from functional_sq.conv import is_looped_first, is_tapped
 from functional_sq.folded import check_zero_point
 from functional_sq.formats import Float8, name_of
 from functional_sq.granularity import check_stats
-from functional_sq.linear import quantized_linear
+from functional_sq.linear import direct_product, quantized_linear
 from functional_sq.qparams import check_qparams, fixed_zero_point
 from functional_sq.spec import check_spec
 
@@ -67,6 +68,10 @@ SWITCHES = ("reference", "hand_on", "fast_accum")
 
 _SHARED: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 """The tensors of `_shared`, for as long as a layer has them."""
+
+
+_DIRECT: WeakKeyDictionary[Quantized, tuple[list[object], Callable[[Tensor], Tensor] | None]] = WeakKeyDictionary()
+"""What a layer asked for, and what it found: `QuantizedLinear._direct`."""
 
 
 @torch.inference_mode(False)
@@ -194,6 +199,7 @@ class Quantized(Buffers):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         super()._apply(fn, recurse)
+        _DIRECT.pop(self, None)  # it would keep the memory of tensors that were replaced
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         self._share()
         return self
@@ -534,6 +540,23 @@ class QuantizedLinear(Quantized):
         # What print(model) shows; torch.nn.Linear does not look at its weight. No method: one pickles as its name.
         linear.extra_repr = partial(_repr_of_weight, linear)  # type: ignore[method-assign]
         return linear.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        multiply = self._direct() if not self.reference and brgemm.reads(input) else None
+        return self._run(input, {}) if multiply is None else multiply(input)
+
+    def _direct(self) -> Callable[[Tensor], Tensor] | None:
+        """Return what `direct_product` finds; asked again where an operand, or what else it depends on, is another."""
+        bias, scale, offset = self.bias, *self._values("product")
+        if scale is None:
+            return None
+        learned = scale.requires_grad, bias is not None and bias.requires_grad
+        depends_on = [*backends.PRODUCTS, *learned, self.act_spec, bias, *self._buffers.values()]
+        before, found = _DIRECT.get(self, ([], None))
+        if len(before) != len(depends_on) or not all(map(is_, before, depends_on)):
+            found = direct_product(self.act_spec, self.act_qparams, self.folded, bias, fsq.Epilogue(scale, offset))
+            _DIRECT[self] = depends_on, found
+        return found
 
     def _multiply(self, x: Tensor, qp: fsq.QParams, bias: Tensor | None, **how: Any) -> Tensor:
         return quantized_linear(self.act_spec, x, qp, self.folded, bias, **how)

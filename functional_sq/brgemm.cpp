@@ -815,9 +815,11 @@ at::Tensor product(
     const std::optional<at::Tensor>& to_zero_point,
     at::ScalarType dtype) {
   TORCH_CHECK(
-      q.dim() == 2 && codes.dim() == 2 && q.size(1) == codes.size(1), "q of shape ", q.sizes(), " meets codes of shape ",
+      q.dim() > 0 && codes.dim() == 2 && q.size(-1) == codes.size(1), "q of shape ", q.sizes(), " meets codes of shape ",
       codes.sizes(), "; the last axes must be equal");
-  const at::Tensor y = at::empty({q.size(0), codes.size(0)}, q.options().dtype(to_scale ? codes_dtype(codes) : dtype));
+  std::vector<int64_t> shape = q.sizes().vec();
+  shape.back() = codes.size(0);
+  const at::Tensor y = at::empty(shape, q.options().dtype(to_scale ? codes_dtype(codes) : dtype));
   if (y.numel() == 0) return y;
   const Enabled enabled;
   const auto weight = packed(codes, 1);

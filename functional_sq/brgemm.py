@@ -56,6 +56,7 @@ __all__ = [
     "product_of_reals",
     "quantize",
     "quantizes",
+    "reads",
     "requantizes",
     "rows",
     "supports",
@@ -107,7 +108,12 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         >>> brgemm.supports(torch.zeros(4, 8), None)
         False
     """
-    return codes.dtype is torch.int8 and codes.ndim in (2, 3, 4) and _takes(codes) and codes[0].numel() <= INT32_TERMS
+    return (
+        codes.dtype is torch.int8
+        and codes.ndim in (2, 3, 4)
+        and _takes(codes)
+        and math.prod(codes.shape[1:]) <= INT32_TERMS
+    )
 
 
 class Float8Kernels(Float8Codes):
@@ -156,7 +162,7 @@ def float8_for(codes: Tensor, groups: int = 1) -> Float8Kernels | None:
 
 
 def _takes(codes: Tensor) -> bool:
-    return codes.device.type == "cpu" and codes.numel() > 0 and is_built()
+    return codes.is_cpu and codes.numel() > 0 and is_built()
 
 
 def rows(codes: Tensor, zero_point: Tensor | None) -> range:
@@ -260,7 +266,7 @@ def windows(
         True
     """
     channels, *kernel = codes.shape[1:]
-    taps, k, any_number = math.prod(kernel), codes[0].numel(), range(1, sys.maxsize)
+    taps, k, any_number = math.prod(kernel), math.prod(codes.shape[1:]), range(1, sys.maxsize)
     is_copied = groups > 1 or (zero_point is None and taps * math.prod(stride) > 1)
     if not is_copied or not onednn_conv.is_right(codes, groups):
         return any_number
@@ -322,22 +328,33 @@ def convolve(
     return y
 
 
-def quantizes(spec: QuantSpec, scale: Tensor, x: Tensor) -> bool:
-    """Whether `product_of_reals` makes the codes of real values: float8 or all 8 bits, one scale.
+def reads(x: Tensor) -> bool:
+    """Whether `product_of_reals` takes these real values: in the memory of this CPU, in eager mode.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import brgemm
+        >>> brgemm.reads(torch.ones(2, 3, dtype=torch.float64))
+        False
+    """
+    return not is_traced(x) and x.is_cpu and x.dtype in _REALS and is_built()
+
+
+def quantizes(spec: QuantSpec, scale: Tensor) -> bool:
+    """Whether `product_of_reals` makes such codes of real values: float8 or all 8 bits, one scale.
 
     Args:
         spec: the codes' quantization.
         scale: its scale.
-        x: real values.
 
     Example:
         >>> import torch, functional_sq as fsq
         >>> from functional_sq import brgemm
-        >>> brgemm.quantizes(fsq.QuantSpec(torch.int4, fsq.PerTensor()), torch.ones(1), torch.ones(2, 3))
+        >>> brgemm.quantizes(fsq.QuantSpec(torch.int4, fsq.PerTensor()), torch.ones(1))
         False
     """
     fits = has_one_scale if isinstance(spec.format, Float8) else fills_a_byte
-    return x.dtype in _REALS and fits(spec, scale)
+    return fits(spec, scale)
 
 
 def product_of_reals(
@@ -352,12 +369,12 @@ def product_of_reals(
     """Return the product of the codes of `x`, which are made when a tile reads them and never written.
 
     Args:
-        x: real values `(M, K)`: float32, bfloat16 or float16.
+        x: real values `(..., K)`: float32, bfloat16 or float16.
         spec, qp: their quantization, that `quantizes` takes.
         codes, weight_zero_point, scale, bias: as `Operands`.
 
     Returns:
-        `(M, N)` in the dtype of `x`: what `product` returns of `quantize(spec, x, qp)`.
+        `(..., N)` in the dtype of `x`: what `product` returns of `quantize(spec, x, qp)`.
 
     Raises:
         RuntimeError: as `product`.
@@ -371,8 +388,15 @@ def product_of_reals(
         ...     y = brgemm.product_of_reals(torch.tensor([[2.0, 0.6]]), spec, qp, w, None, torch.tensor([0.5]), None)
         ...     assert y.tolist() == [[3.0]]
     """
-    of_x = x.detach(), qp.scale, spec.format.storage, qp.zero_point.to(torch.int32)
-    return _call(*of_x, codes, weight_zero_point, scale, bias, None, "none", None, None, x.dtype)
+    scale_x, zero_point = qp
+    if x.requires_grad:  # else another microsecond, as is `to`
+        x = x.detach()
+    if zero_point.dtype is not torch.int32:
+        zero_point = zero_point.to(torch.int32)
+    _require()
+    of_x, then = (x, scale_x, spec.format.storage, zero_point), (None, "none", None, None, x.dtype)
+    y: Tensor = torch.ops.functional_sq.brgemm_product.default(*of_x, codes, weight_zero_point, scale, bias, *then)
+    return y
 
 
 def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
@@ -419,7 +443,7 @@ def _fake(
     q: Tensor, q_scale: Tensor | None, format: torch.dtype | None, z: Tensor | None, codes: Tensor, *rest: Any
 ) -> Tensor:
     *_, to_scale, _, dtype = rest
-    return q.new_empty((q.shape[0], codes.shape[0]), dtype=_result_dtype(codes, to_scale, dtype))
+    return q.new_empty((*q.shape[:-1], codes.shape[0]), dtype=_result_dtype(codes, to_scale, dtype))
 
 
 def _result_dtype(codes: Tensor, to_scale: Tensor | None, dtype: torch.dtype) -> torch.dtype:

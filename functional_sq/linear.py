@@ -21,7 +21,7 @@ they support it and are faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -50,12 +50,12 @@ from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize, quantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize, requantize_by
 from functional_sq.spec import QuantSpec, check_codes, check_spec
-from functional_sq.tracing import is_traced
 
 __all__ = [
     "bracket",
     "check_operands",
     "check_residual",
+    "direct_product",
     "fits_operator",
     "linear",
     "linear_reference",
@@ -197,37 +197,60 @@ def quantized_linear(
     """
     check_spec(spec)
     check_real(x, "quantized_linear")
-    # Asked first what costs least: elsewhere `quantize` and `linear` check the same.
-    if epilogue is not None and x.is_cpu and not is_traced(x) and x.dtype is not torch.float64 and brgemm.is_built():
-        qp = check_qparams(qp)
-        check_folded(weight)
-        check_epilogue(epilogue, bias, weight, torch.float32)
-        if _codes_are_made_by_brgemm(spec, x, qp, weight, bias, epilogue):
-            _check_inner(x, weight.codes)
-            flat = x.reshape(-1, weight.codes.shape[1])
-            of_weight = weight.codes, zero_point_of_rows(weight), epilogue.scale, bias
-            y = brgemm.product_of_reals(flat, spec, qp, *of_weight)
-            return y.reshape(*x.shape[:-1], weight.codes.shape[0])
+    if epilogue is not None and brgemm.reads(x):
+        multiply = direct_product(spec, qp, weight, bias, epilogue)
+        if multiply is not None:
+            return multiply(x)
     q = quantize(spec, x, qp)
     return linear(spec, q, qp, weight, bias, dtype=x.dtype, epilogue=epilogue, fast_accum=fast_accum)
 
 
-def _codes_are_made_by_brgemm(
-    spec: QuantSpec, x: Tensor, qp: QParams, weight: FoldedWeight, bias: Tensor | None, epilogue: Epilogue
-) -> bool:
+def direct_product(
+    spec: QuantSpec, qp: QParams, weight: FoldedWeight, bias: Tensor | None, epilogue: Epilogue
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes codes of real values that `brgemm.reads` and multiplies them, by one operator; or None.
+
+    Python takes as long to find it as a small product takes. It may be called again while these are the operands, have
+    a gradient where they had one, and the list of backends is the same; their values may change.
+
+    Args:
+        spec, qp, weight, bias, epilogue: as `quantized_linear`.
+
+    Raises:
+        TypeError, ValueError: as `linear`; when called, as that for activations.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq.linear import direct_product
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+        >>> weight = fsq.fold(spec, torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), one)
+        >>> multiply = direct_product(spec, one, weight, None, fsq.epilogue(spec, one, weight))
+        >>> if multiply is not None:
+        ...     assert multiply(torch.tensor([[10.2, 0.9]])).tolist() == [[12.0, 34.0]]
+    """
+    qp = check_qparams(qp)
+    check_folded(weight)
+    check_epilogue(epilogue, bias, weight, torch.float32)
     codes, floats = weight.codes, isinstance(spec.format, Float8)
     if epilogue.scale.ndim > 1 or not fits_operator(epilogue.scale, bias, torch.float32):
-        return False
-    if floats is not codes.is_floating_point() or not brgemm.quantizes(spec, qp.scale, x):
-        return False
-    if floats:
-        return brgemm.float8_for(codes) is not None
+        return None
+    if floats is not codes.is_floating_point() or not brgemm.quantizes(spec, qp.scale):
+        return None
     # One row of a large weight too: what another saves there is less than what `quantize` takes.
-    return product_for(2, codes, weight.zero_point) is brgemm
+    if brgemm.float8_for(codes) is None if floats else product_for(2, codes, weight.zero_point) is not brgemm:
+        return None
+    of_weight = codes, zero_point_of_rows(weight), epilogue.scale, bias
+
+    def multiply(x: Tensor) -> Tensor:
+        _check_inner(x, codes)
+        return brgemm.product_of_reals(x, spec, qp, *of_weight)
+
+    return multiply
 
 
 def _check_inner(x: Tensor, weight: Tensor) -> None:
-    if weight.shape[1:] != x.shape[-1:]:
+    if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"activations of shape {tuple(x.shape)} meet a weight of shape {tuple(weight.shape)}; "
             f"the last axes must be equal"

@@ -66,9 +66,9 @@ class QParams(NamedTuple):
 
 def check_qparams(qp: object) -> QParams:
     """Return a pair of tensors as QParams; TypeError if `qp` is none, ValueError unless they have one shape."""
-    if not (isinstance(qp, tuple) and len(qp) == 2 and all(isinstance(value, Tensor) for value in qp)):
+    scale, zero_point = qp if isinstance(qp, tuple) and len(qp) == 2 else (None, None)
+    if not (isinstance(scale, Tensor) and isinstance(zero_point, Tensor)):
         raise TypeError(f"qp is {qp!r}; give QParams(scale, zero_point), two tensors")
-    scale, zero_point = qp
     if zero_point.shape != scale.shape:
         raise ValueError(
             f"the zero point has shape {tuple(zero_point.shape)} and the scale {tuple(scale.shape)}; they must be equal"

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import bridge
 import functional_sq as fsq
-from functional_sq import MappingType, QParams, QuantSpec, brgemm, onednn
+from functional_sq import MappingType, QParams, QuantSpec, backends, brgemm, onednn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
@@ -647,6 +648,49 @@ def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(pac
     assert torch.equal(torch.load(file, weights_only=False)(x), y)
     layer.to("meta")
     assert layer(x.to("meta")).shape == (3, 12)
+
+
+def test_what_an_eager_layer_found_of_its_operands_holds_for_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, other = (quantized(SCHEMES["int8"], nn.Linear(20, 12)) for _ in range(2))
+    x = torch.randn(2, 3, 20)
+
+    def new_state(assign: bool) -> None:
+        state = {name: value.clone() for name, value in other.state_dict().items()}
+        layer.load_state_dict(state | {"weight_codes": state["weight_codes"].flip(int(assign))}, assign=assign)
+
+    changes: list[Callable[[], object]] = [
+        lambda: layer.weight_codes.add_(1),
+        lambda: setattr(layer, "bias", nn.Parameter(torch.randn(12), requires_grad=False)),
+        lambda: new_state(False),
+        lambda: new_state(True),
+        lambda: setattr(layer, "product_scale", 2 * layer.product_scale),
+        lambda: setattr(layer, "bias", None),
+        lambda: setattr(layer, "reference", True),
+    ]
+    before = layer(x)
+    for change in changes:
+        change()
+        after = layer(x)
+        assert torch.equal(after, copy.deepcopy(layer)(x))  # which found nothing yet
+        assert not torch.equal(after, before)
+        before = after
+    layer = copy.deepcopy(other)
+    assert not layer(x).requires_grad
+    layer.bias.requires_grad_()
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((12,), 6.0))
+    with pytest.raises(ValueError, match="the last axes must be equal"):
+        layer(torch.randn(3, 21))
+
+    other(x)
+    codes = weakref.ref(other.weight_codes)
+    other.to("meta")
+    assert codes() is None
+    other = quantized(SCHEMES["int8"], nn.Linear(20, 12))
+    y = other(x)
+    monkeypatch.setattr(backends, "PRODUCTS", [])
+    monkeypatch.setattr(brgemm, "product_of_reals", lambda *of: pytest.fail("a backend that is not in the list"))
+    assert torch.equal(other(x), y)
 
 
 @pytest.mark.usefixtures("packing")

@@ -791,7 +791,7 @@ def test_what_the_compiler_expects_of_brgemm_is_what_it_does() -> None:
                 tests = ("test_schema", "test_faketensor")[case is floats :]
                 torch.library.opcheck(op, given, test_utils=tests)
                 if not then:  # of real values
-                    made = torch.randn(rows, 16).to(dtype), torch.rand(1), case.act.format.storage
+                    made = torch.randn(1, rows, 16).to(dtype), torch.rand(1), case.act.format.storage
                     torch.library.opcheck(op, (*made, *given[3:]), test_utils=tests)
 
 
