@@ -34,7 +34,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
     import bridge
     from bridge import StaticQuantConfig
-    from bridge.inductor import HandOn
 
 UINT8, INT8 = (
     fsq.QuantSpec(dtype, fsq.PerTensor(), mapping=fsq.MappingType.ASYMMETRIC) for dtype in (torch.uint8, torch.int8)
@@ -1095,7 +1094,7 @@ def test_one_that_is_never_the_faster_one_is_not_asked_for_a_number_that_is_not_
 def test_compiled_code_is_its_own(ours: Int64, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 16)
     model = calibrated(nn.Sequential(nn.Linear(16, 8)), x)
-    with_it = HandOn().uuid()
+    with_it = backends.fingerprint("cpu")
     with torch.inference_mode():
         _, (source,) = run_and_get_code(torch.compile(model), x)
     assert "int64_t" in source
@@ -1103,7 +1102,7 @@ def test_compiled_code_is_its_own(ours: Int64, monkeypatch: pytest.MonkeyPatch) 
     assert "onednn" not in source
     assert "brgemm" not in source
     monkeypatch.setattr(backends, "PRODUCTS", backends.PRODUCTS[1:])
-    assert HandOn().uuid() != with_it
+    assert backends.fingerprint("cpu") != with_it
 
 
 def test_activations_are_those_that_a_backend_is_asked_for() -> None:
