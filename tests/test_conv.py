@@ -1563,7 +1563,7 @@ def test_images_of_any_number_and_size_are_compiled(
 ) -> None:
     """Also where groups, or float8, are convolved as floats."""
     monkeypatch.setattr(onednn, "AVAILABLE", onednn.AVAILABLE and by_onednn)
-    layers = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1, groups=6)).eval()
+    layers = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, (1, 3), 1, (0, 1), groups=6)).eval()
     bridge.prepare_(layers, SCHEMES[scheme])
     bridge.calibrate(layers, [torch.randn(2, 3, 16, 12)])
     bridge.convert_(layers)
