@@ -6,7 +6,8 @@ Each row is one layer of ResNet-50, MobileNetV2 or Wav2Vec2 and a batch, images 
 compiled pass that makes codes of the input, and oneDNN's int8 convolution alone, of codes that are there already
 and a weight that is packed already. The column uint8 has asymmetric weights: tiles of `functional_sq.brgemm`, with
 groups two convolutions by oneDNN; a depthwise one is a loop, and no call of oneDNN.
-Then blocks of two networks, batch norms in them, as multiples of their bare convolutions; `apart` hands no codes on.
+Then transposed ones, as multiples of float32, and blocks of two networks, batch norms in them, as multiples of their
+bare convolutions; `apart` hands no codes on.
 All columns of a row are timed in turn; a cell is the median and its ratio to the floor. Below the table oneDNN
 names the kernels of one call, for a layer without groups and a depthwise one. `OMP_NUM_THREADS=1` makes it
 quieter on a machine that is shared. `--quick` takes small layers and little time.
@@ -90,23 +91,41 @@ def bare(layer: nn.Module, codes: torch.Tensor) -> partial[torch.Tensor]:
 
 
 def columns(layer: Layer) -> Calls:
-    torch.compiler.reset()
     x = layer.input()
-    ours, asymmetric = quantized(layer.conv, x, torch.int8), quantized(layer.conv, x, torch.uint8)
+    calls = compared(layer.conv, x)
+    ours = calls["int8, eager"].func
     quantize = torch.compile(partial(fsq.quantize, ours.act_spec))
     codes = quantize(x, ours.act_qparams)
+    return {"quantize": partial(quantize, x, ours.act_qparams), "convolution": bare(ours, codes), **calls}
+
+
+def compared(conv: nn.Module, x: torch.Tensor) -> Calls:
+    torch.compiler.reset()
+    ours, asymmetric = quantized(conv, x, torch.int8), quantized(conv, x, torch.uint8)
     last = {"memory_format": torch.channels_last} if x.ndim == 4 else {}
-    conv = copy.deepcopy(layer.conv).to(**last) if last else layer.conv
+    conv = copy.deepcopy(conv).to(**last) if last else conv
     bf16 = copy.deepcopy(conv).bfloat16()
     return {
-        "quantize": partial(quantize, x, ours.act_qparams),
-        "convolution": bare(ours, codes),
         "int8, eager": partial(ours, x),
         "int8": partial(torch.compile(ours), x),
         "uint8": partial(torch.compile(asymmetric), x),
         "float32": partial(torch.compile(conv), x),
         "bfloat16": partial(torch.compile(bf16), x.bfloat16()),
     }
+
+
+def transposed(batches: Sequence[int], *, small: bool) -> Iterator[tuple[str, Calls]]:
+    """A generator's, a decoder's and a segmentation's."""
+    kinds = [(16, nn.ConvTranspose2d(256, 128, 4, 2, 1))]
+    if not small:
+        kinds += [(28, nn.ConvTranspose2d(128, 64, 2, 2)), (28, nn.ConvTranspose2d(64, 64, 3, 2, 1, 1))]
+    for batch in batches:
+        for size, conv in kinds:
+            layer = Layer("", batch, (size, size), conv.eval())
+            name = (
+                f"{batch} {conv.in_channels}>{conv.out_channels} {conv.kernel_size[0]}x{conv.kernel_size[1]} at {size}"
+            )
+            yield name, compared(conv, layer.input())
 
 
 def blocks(batches: Sequence[int], *, small: bool) -> Iterator[tuple[str, nn.Sequential, torch.Tensor]]:
@@ -174,6 +193,8 @@ def main() -> None:
             yield layer.name, calls
 
     table(calls(), ("quantize", "convolution"), seconds)
+    print("\ntransposed, of stride 2, as multiples of float32\n")
+    table(transposed([1] if args.quick else [1, 8], small=args.quick), ("float32",), seconds)
     print("\nblocks, as multiples of their convolutions; `apart` hands no codes on\n")
     made = blocks([1] if args.quick else [1, 8], small=args.quick)
     table(((name, block_columns(block, x)) for name, block, x in made), ("convolutions",), seconds)
