@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 from operator import mul
@@ -60,7 +61,7 @@ from functional_sq.requantize import (
     requantize_by,
 )
 from functional_sq.spec import QuantSpec
-from functional_sq.tracing import always, computed_once, define_operator, is_traced
+from functional_sq.tracing import always, computed_once, define_operator, is_among, is_traced
 from functional_sq.windows import (
     Geometry,
     are_alone,
@@ -79,9 +80,12 @@ __all__ = [
     "check_conv",
     "conv",
     "conv_reference",
-    "is_looped_first",
     "is_tapped",
+    "looped_first_for",
 ]
+
+_LOOPED = 2**22
+"""How many products, of windows of one channel each, are at most a loop rather than a call of oneDNN."""
 
 _FLOAT32_TERMS = 2**24 // 255**2
 """The largest K for which a sum of products of differences stays exact in float32: 258."""
@@ -169,7 +173,8 @@ def conv(
     assert images is not None
     scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
-    looped_first = tapped and is_looped_first(weight.codes, weight.zero_point)
+    count, of_weight = images.shape[0] * math.prod(size), (weight.codes, weight.zero_point)
+    looped_first = tapped and is_among(count, looped_first_for(*of_weight))
     fits = fits_operator(scale, bias, wide) and not looped_first
     backend: Convolution | triton_conv.Float8Kernels | brgemm.Float8Kernels | None = None
     if offset is None and fits:
@@ -177,7 +182,6 @@ def conv(
         if backend is None and epilogue is not None:
             backend = brgemm.float8_for(weight.codes, groups)
     elif epilogue is not None and fits:
-        count, of_weight = images.shape[0] * math.prod(size), (weight.codes, weight.zero_point)
         backend = convolution_for(count, *of_weight, geometry.stride, geometry.dilation, groups)
     if backend is not None:
         operands = Operands(images, None, weight.codes, zero_point_of_rows(weight), scale, offset, bias)
@@ -370,12 +374,15 @@ def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
     return groups > 1 and are_alone(codes, groups) and (codes.is_cuda or not isinstance(spec.format, Float8))
 
 
-def is_looped_first(codes: Tensor, zero_point: Tensor | None) -> bool:
-    """Whether a loop over the elements of a window is faster than any backend, for a weight that `is_tapped`.
+def looped_first_for(codes: Tensor, zero_point: Tensor | None) -> range:
+    """Return for how many windows a loop over their elements is faster than any backend, for a weight that `is_tapped`.
 
-    On a CPU it is with zero points: the two convolutions of a backend, and a pass over both, take 2 to 4 times as long.
+    On a CPU for any number with zero points: the two convolutions of a backend, and a pass over both, take 2 to 4 times
+    as long. Without them for few: a call of oneDNN alone takes 100 us, and a pass before it makes the codes.
     """
-    return zero_point is not None and not codes.is_cuda
+    if codes.is_cuda:
+        return range(0)
+    return range(1, sys.maxsize if zero_point is not None else _LOOPED // codes.numel() + 1)
 
 
 def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: Geometry) -> Tensor:

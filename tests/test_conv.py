@@ -767,6 +767,23 @@ def test_each_channel_alone_is_compiled_to_one_loop(
     assert_one_loop(source)
 
 
+@needs_onednn
+def test_few_windows_of_each_channel_alone_are_compiled_to_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["functional_sq.conv"], "_LOOPED", 6 * 9 * 100)
+    layer = quantized(SCHEMES["int8"], nn.Conv2d(6, 6, 3, groups=6))
+    assert repr(layer).endswith(" windows on, compiled to one loop of up to 100 windows)")
+    for size, dynamic in (((12, 12), False), ((12, 13), False), ((12, 12), True)):
+        torch.compiler.reset()
+        x = torch.randn(1, 6, *size)
+        with torch.no_grad():
+            y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=dynamic), x)
+            assert_same([y], [layer(x)])
+        looped = size == (12, 12) and not dynamic
+        assert any(name in source for name in ("onednn_conv", "brgemm_convolution")) is not looped
+        if looped:
+            assert_one_loop(source)
+
+
 def assert_one_loop(source: str) -> None:
     calls = source[source.index("def call(") :]
     assert "torch.ops." not in calls
