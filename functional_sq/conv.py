@@ -16,7 +16,8 @@ rounds to the integer. So such groups are exact, and no faster than floats.
 A weight that is used again (`epilogue=`) is convolved by a backend where that is faster, with groups too: neither
 windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's sum. Where each
 channel is convolved alone, by such a weight or in few windows, compiled code for a CPU is one loop over the elements of
-a window instead, fused with all that follows. Triton convolves float8 alike, and on a CPU `brgemm`. No backend takes three dimensions.
+a window instead, fused with all that follows. Triton convolves float8 alike, and on a CPU `brgemm`. No backend takes
+three dimensions.
 """
 
 from __future__ import annotations
