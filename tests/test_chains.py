@@ -322,6 +322,8 @@ KEEPS: dict[str, Callable[[Net, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("case", HANDS_ON)
 def test_a_layer_hands_on(case: str) -> None:
+    if case == "in a branch" and torch.__version__ < "2.13":
+        pytest.skip("this torch.cond takes no observers, which write what they see")
     expected, between = HANDS_ON[case]
     assert found(between) == [expected]
 
