@@ -43,7 +43,7 @@ from functional_sq import backends, brgemm, chains
 from functional_sq.compat import is_exporting
 from functional_sq.conv import is_tapped, looped_first_for
 from functional_sq.folded import check_zero_point
-from functional_sq.formats import Float8, name_of
+from functional_sq.formats import Float8, check_real, name_of
 from functional_sq.granularity import check_stats
 from functional_sq.linear import direct_product, quantized_linear
 from functional_sq.qparams import check_qparams, fixed_zero_point
@@ -370,6 +370,7 @@ class Quantized(Buffers):
 
     def _run(self, x: Tensor, changed: Mapping[str, Any]) -> Tensor:
         """Return the result; `changed` is what this call alone has in place of the layer's geometry."""
+        check_real(x, type(self).__name__)
         bias: Tensor | None = self.bias
         known = fsq.Epilogue(*self._values("product"))
         if known.scale is None and not self.reference:

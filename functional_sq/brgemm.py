@@ -337,7 +337,8 @@ def reads(x: Tensor) -> bool:
         >>> brgemm.reads(torch.ones(2, 3, dtype=torch.float64))
         False
     """
-    return not is_traced(x) and x.is_cpu and x.dtype in _REALS and is_built()
+    plain = not is_traced(x) and x.is_cpu and x.layout is torch.strided and not x.is_nested
+    return plain and x.dtype in _REALS and is_built()
 
 
 def quantizes(spec: QuantSpec, scale: Tensor) -> bool:

@@ -778,6 +778,7 @@ GROUPS = QuantSpec(torch.int8, fsq.PerGroup(4))
 SYMMETRIC = MappingType.SYMMETRIC
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -837,6 +838,20 @@ SYMMETRIC = MappingType.SYMMETRIC
                 (SYMMETRIC, torch.uint8, ZeroPointDomain.NONE, "its zero point is not 0; use ZeroPointDomain.INT"),
                 (MappingType.ASYMMETRIC, torch.int8, ZeroPointDomain.NONE, "its zero point is not 0; use"),
             )
+        ),
+        *(
+            pytest.param(
+                lambda input=input: quantized(SCHEMES["int8"], nn.Linear(20, 12))(input()),
+                TypeError,
+                f"QuantizedLinear got a {kind}",
+                id=f"QuantizedLinear of a {kind}",
+            )
+            for kind, input in {
+                "list; give a tensor": lambda: [0.0] * 20,
+                r"tensor of torch\.int64; convert it": lambda: torch.ones(3, 20, dtype=torch.int64),
+                "sparse_coo tensor; give a dense one": lambda: torch.ones(3, 20).to_sparse(),
+                "nested tensor; give a dense one": lambda: torch.nested.nested_tensor([torch.ones(3, 20)]),
+            }.items()
         ),
         pytest.param(
             lambda: QuantizedLinear(8, 4, PER_TOKEN, SCHEMES["int8"].weight),
