@@ -643,14 +643,11 @@ class _QuantizedConv(Quantized):
         # A transposed one is a convolution of codes that were spread, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
         weight = self.weight_codes, self.weight_zero_point
-        taken = (
-            (each.NAME, each.windows(*weight, steps, self.dilation, self.groups))
-            for each in backends.CONVOLUTIONS
-            if each.supports(*weight)
-        )
+        asked = [each for each in backends.CONVOLUTIONS if each.supports(*weight)]
+        taken = ((each.NAME, each.windows(*weight, steps, self.dilation, self.groups)) for each in asked)
         by = _taken_by(taken, "windows")
         if is_tapped(self.act_spec, self.weight_codes, self.groups):
-            looped = looped_first_for(*weight) if by else range(1, sys.maxsize)
+            looped = looped_first_for(asked[0], *weight) if by else range(1, sys.maxsize)
             by += f", compiled to one loop{_up_to(looped)}" if looped else ""
         return by
 

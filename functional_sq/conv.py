@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq import brgemm, folded, triton_conv
+from functional_sq import brgemm, folded, onednn_conv, triton_conv
 from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
 from functional_sq.folded import (
@@ -174,16 +174,17 @@ def conv(
     assert images is not None
     scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
     tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
-    count, of_weight = images.shape[0] * math.prod(size), (weight.codes, weight.zero_point)
-    looped_first = tapped and is_among(count, looped_first_for(*of_weight))
-    fits = fits_operator(scale, bias, wide) and not looped_first
+    fits = fits_operator(scale, bias, wide)
     backend: Convolution | triton_conv.Float8Kernels | brgemm.Float8Kernels | None = None
     if offset is None and fits:
         backend = triton_conv.float8_for(images, weight.codes, fast_accum)
         if backend is None and epilogue is not None:
             backend = brgemm.float8_for(weight.codes, groups)
     elif epilogue is not None and fits:
+        count, of_weight = images.shape[0] * math.prod(size), (weight.codes, weight.zero_point)
         backend = convolution_for(count, *of_weight, geometry.stride, geometry.dilation, groups)
+        if tapped and is_among(count, looped_first_for(backend, *of_weight)):
+            backend = None
     if backend is not None:
         operands = Operands(images, None, weight.codes, zero_point_of_rows(weight), scale, offset, bias)
         if offset is not None:
@@ -375,13 +376,13 @@ def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
     return groups > 1 and are_alone(codes, groups) and (codes.is_cuda or not isinstance(spec.format, Float8))
 
 
-def looped_first_for(codes: Tensor, zero_point: Tensor | None) -> range:
-    """Return for how many windows a loop over their elements is faster than any backend, for a weight that `is_tapped`.
+def looped_first_for(backend: object, codes: Tensor, zero_point: Tensor | None) -> range:
+    """Return for how many windows a loop over their elements is faster than a backend, for a weight that `is_tapped`.
 
-    On a CPU for any number with zero points: the two convolutions of a backend, and a pass over both, take 2 to 4 times
-    as long. Without them for few: a call of oneDNN alone takes 100 us, and a pass before it makes the codes.
+    With zero points for any number, beside those of ours for a CPU: two convolutions, and a pass over both, take 2 to 4
+    times as long. Without them for few: a call of oneDNN alone takes 100 us, and a pass before it makes the codes.
     """
-    if codes.is_cuda:
+    if backend not in (brgemm, onednn_conv):
         return range(0)
     return range(1, sys.maxsize if zero_point is not None else _LOOPED // codes.numel() + 1)
 
