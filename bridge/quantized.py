@@ -71,7 +71,7 @@ _SHARED: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
 
 _DIRECT: WeakKeyDictionary[Quantized, tuple[list[object], Callable[[Tensor], Tensor] | None]] = WeakKeyDictionary()
-"""What a layer asked for, and what it found: `QuantizedLinear._direct`."""
+"""For each layer, what `QuantizedLinear._direct` found, behind what it depends on."""
 
 
 @torch.inference_mode(False)

@@ -266,7 +266,8 @@ def windows(
         True
     """
     channels, *kernel = codes.shape[1:]
-    taps, k, any_number = math.prod(kernel), math.prod(codes.shape[1:]), range(1, sys.maxsize)
+    taps, any_number = math.prod(kernel), range(1, sys.maxsize)
+    k = channels * taps
     is_copied = groups > 1 or (zero_point is None and taps * math.prod(stride) > 1)
     if not is_copied or not onednn_conv.is_right(codes, groups):
         return any_number
@@ -394,10 +395,8 @@ def product_of_reals(
         x = x.detach()
     if zero_point.dtype is not torch.int32:
         zero_point = zero_point.to(torch.int32)
-    _require()
-    of_x, then = (x, scale_x, spec.format.storage, zero_point), (None, "none", None, None, x.dtype)
-    y: Tensor = torch.ops.functional_sq.brgemm_product.default(*of_x, codes, weight_zero_point, scale, bias, *then)
-    return y
+    of_x = x, scale_x, spec.format.storage, zero_point
+    return _call(*of_x, codes, weight_zero_point, scale, bias, None, "none", None, None, x.dtype)
 
 
 def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:

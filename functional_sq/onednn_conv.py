@@ -23,6 +23,7 @@ care; each point was found by comparing with exact integers:
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
         >>> onednn_conv.supports(torch.zeros(4, 8, 3, 3), None)
         False
     """
-    return onednn.is_capable(codes) and codes.ndim in (3, 4) and codes[0].numel() <= INT32_TERMS
+    return onednn.is_capable(codes) and codes.ndim in (3, 4) and math.prod(codes.shape[1:]) <= INT32_TERMS
 
 
 def windows(
@@ -96,7 +97,7 @@ def windows(
         >>> [1 in onednn_conv.windows(codes, None, (1, 1), (1, 1), groups) for groups in (1, 2)]
         [True, True]
     """
-    n, k = codes.shape[0], codes[0].numel()
+    n, k = codes.shape[0], math.prod(codes.shape[1:])
     least = sys.maxsize
     if groups > 1:
         least = 1 if is_right(codes, groups) else least
@@ -275,7 +276,7 @@ def _sums(
 
 def _sums_dtype(codes: Tensor, of_codes: bool) -> torch.dtype:
     """Return the dtype of `_sums`: float32 where it holds every such sum exactly, which saves a pass."""
-    largest = codes[0].numel() * 255 * (128 if of_codes else 1)
+    largest = math.prod(codes.shape[1:]) * 255 * (128 if of_codes else 1)
     return torch.float32 if largest <= 2**24 else torch.int32
 
 

@@ -73,10 +73,14 @@ def layers(batches: Sequence[int], *, small: bool) -> list[Layer]:
     made = []
     for batch in batches:
         for size, conv, relu in kinds:
-            kernel, groups = "x".join(map(str, conv.kernel_size)), f" /{conv.groups}" if conv.groups > 1 else ""
-            name = f"{batch} {conv.in_channels}>{conv.out_channels}{groups} {kernel} s{conv.stride[0]} at {size}"
-            made.append(Layer(name, batch, (size,) * len(conv.kernel_size), conv.eval(), relu))
+            made.append(layer_of(batch, size, conv, relu))
     return made
+
+
+def layer_of(batch: int, size: int, conv: nn.Module, relu: bool = True) -> Layer:
+    kernel, groups = "x".join(map(str, conv.kernel_size)), f" /{conv.groups}" if conv.groups > 1 else ""
+    name = f"{batch} {conv.in_channels}>{conv.out_channels}{groups} {kernel} s{conv.stride[0]} at {size}"
+    return Layer(name, batch, (size,) * len(conv.kernel_size), conv.eval(), relu)
 
 
 def bare(layer: nn.Module, codes: torch.Tensor) -> partial[torch.Tensor]:
@@ -121,11 +125,8 @@ def transposed(batches: Sequence[int], *, small: bool) -> Iterator[tuple[str, Ca
         kinds += [(28, nn.ConvTranspose2d(128, 64, 2, 2)), (28, nn.ConvTranspose2d(64, 64, 3, 2, 1, 1))]
     for batch in batches:
         for size, conv in kinds:
-            layer = Layer("", batch, (size, size), conv.eval())
-            name = (
-                f"{batch} {conv.in_channels}>{conv.out_channels} {conv.kernel_size[0]}x{conv.kernel_size[1]} at {size}"
-            )
-            yield name, compared(conv, layer.input())
+            layer = layer_of(batch, size, conv)
+            yield layer.name, compared(conv, layer.input())
 
 
 def blocks(batches: Sequence[int], *, small: bool) -> Iterator[tuple[str, nn.Sequential, torch.Tensor]]:
