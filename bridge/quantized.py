@@ -7,7 +7,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, ClassVar, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -70,8 +70,12 @@ _SHARED: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 """The tensors of `_shared`, for as long as a layer has them."""
 
 
-_DIRECT: WeakKeyDictionary[Quantized, tuple[list[object], Callable[[Tensor], Tensor] | None]] = WeakKeyDictionary()
+_DIRECT: WeakKeyDictionary[Quantized, tuple[tuple[object, ...], Callable[[Tensor], Tensor] | None]]
+_DIRECT = WeakKeyDictionary()
 """For each layer, what `QuantizedLinear._direct` found, behind what it depends on."""
+
+_OPERANDS = itemgetter("product_scale", "act_scale", "act_zero_point", "weight_codes", "weight_zero_point")
+"""The buffers that are read where codes of real values are made and multiplied at once."""
 
 
 @torch.inference_mode(False)
@@ -552,14 +556,15 @@ class QuantizedLinear(Quantized):
 
     def _direct(self) -> Callable[[Tensor], Tensor] | None:
         """Return what `direct_product` finds; asked again where an operand, or what else it depends on, is another."""
-        bias, scale, offset = self.bias, *self._values("product")
-        if scale is None:
-            return None
-        learned = scale.requires_grad, bias is not None and bias.requires_grad
-        depends_on = [*backends.PRODUCTS, *learned, self.act_spec, bias, *self._buffers.values()]
-        before, found = _DIRECT.get(self, ([], None))
+        parameters, operands = self._parameters, _OPERANDS(self._buffers)  # an attribute would take 1 us
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (that asks for both)
+        scale = operands[0]
+        learned = bias is not None and bias.requires_grad, scale is not None and scale.requires_grad
+        depends_on = (*backends.PRODUCTS, *learned, self.act_spec, bias, *operands)
+        before, found = _DIRECT.get(self, ((), None))
         if len(before) != len(depends_on) or not all(map(is_, before, depends_on)):
-            found = direct_product(self.act_spec, self.act_qparams, self.folded, bias, fsq.Epilogue(scale, offset))
+            known = fsq.Epilogue(*self._values("product"))
+            found = None if scale is None else direct_product(self.act_spec, self.act_qparams, self.folded, bias, known)
             _DIRECT[self] = depends_on, found
         return found
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from functional_sq import onednn, onednn_conv
 from functional_sq.files import replacing
 from functional_sq.formats import Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
-from functional_sq.operands import Operands
+from functional_sq.operands import Operands, check_inner
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import quantize as _quantize
 from functional_sq.requantize import Float8Codes, fills_a_byte, has_one_scale, requantizes
@@ -227,7 +227,7 @@ def product(
     """
     q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
     then = activation, to_scale, to_zero_point, dtype
-    return _call(q, None, None, zero_point, codes, weight_zero_point, scale, bias, None, *then)
+    return _call(q, zero_point, codes, weight_zero_point, scale, bias, None, *then)
 
 
 def plus(residual: Tensor, operands: Operands) -> Tensor:
@@ -242,7 +242,7 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     """
     q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
     added = residual.reshape(-1, codes.shape[0]), "none", None, None, residual.dtype
-    return _call(q, None, None, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
+    return _call(q, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
 
 
 def windows(
@@ -360,26 +360,25 @@ def quantizes(spec: QuantSpec, scale: Tensor) -> bool:
 
 
 def product_of_reals(
-    x: Tensor,
     spec: QuantSpec,
     qp: QParams,
     codes: Tensor,
     weight_zero_point: Tensor | None,
     scale: Tensor,
     bias: Tensor | None,
-) -> Tensor:
-    """Return the product of the codes of `x`, which are made when a tile reads them and never written.
+) -> Callable[[Tensor], Tensor]:
+    """Return what multiplies the codes of real values, which are made when a tile reads them and never written.
+
+    Of `x`, `(..., K)` that `reads` takes, it returns `(..., N)` in the dtype of `x`: what `product` returns of
+    `quantize(spec, x, qp)`. Operands are what they are when it is called.
 
     Args:
-        x: real values `(..., K)`: float32, bfloat16 or float16.
-        spec, qp: their quantization, that `quantizes` takes.
+        spec, qp: the quantization of the real values, that `quantizes` takes.
         codes, weight_zero_point, scale, bias: as `Operands`.
-
-    Returns:
-        `(..., N)` in the dtype of `x`: what `product` returns of `quantize(spec, x, qp)`.
 
     Raises:
         RuntimeError: as `product`.
+        ValueError: when called, the last axes are not equal.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -387,16 +386,26 @@ def product_of_reals(
         >>> spec, w = fsq.QuantSpec(torch.int8, fsq.PerTensor()), torch.tensor([[1, 2]], dtype=torch.int8)
         >>> qp = fsq.QParams(torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32))
         >>> if brgemm.is_built():
-        ...     y = brgemm.product_of_reals(torch.tensor([[2.0, 0.6]]), spec, qp, w, None, torch.tensor([0.5]), None)
-        ...     assert y.tolist() == [[3.0]]
+        ...     multiply = brgemm.product_of_reals(spec, qp, w, None, torch.tensor([0.5]), None)
+        ...     assert multiply(torch.tensor([[2.0, 0.6]])).tolist() == [[3.0]]
     """
-    scale_x, zero_point = qp
-    if x.requires_grad:  # else another microsecond, as is `to`
-        x = x.detach()
-    if zero_point.dtype is not torch.int32:
-        zero_point = zero_point.to(torch.int32)
-    of_x = x, scale_x, spec.format.storage, zero_point
-    return _call(*of_x, codes, weight_zero_point, scale, bias, None, "none", None, None, x.dtype)
+    _require()
+    inner, x_scale, storage = codes.shape[1], qp.scale, spec.format.storage
+    call = torch.ops.functional_sq.brgemm_product_of_reals.default
+
+    # A microsecond each: to look the operator up, and to check, convert or detach what is right as it is.
+    def multiply(x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != inner:
+            check_inner(x, codes)
+        zero_point = qp.zero_point
+        if zero_point.dtype is not torch.int32:
+            zero_point = zero_point.to(torch.int32)
+        if x.requires_grad:
+            x = x.detach()
+        y: Tensor = call(x, x_scale, storage, zero_point, codes, weight_zero_point, scale, bias)
+        return y
+
+    return multiply
 
 
 def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
@@ -439,9 +448,7 @@ def _call(*arguments: Any) -> Tensor:
     return y
 
 
-def _fake(
-    q: Tensor, q_scale: Tensor | None, format: torch.dtype | None, z: Tensor | None, codes: Tensor, *rest: Any
-) -> Tensor:
+def _fake(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
     *_, to_scale, _, dtype = rest
     return q.new_empty((*q.shape[:-1], codes.shape[0]), dtype=_result_dtype(codes, to_scale, dtype))
 
@@ -467,11 +474,17 @@ define_operator(
 )
 define_operator(
     "brgemm_product",
-    "(Tensor q, Tensor? q_scale, ScalarType? q_format, Tensor? zero_point, Tensor codes, Tensor? weight_zero_point, "
-    "Tensor scale, Tensor? bias, Tensor? residual, str activation, Tensor? to_scale, Tensor? to_zero_point, "
-    "ScalarType dtype) -> Tensor",
+    "(Tensor q, Tensor? zero_point, Tensor codes, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
+    "Tensor? residual, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
     None,
     _fake,
+)
+define_operator(
+    "brgemm_product_of_reals",
+    "(Tensor x, Tensor x_scale, ScalarType format, Tensor zero_point, Tensor codes, Tensor? weight_zero_point, "
+    "Tensor scale, Tensor? bias) -> Tensor",
+    None,
+    lambda x, x_scale, format, zero_point, codes, *rest: x.new_empty((*x.shape[:-1], codes.shape[0])),
 )
 define_operator(
     "brgemm_convolution",

@@ -603,7 +603,7 @@ def by_brgemm(case: Product, residual: Tensor | None, dtype: torch.dtype, *to: o
     z = None if q.is_floating_point() else qp.zero_point.to(torch.int32)
     scale = fsq.epilogue(case.act, qp, case.folded()).scale
     of_weight = w_qp.zero_point.reshape(-1) if case.weight.mapping is MappingType.ASYMMETRIC else None
-    return (q, None, None, z, w, of_weight, scale, case.bias, residual, *(to or ("none", None, None)), dtype)
+    return (q, z, w, of_weight, scale, case.bias, residual, *(to or ("none", None, None)), dtype)
 
 
 def layer_of(act: QuantSpec, scale: float, zero_point: int, weight: torch.dtype, n: int, k: int) -> tuple[Any, ...]:
@@ -774,7 +774,7 @@ def test_what_a_layer_cannot_make_codes_of_is_refused(by: str, multiply_by: Call
 @needs_brgemm
 def test_what_the_compiler_expects_of_brgemm_is_what_it_does() -> None:
     """Shape, dtype, strides, and that nothing is written to."""
-    op = torch.ops.functional_sq.brgemm_product.default
+    op, of_reals = (getattr(torch.ops.functional_sq, f"brgemm_product{of}").default for of in ("", "_of_reals"))
     to = torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)
     float8 = QuantSpec(torch.float8_e4m3fn, fsq.PerTensor()), QuantSpec(torch.float8_e4m3fn, fsq.PerAxis(0))
     assert brgemm.is_built()
@@ -791,9 +791,10 @@ def test_what_the_compiler_expects_of_brgemm_is_what_it_does() -> None:
                 # The first compares float8 with what it was, which torch does not.
                 tests = ("test_schema", "test_faketensor")[case is floats :]
                 torch.library.opcheck(op, given, test_utils=tests)
-                if not then:  # of real values
+                if not then:
                     made = torch.randn(1, rows, 16).to(dtype), torch.rand(1), case.act.format.storage
-                    torch.library.opcheck(op, (*made, *given[3:]), test_utils=tests)
+                    z = torch.zeros(1, dtype=torch.int32)
+                    torch.library.opcheck(of_reals, (*made, z, *given[2:6]), test_utils=tests)
 
 
 @needs_bfloat16
@@ -859,7 +860,7 @@ def test_brgemm_packs_again_what_was_written_to_or_is_another_tensor() -> None:
     assert brgemm.is_built()
 
     def multiply(codes: Tensor) -> Tensor:
-        return torch.ops.functional_sq.brgemm_product.default(*given[:4], codes, *given[5:])
+        return torch.ops.functional_sq.brgemm_product.default(*given[:2], codes, *given[3:])
 
     y, codes = multiply(case.w), case.w
     assert y.any()
@@ -936,7 +937,7 @@ def test_what_brgemm_packed_is_freed_with_its_codes() -> None:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             for _ in range(3):
                 weights.append(case.w.clone())
-                torch.ops.functional_sq.brgemm_product.default(*given[:4], weights[-1], *given[5:])
+                torch.ops.functional_sq.brgemm_product.default(*given[:2], weights[-1], *given[3:])
             del weights[kept:]
         return sum(event.self_cpu_memory_usage for event in profiler.events())
 
@@ -1021,7 +1022,7 @@ def test_a_weight_of_another_shape_in_the_same_memory_is_packed_again() -> None:
         def product(q: Tensor) -> Tensor:
             z = torch.zeros(1, dtype=torch.int32)
             ones = torch.ones(w.shape[0])
-            return multiply(q, None, None, z, w, None, ones, None, None, "none", None, None, torch.float32)
+            return multiply(q, z, w, None, ones, None, None, "none", None, None, torch.float32)
 
         assert torch.equal(product(q), q.float() @ w.float().T)
         w.as_strided_((16, 8), (8, 1))
