@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import is_, itemgetter
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeAlias, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -41,7 +41,7 @@ from bridge.observed import (
 from bridge.observer import qparams_of, weight_qparams
 from functional_sq import backends, brgemm, chains
 from functional_sq.compat import is_exporting
-from functional_sq.conv import is_tapped, looped_first_for
+from functional_sq.conv import direct_convolution, is_tapped, looped_first_for
 from functional_sq.folded import check_zero_point
 from functional_sq.formats import Float8, check_real, name_of
 from functional_sq.granularity import check_stats
@@ -70,9 +70,10 @@ _SHARED: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 """The tensors of `_shared`, for as long as a layer has them."""
 
 
-_DIRECT: WeakKeyDictionary[Quantized, tuple[tuple[object, ...], Callable[[Tensor], Tensor] | None]]
-_DIRECT = WeakKeyDictionary()
-"""For each layer, what `QuantizedLinear._direct` found, behind what it depends on."""
+_Direct: TypeAlias = Callable[[Tensor], Tensor | None]
+
+_DIRECT: WeakKeyDictionary[Quantized, tuple[tuple[object, ...], _Direct | None]] = WeakKeyDictionary()
+"""For each layer, what `Quantized._direct` found, behind what it depends on."""
 
 _OPERANDS = itemgetter("product_scale", "act_scale", "act_zero_point", "weight_codes", "weight_zero_point")
 """The buffers that are read where codes of real values are made and multiplied at once."""
@@ -370,7 +371,27 @@ class Quantized(Buffers):
         )
 
     def forward(self, input: Tensor) -> Tensor:  # the float layer's name for it: it may be given by name
-        return self._run(input, {})
+        multiply = self._direct() if not self.reference and brgemm.reads(input) else None
+        y = None if multiply is None else multiply(input)
+        return self._run(input, {}) if y is None else y
+
+    def _direct(self) -> _Direct | None:
+        """Return what `_found` finds; asked again where an operand, or what else it depends on, is another."""
+        parameters, operands = self._parameters, _OPERANDS(self._buffers)  # an attribute would take 1 us
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (that asks for both)
+        scale = operands[0]
+        learned = bias is not None and bias.requires_grad, scale is not None and scale.requires_grad
+        asked = *backends.PRODUCTS, *backends.CONVOLUTIONS
+        depends_on = (*asked, *learned, self.act_spec, bias, *operands)
+        before, found = _DIRECT.get(self, ((), None))
+        if len(before) != len(depends_on) or not all(map(is_, before, depends_on)):
+            found = None if scale is None else self._found(fsq.Epilogue(*self._values("product")))
+            _DIRECT[self] = depends_on, found
+        return found
+
+    def _found(self, known: fsq.Epilogue) -> _Direct | None:
+        """Return what computes the result of real values in eager mode by one operator, if anything does."""
+        return None
 
     def _run(self, x: Tensor, changed: Mapping[str, Any]) -> Tensor:
         """Return the result; `changed` is what this call alone has in place of the layer's geometry."""
@@ -550,23 +571,8 @@ class QuantizedLinear(Quantized):
         linear.extra_repr = partial(_repr_of_weight, linear)  # type: ignore[method-assign]
         return linear.train(self.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        multiply = self._direct() if not self.reference and brgemm.reads(input) else None
-        return self._run(input, {}) if multiply is None else multiply(input)
-
-    def _direct(self) -> Callable[[Tensor], Tensor] | None:
-        """Return what `direct_product` finds; asked again where an operand, or what else it depends on, is another."""
-        parameters, operands = self._parameters, _OPERANDS(self._buffers)  # an attribute would take 1 us
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (that asks for both)
-        scale = operands[0]
-        learned = bias is not None and bias.requires_grad, scale is not None and scale.requires_grad
-        depends_on = (*backends.PRODUCTS, *learned, self.act_spec, bias, *operands)
-        before, found = _DIRECT.get(self, ((), None))
-        if len(before) != len(depends_on) or not all(map(is_, before, depends_on)):
-            known = fsq.Epilogue(*self._values("product"))
-            found = None if scale is None else direct_product(self.act_spec, self.act_qparams, self.folded, bias, known)
-            _DIRECT[self] = depends_on, found
-        return found
+    def _found(self, known: fsq.Epilogue) -> _Direct | None:
+        return direct_product(self.act_spec, self.act_qparams, self.folded, self.bias, known)
 
     def _multiply(self, x: Tensor, qp: fsq.QParams, bias: Tensor | None, **how: Any) -> Tensor:
         return quantized_linear(self.act_spec, x, qp, self.folded, bias, **how)
@@ -634,6 +640,14 @@ class _QuantizedConv(Quantized):
         if self._around:
             self._geometry["padding"] = 0
         self._geometry_json = json.dumps(self._geometry)
+
+    def _found(self, known: fsq.Epilogue) -> _Direct | None:
+        operands = self.act_spec, self.act_qparams, self.folded, self.bias, known
+        convolve = direct_convolution(*operands, **self._geometry)
+        if convolve is None or not self._around:
+            return convolve
+        around, mode = self._around, self.padding_mode
+        return lambda x: convolve(F.pad(x, around, mode=mode))
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, self._around, mode=self.padding_mode) if self._around else x

@@ -932,6 +932,31 @@ at::Tensor quantize(
   return y;
 }
 
+at::Tensor convolution_of_reals(
+    const at::Tensor& x,
+    const at::Tensor& x_scale,
+    at::ScalarType format,
+    const at::Tensor& zero_point,
+    const at::Tensor& codes,
+    const std::optional<at::Tensor>& weight_zero_point,
+    const at::Tensor& scale,
+    const std::optional<at::Tensor>& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups) {
+  Held held;
+  const at::Tensor z = at::empty({1}, at::kInt);  // of uint8, which is multiplied
+  *z.data_ptr<int32_t>() = *held.at<int32_t>("zero_point", zero_point, 1, at::kInt) + (format == at::kChar ? 128 : 0);
+  const at::Tensor q = quantize(x, x_scale, z, 0, 255, at::kByte);
+  const bool line = x.dim() == 3;
+  const at::Tensor y = convolution(
+      line ? q.unsqueeze(2) : q, z, codes, weight_zero_point, scale, bias, {}, stride, padding, dilation, groups, "none",
+      {}, {}, x.scalar_type());
+  if (line) return y.squeeze(2).contiguous();
+  return q.stride(1) == 1 && q.stride(3) > 1 ? y : y.contiguous();
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(functional_sq, CPU, library) {
@@ -939,6 +964,7 @@ TORCH_LIBRARY_IMPL(functional_sq, CPU, library) {
   library.impl("brgemm_product", product);
   library.impl("brgemm_product_of_reals", product_of_reals);
   library.impl("brgemm_convolution", convolution);
+  library.impl("brgemm_convolution_of_reals", convolution_of_reals);
 }
 
 // Whether brgemm multiplies integers on this processor.

@@ -33,13 +33,13 @@ from functional_sq import onednn, onednn_conv
 from functional_sq.files import replacing
 from functional_sq.formats import Float8, Integer
 from functional_sq.int_mm import INT32_TERMS
-from functional_sq.operands import Operands, check_inner
+from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import quantize as _quantize
 from functional_sq.requantize import Float8Codes, fills_a_byte, has_one_scale, requantizes
 from functional_sq.spec import QuantSpec, check_spec
 from functional_sq.tracing import asked_once, define_operator, is_batched, is_traced
-from functional_sq.windows import window_sizes
+from functional_sq.windows import laid_out, window_sizes
 
 __all__ = [
     "AVAILABLE",
@@ -47,6 +47,7 @@ __all__ = [
     "HAS_BFLOAT16",
     "NAME",
     "Float8Kernels",
+    "convolution_of_reals",
     "convolve",
     "float8_for",
     "is_built",
@@ -377,8 +378,7 @@ def product_of_reals(
         codes, weight_zero_point, scale, bias: as `Operands`.
 
     Raises:
-        RuntimeError: as `product`.
-        ValueError: when called, the last axes are not equal.
+        RuntimeError: as `product`; when called, the last axes are not equal.
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -389,21 +389,61 @@ def product_of_reals(
         ...     multiply = brgemm.product_of_reals(spec, qp, w, None, torch.tensor([0.5]), None)
         ...     assert multiply(torch.tensor([[2.0, 0.6]])).tolist() == [[3.0]]
     """
-    _require()
-    inner, x_scale, storage = codes.shape[1], qp.scale, spec.format.storage
     call = torch.ops.functional_sq.brgemm_product_of_reals.default
+    return _of_reals(call, spec, qp, codes, weight_zero_point, scale, bias)
 
-    # A microsecond each: to look the operator up, and to check, convert or detach what is right as it is.
+
+def convolution_of_reals(
+    spec: QuantSpec,
+    qp: QParams,
+    codes: Tensor,
+    weight_zero_point: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Callable[[Tensor], Tensor]:
+    """Return what convolves the codes of real values, by one operator; as `product_of_reals`.
+
+    Of `x`, `(B, C, *space)` in one or two dimensions that `reads` takes, it returns `(B, N, *size)` in the dtype of
+    `x`, the channels last in memory where they are in `x`.
+
+    Args:
+        spec, qp: the quantization of the real values: integers of all 8 bits, one scale.
+        codes, weight_zero_point, scale, bias: as `Operands`.
+        stride, padding, dilation, groups: as `convolve`.
+
+    Raises:
+        RuntimeError: as `product`; when called, as `convolve`.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq import brgemm
+        >>> spec, w = fsq.QuantSpec(torch.int8, fsq.PerTensor()), torch.tensor([[[1, 2]]], dtype=torch.int8)
+        >>> qp, one = fsq.QParams(torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32)), (1, 1)
+        >>> operands = spec, qp, w, None, torch.tensor([0.5]), None
+        >>> if brgemm.is_built():
+        ...     convolve = brgemm.convolution_of_reals(*operands, one, (0, 0, 0, 0), one, 1)
+        ...     assert convolve(torch.tensor([[[2.0, 0.6, 1.0]]])).tolist() == [[[3.0, 2.5]]]
+    """
+    call = torch.ops.functional_sq.brgemm_convolution_of_reals.default
+    return _of_reals(call, spec, qp, codes, weight_zero_point, scale, bias, [*stride], [*padding], [*dilation], groups)
+
+
+def _of_reals(call: Callable[..., Tensor], spec: QuantSpec, qp: QParams, *of_weight: Any) -> Callable[[Tensor], Tensor]:
+    _require()
+    x_scale, storage = qp.scale, spec.format.storage
+
     def multiply(x: Tensor) -> Tensor:
-        if x.ndim == 0 or x.shape[-1] != inner:
-            check_inner(x, codes)
         zero_point = qp.zero_point
+        # A microsecond each for what is right as it is.
         if zero_point.dtype is not torch.int32:
             zero_point = zero_point.to(torch.int32)
         if x.requires_grad:
             x = x.detach()
-        y: Tensor = call(x, x_scale, storage, zero_point, codes, weight_zero_point, scale, bias)
-        return y
+        return call(x, x_scale, storage, zero_point, *of_weight)
 
     return multiply
 
@@ -466,6 +506,12 @@ def _fake_convolution(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest
     return y.movedim(-1, 1)
 
 
+def _fake_convolution_of_reals(x: Tensor, *of: Any) -> Tensor:
+    _, _, *weight = of
+    y = _fake_convolution(x.unsqueeze(2) if x.ndim == 3 else x, *weight, "none", None, None, x.dtype)
+    return laid_out(y.squeeze(2) if x.ndim == 3 else y, x)
+
+
 define_operator(
     "brgemm_quantize",
     "(Tensor x, Tensor scale, Tensor zero_point, int low, int high, ScalarType storage) -> Tensor",
@@ -493,6 +539,13 @@ define_operator(
     "Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
     None,
     _fake_convolution,
+)
+define_operator(
+    "brgemm_convolution_of_reals",
+    "(Tensor x, Tensor x_scale, ScalarType format, Tensor zero_point, Tensor codes, Tensor? weight_zero_point, "
+    "Tensor scale, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    None,
+    _fake_convolution_of_reals,
 )
 
 

@@ -25,8 +25,8 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from operator import mul
 from typing import Any
 
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq import brgemm, folded, onednn_conv, triton_conv
+from functional_sq import backends, brgemm, folded, onednn_conv, triton_conv
 from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
 from functional_sq.folded import (
@@ -43,6 +43,7 @@ from functional_sq.folded import (
     backend_codes,
     check_bias,
     check_epilogue,
+    check_folded,
     operand,
     zero_point_of_rows,
 )
@@ -50,7 +51,7 @@ from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.int_mm import as_written, integer_product, subtract, subtract_product
 from functional_sq.linear import bracket, check_operands, check_residual, fits_operator
 from functional_sq.operands import Operands
-from functional_sq.qparams import QParams
+from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import (
     Requantization,
@@ -81,6 +82,7 @@ __all__ = [
     "check_conv",
     "conv",
     "conv_reference",
+    "direct_convolution",
     "is_tapped",
     "looped_first_for",
 ]
@@ -334,16 +336,75 @@ def _convolve_by(
     """Return the convolution with a kept weight, by a backend that knows two dimensions: `(B, N, *size)`, or codes."""
     # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
     operands = operands._replace(q=operands.q.movedim(1, -1).contiguous().movedim(-1, 1))
-    stride, padding, dilation = geometry
-    if len(stride) == 2:
-        settings = stride, [*itertools.chain(*padding)], dilation
-        return backend.convolve(operands, *settings, groups, *then, **rest)
+    along = _in_two_dimensions(geometry)
+    if len(geometry.stride) == 2:
+        return backend.convolve(operands, *along, groups, *then, **rest)
     x = None if operands.x is None else operands.x.unsqueeze(2)
     operands = operands._replace(q=operands.q.unsqueeze(2), x=x)
     if "residual" in rest:
         rest["residual"] = rest["residual"].unsqueeze(2)
-    along = (1, *stride), [0, 0, *padding[0]], (1, *dilation)
     return backend.convolve(operands, *along, groups, *then, **rest).squeeze(2)
+
+
+def _in_two_dimensions(geometry: Geometry) -> tuple[tuple[int, ...], list[int], tuple[int, ...]]:
+    """Return stride, padding and dilation as a backend takes them; of one dimension, that is the width."""
+    missing = 2 - len(geometry.stride)
+    sides = [0, 0] * missing + [*itertools.chain(*geometry.padding)]
+    return (1,) * missing + geometry.stride, sides, (1,) * missing + geometry.dilation
+
+
+def direct_convolution(
+    spec: QuantSpec,
+    qp: QParams,
+    weight: FoldedWeight,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """Return what makes codes of real values that `brgemm.reads` and convolves them, by one operator; or None.
+
+    As `functional_sq.linear.direct_product`. It returns None of images that have no batch, are none, or that another
+    backend convolves.
+
+    Args:
+        spec, qp, weight, bias, stride, padding, dilation, groups, epilogue: as `conv`.
+
+    Raises:
+        TypeError, ValueError: as `conv`; when called, as that for activations.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq.conv import direct_convolution
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+        >>> weight = fsq.fold(spec, torch.tensor([[[1, 2]]], dtype=torch.int8), one)
+        >>> convolve = direct_convolution(spec, one, weight, None, fsq.epilogue(spec, one, weight))
+        >>> if convolve is not None:
+        ...     assert convolve(torch.tensor([[[10.2, 0.9, 3.0]]])).tolist() == [[[12.0, 7.0]]]
+    """
+    qp, codes = check_qparams(qp), weight.codes
+    check_folded(weight)
+    check_epilogue(epilogue, bias, weight, torch.float32)
+    if brgemm not in backends.CONVOLUTIONS or not brgemm.supports(codes, weight.zero_point) or codes.ndim < 3:
+        return None
+    if not fills_a_byte(spec, qp.scale) or not fits_operator(epilogue.scale, bias, torch.float32):
+        return None
+    geometry = geometry_of(codes.shape[2:], stride, padding, dilation)
+    operands = codes, zero_point_of_rows(weight), epilogue.scale, bias
+    convolve = brgemm.convolution_of_reals(spec, qp, *operands, *_in_two_dimensions(geometry), groups)
+
+    @lru_cache(maxsize=16)
+    def is_taken(shape: torch.Size) -> bool:
+        check_channels(shape, codes.shape, groups)
+        count = shape[0] * math.prod(check_windows(shape, codes.shape, geometry))
+        by = convolution_for(count, codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
+        return len(shape) == codes.ndim and by is brgemm
+
+    return lambda x: convolve(x) if is_taken(x.shape) else None
 
 
 def _gathered(

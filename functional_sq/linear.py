@@ -45,7 +45,7 @@ from functional_sq.folded import (
 from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.granularity import PerTensor, check_stats
 from functional_sq.int_mm import as_written, integer_product, subtract, subtract_product
-from functional_sq.operands import Operands, check_inner
+from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize, quantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize, requantize_by
@@ -119,7 +119,7 @@ def linear(
     """
     qp = check_operands(spec, q, qp, weight)
     lead, n, k = q.shape[:-1], weight.codes.shape[0], weight.codes.shape[-1]
-    check_inner(q, weight.codes)
+    _check_inner(q, weight.codes)
     if not isinstance(spec.granularity, PerTensor):
         check_stats(spec.granularity, "the activations' scale", qp.scale.shape, q.shape)
     check_real_dtype(dtype, "linear to ")
@@ -240,7 +240,23 @@ def direct_product(
     # One row of a large weight too: what another saves there is less than what `quantize` takes.
     if brgemm.float8_for(codes) is None if floats else product_for(2, codes, weight.zero_point) is not brgemm:
         return None
-    return brgemm.product_of_reals(spec, qp, codes, zero_point_of_rows(weight), epilogue.scale, bias)
+    multiply = brgemm.product_of_reals(spec, qp, codes, zero_point_of_rows(weight), epilogue.scale, bias)
+    inner = codes.shape[1]
+
+    def checked(x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != inner:  # what is called takes 1 us
+            _check_inner(x, codes)
+        return multiply(x)
+
+    return checked
+
+
+def _check_inner(x: Tensor, weight: Tensor) -> None:
+    if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"activations of shape {tuple(x.shape)} meet a weight of shape {tuple(weight.shape)}; "
+            f"the last axes must be equal"
+        )
 
 
 def bracket(codes: Tensor, weight: FoldedWeight, offset: Tensor | None, fast_accum: bool) -> Tensor:
@@ -286,7 +302,7 @@ def linear_reference(
     """
     check_real(weight, "linear_reference (weight)")
     x = dequantize(spec, q, qp, dtype=weight.dtype)
-    check_inner(x, weight)
+    _check_inner(x, weight)
     check_bias(bias, weight.shape[0], weight.dtype)
     with as_written(x.device):
         return F.linear(x, weight, bias)

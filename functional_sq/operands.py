@@ -1,4 +1,4 @@
-"""What a backend multiplies, or convolves with, in one tuple, and whether it fits."""
+"""What a backend multiplies, or convolves with, in one tuple."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Operands", "check_inner"]
+__all__ = ["Operands"]
 
 
 class Operands(NamedTuple):
@@ -44,21 +44,3 @@ class Operands(NamedTuple):
     bias: Tensor | None
     x: Tensor | None = None
     x_scale: Tensor | None = None
-
-
-def check_inner(x: Tensor, weight: Tensor) -> None:
-    """Raise ValueError where activations `(..., K)` do not meet a weight `(N, K)`.
-
-    Example:
-        >>> import torch
-        >>> from functional_sq.operands import check_inner
-        >>> check_inner(torch.empty(3, 9), torch.empty(5, 8))
-        Traceback (most recent call last):
-        ...
-        ValueError: activations of shape (3, 9) meet a weight of shape (5, 8); the last axes must be equal
-    """
-    if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"activations of shape {tuple(x.shape)} meet a weight of shape {tuple(weight.shape)}; "
-            f"the last axes must be equal"
-        )

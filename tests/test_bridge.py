@@ -650,9 +650,36 @@ def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(pac
     assert layer(x.to("meta")).shape == (3, 12)
 
 
-def test_what_an_eager_layer_found_of_its_operands_holds_for_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, other = (quantized(SCHEMES["int8"], nn.Linear(20, 12)) for _ in range(2))
-    x = torch.randn(2, 3, 20)
+@pytest.mark.parametrize(
+    ("make", "shape", "lists", "finds", "wrong"),
+    [
+        (lambda: nn.Linear(20, 12), (2, 3, 20), "PRODUCTS", "product_of_reals", "the last axes must be equal"),
+        (
+            lambda: nn.Conv2d(20, 12, (3, 1), padding=(1, 0)),
+            (2, 20, 4, 3),
+            "CONVOLUTIONS",
+            "convolution_of_reals",
+            r"give \(batch, 20, height, width\)",
+        ),
+    ],
+    ids=["linear", "conv"],
+)
+def test_what_an_eager_layer_found_of_its_operands_holds_for_them_alone(
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    lists: str,
+    finds: str,
+    wrong: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(shape)
+
+    def static() -> nn.Module:
+        model = bridge.prepare_(nn.Sequential(make()).eval(), SCHEMES["int8"])
+        bridge.calibrate(model, [torch.randn(64, *shape[1:])])
+        return bridge.convert_(model)[0]
+
+    layer, other = static(), static()
 
     def new_state(assign: bool) -> None:
         state = {name: value.clone() for name, value in other.state_dict().items()}
@@ -677,19 +704,20 @@ def test_what_an_eager_layer_found_of_its_operands_holds_for_them_alone(monkeypa
     layer = copy.deepcopy(other)
     assert not layer(x).requires_grad
     layer.bias.requires_grad_()
-    layer(x).sum().backward()
-    assert torch.equal(layer.bias.grad, torch.full((12,), 6.0))
-    with pytest.raises(ValueError, match="the last axes must be equal"):
-        layer(torch.randn(3, 21))
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((12,), y.numel() / 12))
+    with pytest.raises(ValueError, match=wrong):
+        layer(torch.randn(*shape[:-3], 21, 21, 21))
 
     other(x)
     codes = weakref.ref(other.weight_codes)
     other.to("meta")
     assert codes() is None
-    other = quantized(SCHEMES["int8"], nn.Linear(20, 12))
+    other = static()
     y = other(x)
-    monkeypatch.setattr(backends, "PRODUCTS", [])
-    monkeypatch.setattr(brgemm, "product_of_reals", lambda *of: pytest.fail("a backend that is not in the list"))
+    monkeypatch.setattr(backends, lists, [])
+    monkeypatch.setattr(brgemm, finds, lambda *of: pytest.fail("a backend that is not in the list"))
     assert torch.equal(other(x), y)
 
 

@@ -677,7 +677,7 @@ def test_brgemm_writes_large_results_of_groups_whose_columns_begin_no_line(outpu
 
 @needs_brgemm
 def test_what_the_compiler_expects_of_convolutions_by_brgemm_is_what_they_do() -> None:
-    op = torch.ops.functional_sq.brgemm_convolution.default
+    op, of_reals = (getattr(torch.ops.functional_sq, f"brgemm_convolution{of}").default for of in ("", "_of_reals"))
     assert brgemm.is_built()
     to = torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)
     for groups, (rows, kernel), padding, then in itertools.product(
@@ -690,6 +690,11 @@ def test_what_the_compiler_expects_of_convolutions_by_brgemm_is_what_they_do() -
         known = q, torch.tensor([3], dtype=torch.int32), w, None, torch.rand(6), None
         how = [1 if rows == 1 else 2, 1], padding, [1, 2], groups, "none", *then
         y = op(*known, None, *how, torch.bfloat16)
+        if then[0] is None:
+            x = torch.randn(2, 4, rows, 7)
+            for image in (x, x.contiguous(memory_format=torch.channels_last)) if rows > 1 else (x[:, :, 0],):
+                made = image, torch.rand(1), torch.int8, *known[1:], *how[:4]
+                torch.library.opcheck(of_reals, made, test_utils=("test_schema", "test_faketensor"))
         residual = torch.randn(y.shape).to(y.dtype) if then[0] is None else None
         given = (*known, residual, *how, torch.bfloat16)
         torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
@@ -1317,6 +1322,41 @@ def observed(config: StaticQuantConfig, layer: nn.Module) -> nn.Module:
 def quantized(config: StaticQuantConfig, layer: nn.Module, *, reference: bool = False) -> Quantized:
     made = observed(config, layer)
     return QUANTIZED[type(made)].from_observed(made, reference=reference)
+
+
+@needs_brgemm
+@pytest.mark.parametrize("scheme", ["int8", "uint8"])
+@every_layer
+def test_an_eager_layer_convolves_real_values_as_their_codes(name: str, scheme: str) -> None:
+    """By one operator, in the layout that several give, of images that lie anyhow."""
+    layer = quantized(SCHEMES[scheme], LAYERS[name]())
+    found = layer._direct()
+    assert (found is None) == name.startswith("3d")
+    wide = 3 * torch.randn(4, 12, *(2 * n for n in SPACE[: len(layer.kernel_size)]))
+    wide.flatten()[:3] = torch.tensor([torch.inf, -torch.inf, -0.0])
+    whole = wide[:2, :6].contiguous()
+    formats = [last(whole), last(wide)[:, ::2]] if whole.ndim == 4 else []
+    turned = whole.transpose(-1, -2).contiguous().transpose(-1, -2)
+    anyhow = [whole, wide[::2, ::2], whole[:1].expand(3, *whole.shape[1:]), turned, *formats]
+    reals = [x.to(dtype) for x in anyhow for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    for x in (*reals, whole[0], whole[:0], whole.double(), whole.clone().requires_grad_()):
+        y = layer(x)
+        assert not y.requires_grad
+        assert_same([y], [layer._run(x, {})])
+    if found is not None and layer.groups == 1:
+        assert found(whole) is not None
+        assert found(whole[0]) is None
+        assert torch.equal(torch.vmap(layer)(whole[:, None])[:, 0], layer(whole))
+    with pytest.raises(ValueError, match=r"give \(batch, 6, "):
+        layer(whole[:, :5])
+
+
+@needs_brgemm
+def test_an_eager_layer_refuses_images_smaller_than_its_windows() -> None:
+    layer = quantized(SCHEMES["int8"], nn.Conv2d(6, 8, 3))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="are smaller than a window"):
+            layer(torch.randn(1, 6, 2, 9))
 
 
 @every_layer
