@@ -41,7 +41,7 @@ from bridge.observed import (
 from bridge.observer import qparams_of, weight_qparams
 from functional_sq import backends, brgemm, chains
 from functional_sq.compat import is_exporting
-from functional_sq.conv import direct_convolution, is_tapped, looped_first_for
+from functional_sq.conv import direct_convolution, is_tapped
 from functional_sq.folded import check_zero_point
 from functional_sq.formats import Float8, check_real, name_of
 from functional_sq.granularity import check_stats
@@ -470,10 +470,6 @@ def _taken_by(asked: Iterable[tuple[str, range]], what: str) -> str:
     return shown
 
 
-def _up_to(windows: range) -> str:
-    return f" of up to {windows.stop - 1} windows" if windows.stop < sys.maxsize else ""
-
-
 class QuantizedLinear(Quantized):
     """A linear layer with static ranges that multiplies codes: integers, or float8.
 
@@ -665,9 +661,8 @@ class _QuantizedConv(Quantized):
         asked = [each for each in backends.CONVOLUTIONS if each.supports(*weight)]
         taken = ((each.NAME, each.windows(*weight, steps, self.dilation, self.groups)) for each in asked)
         by = _taken_by(taken, "windows")
-        if is_tapped(self.act_spec, self.weight_codes, self.groups):
-            looped = looped_first_for(asked[0], *weight) if by else range(1, sys.maxsize)
-            by += f", compiled to one loop{_up_to(looped)}" if looped else ""
+        if not by and is_tapped(self.act_spec, self.weight_codes, self.groups):
+            return ", compiled to one loop"
         return by
 
 

@@ -531,6 +531,14 @@ constexpr auto copy = [](const uint8_t* from, int64_t count, uint8_t* to) {
   _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi8(some, from + i));
 };
 
+// Of four registers, the first quarters become the first one, and so on.
+inline void transpose(__m512i (&x)[4]) {
+  const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_i32x4(a, b, 0x88), x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  x[2] = _mm512_shuffle_i32x4(c, d, 0x88), x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+
 // What a convolution takes: of images (batch, height, width, channels) in memory.
 struct Geometry {
   int64_t height, width, channels;
@@ -579,6 +587,111 @@ Rows<Code> gathered(const Call& call, const Geometry& of, Factor<Code> outside, 
   };
 }
 
+constexpr int64_t BLOCK = 4 * COLUMNS;  // four elements of a window, of 64 channels
+
+// (N, taps) -> (N / COLUMNS, taps / 4, 4, 4, 4, 4), filled up with zeros, in the order in which `convolve_alone` has codes.
+void pack_alone(const int8_t* codes, int64_t n, int64_t taps, int8_t* packed) {
+  const int64_t size = parts(taps, 4) * BLOCK;
+  std::fill_n(packed, tiles(n) * size, int8_t(0));
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t place = j % 16 / 4 * COLUMNS + j % COLUMNS / 16 * 16 + j % 4 * 4 + tap % 4;
+      packed[j / COLUMNS * size + tap / 4 * BLOCK + place] = codes[j * taps + tap];
+    }
+}
+
+// What is read of a window: where its elements lie from the first one on, and which of them count, 4 in 32 bits.
+struct Elements {
+  std::vector<int64_t> places;
+  std::vector<int32_t> ones;
+
+  explicit Elements(int64_t taps) : places(parts(taps, 4) * 4), ones(parts(taps, 4), 0x01010101) {
+    if (taps % 4) ones.back() >>= (4 - taps % 4) * 8;
+  }
+};
+
+// The sums of a window of each of 64 channels, or of `some`: of four elements at a time.
+template <bool asymmetric, int64_t BLOCKS>
+void sum_window(
+    intptr_t first, const Elements& of, const int8_t* weight, const __m512i* zero_points, __mmask64 some, int32_t* to) {
+  const int64_t blocks = BLOCKS ? BLOCKS : of.ones.size();
+  const int64_t* place = of.places.data();
+  __m512i total[4] = {}, plain[4] = {};
+  for (int64_t block = 0; block < blocks; ++block, place += 4, weight += BLOCK) {
+    __m512i q[4];
+    for (int64_t t = 0; t < 4; ++t) q[t] = _mm512_maskz_loadu_epi8(some, reinterpret_cast<void*>(first + place[t]));
+    const __m512i low = _mm512_unpacklo_epi8(q[0], q[1]), high = _mm512_unpackhi_epi8(q[0], q[1]);
+    const __m512i low2 = _mm512_unpacklo_epi8(q[2], q[3]), high2 = _mm512_unpackhi_epi8(q[2], q[3]);
+    q[0] = _mm512_unpacklo_epi16(low, low2), q[1] = _mm512_unpackhi_epi16(low, low2);
+    q[2] = _mm512_unpacklo_epi16(high, high2), q[3] = _mm512_unpackhi_epi16(high, high2);
+    for (int64_t v = 0; v < 4; ++v) {
+      total[v] = _mm512_dpbusd_epi32(total[v], q[v], _mm512_loadu_si512(weight + v * COLUMNS));
+      if (asymmetric) plain[v] = _mm512_dpbusd_epi32(plain[v], q[v], _mm512_set1_epi32(of.ones[block]));
+    }
+  }
+  transpose(total);
+  if (asymmetric) transpose(plain);
+  for (int64_t v = 0; v < 4; ++v) {
+    if (asymmetric) total[v] = _mm512_sub_epi32(total[v], _mm512_mullo_epi32(plain[v], zero_points[v]));
+    _mm512_store_si512(to + v * LANES, total[v]);
+  }
+}
+
+// A convolution of each channel alone.
+template <bool asymmetric>
+void convolve_alone(const Call& call, const Geometry& of) {
+  const int64_t widths = tiles(call.n), blocks = parts(call.k, 4), line = of.width * of.channels;
+  const int64_t most = std::max(parts(call.m, ROWS / 4), parts(8 * at::get_num_threads(), widths));
+  const int64_t height = parts(call.m, most), heights = parts(call.m, height);
+  const int64_t end = (of.kernel[0] - 1) * of.dilation[0], side = (of.kernel[1] - 1) * of.dilation[1];
+  const Finish<int32_t> finish = finisher<int32_t>(call);
+  const auto sum = blocks == 3 ? sum_window<asymmetric, 3> : sum_window<asymmetric, 0>;  // 3 x 3 elements
+  Elements inside(call.k);
+  for (int64_t a = 0, tap = 0; a < of.kernel[0]; ++a)
+    for (int64_t b = 0; b < of.kernel[1]; ++b)
+      inside.places[tap++] = a * of.dilation[0] * line + b * of.dilation[1] * of.channels;
+  Tasks(heights * widths).share([&](auto each_task) {
+    alignas(LINE) int32_t sums[ROWS / 4 * COLUMNS];
+    alignas(LINE) uint8_t outside[COLUMNS];
+    const int32_t row_sums[ROWS / 4] = {};  // those of a window are subtracted here, as each channel has its own
+    std::fill_n(outside, COLUMNS, static_cast<uint8_t>(*call.zero_point));
+    Elements bordering(call.k);
+    each_task([&](int64_t task) {
+      const int64_t column = task % widths * COLUMNS, row = task / widths * height;
+      const Tile tile{row, std::min(height, call.m - row), column, std::min(COLUMNS, call.n - column)};
+      const __mmask64 some = ~uint64_t(0) >> (COLUMNS - tile.count);
+      const int8_t* weight = static_cast<const int8_t*>(call.packed) + column / COLUMNS * blocks * BLOCK;
+      __m512i zero_points[4];
+      for (int64_t v = 0; v < 4 && asymmetric; ++v)
+        zero_points[v] = read(call.weight_zero_point + column + v * LANES, some >> v * LANES);
+      int64_t x = row % of.windows[1], y = row / of.windows[1] % of.windows[0];
+      intptr_t image = reinterpret_cast<intptr_t>(call.q) + column;
+      image += row / of.windows[1] / of.windows[0] * of.height * line;
+      for (int64_t i = 0; i < tile.height; ++i) {
+        const int64_t top = y * of.stride[0] - of.above, left = x * of.stride[1] - of.left;
+        const intptr_t first = image + top * line + left * of.channels;
+        const bool whole = 0 <= top && top + end < of.height && 0 <= left && left + side < of.width;
+        if (!whole) {
+          std::fill(bordering.places.begin(), bordering.places.end(), reinterpret_cast<intptr_t>(outside) - first);
+          for (int64_t a = 0, tap = 0; a < of.kernel[0]; ++a)
+            for (int64_t b = 0; b < of.kernel[1]; ++b, ++tap) {
+              const int64_t h = top + a * of.dilation[0], w = left + b * of.dilation[1];
+              if (0 <= h && h < of.height && 0 <= w && w < of.width) bordering.places[tap] = inside.places[tap];
+            }
+        }
+        sum(first, whole ? inside : bordering, weight, zero_points, some, sums + i * COLUMNS);
+        if (++x < of.windows[1]) continue;
+        x = 0;
+        if (++y < of.windows[0]) continue;
+        y = 0;
+        image += of.height * line;
+      }
+      finish(call, sums, tile, row_sums);
+    });
+    _mm_sfence();
+  });
+}
+
 // The bfloat16 value of each of the 256 codes of a float8 format.
 const at::BFloat16* values_of(at::ScalarType format) {
   static std::mutex mutex;
@@ -612,6 +725,7 @@ struct Packed {
   std::vector<int64_t> sizes, strides;
   int64_t groups, depth = 0;  // K
   uint32_t version = 0;
+  bool alone = false;  // each channel
   at::Tensor copy;  // of codes in inference mode, which have no version
   at::Tensor weight, sums;  // no sums of float8
 
@@ -636,8 +750,11 @@ struct Packed {
       const at::BFloat16* value = values_of(codes.scalar_type());
       weight = at::empty({width, inner<at::BFloat16>(k)}, at::kBFloat16);
       pack(from, n, k, groups, weight.data_ptr<at::BFloat16>(), [=](uint8_t code) { return value[code]; });
+    } else if (sums = rows.sum(1, false, at::kInt); groups == n && n > 1 && codes.size(1) == 1) {
+      alone = true;
+      weight = at::empty({tiles(n), parts(k, 4) * BLOCK}, at::kChar);
+      pack_alone(reinterpret_cast<const int8_t*>(from), n, k, weight.data_ptr<int8_t>());
     } else {
-      sums = rows.sum(1, false, at::kInt);
       weight = at::empty({width, inner<int8_t>(k)}, at::kChar);
       pack(from, n, k, groups, weight.data_ptr<int8_t>(), [](uint8_t code) { return static_cast<int8_t>(code); });
     }
@@ -754,7 +871,7 @@ Call call_of(
       .to_scale = held.at<float>("to_scale", operands.to_scale, 1, at::kFloat),
       .to_zero_point = held.at<int32_t>("to_zero_point", operands.to_zero_point, 1, at::kInt),
       .y = y.data_ptr(),
-      .streamed = is_streamed(y, weight.groups)};
+      .streamed = is_streamed(y, weight.alone ? 1 : weight.groups)};
 }
 
 // oneDNN on, as for its other quantized operators: who turned it off means float ones, and brgemm would raise. The first
@@ -904,7 +1021,9 @@ at::Tensor convolution(
   const bool padded = std::any_of(padding.begin(), padding.end(), [](int64_t size) { return size != 0; });
   const bool rows = of.kernel[0] * of.kernel[1] * stride[0] * stride[1] * groups == 1 && !padded;
   const at::ScalarType read = q.scalar_type();
-  if (codes.is_floating_point())
+  if (weight->alone)
+    weight_zero_point ? convolve_alone<true>(call, of) : convolve_alone<false>(call, of);
+  else if (codes.is_floating_point())
     multiply<at::BFloat16, float>(
         call, rows ? float8_rows(call, read, {}) : gathered<at::BFloat16>(call, of, 0, decoder(read)));
   else

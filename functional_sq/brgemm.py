@@ -76,7 +76,7 @@ AVAILABLE: bool = sys.platform == "linux" and onednn.AVAILABLE and bool(shutil.w
 
 _FLAGS = (
     *("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off"),
-    *(f"-m{isa}" for isa in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")),
+    *(f"-m{isa}" for isa in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")),
     *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
 )
 
@@ -251,10 +251,11 @@ def windows(
 ) -> range:
     """Return for how many windows, of all images together, it is the faster one.
 
-    With VNNI alone for any number without groups, unless windows are copied a few bytes at a time: one image takes 0.4
-    to 1 of what it takes oneDNN, whose operator takes 100 us whatever it is called for, eight images 0.7 to 1.07, in a
-    chain of 1 x 1 over 25 000 windows 1.13. With AMX while the copies of windows take less than that call; for any
-    number where none are made, oneDNN is wrong, or the weight is asymmetric.
+    For any number where each channel is convolved alone. With VNNI alone for any number without groups, unless windows
+    are copied a few bytes at a time: one image takes 0.4 to 1 of what it takes oneDNN, whose operator takes 100 us
+    whatever it is called for, eight images 0.7 to 1.07, in a chain of 1 x 1 over 25 000 windows 1.13. With AMX while
+    the copies of windows take less than that call; for any number where none are made, oneDNN is wrong, or the weight
+    is asymmetric.
 
     Args:
         codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
@@ -270,7 +271,8 @@ def windows(
     taps, any_number = math.prod(kernel), range(1, sys.maxsize)
     k = channels * taps
     is_copied = groups > 1 or (zero_point is None and taps * math.prod(stride) > 1)
-    if not is_copied or not onednn_conv.is_right(codes, groups):
+    is_alone = 1 < groups == codes.shape[0] and channels == 1
+    if is_alone or not is_copied or not onednn_conv.is_right(codes, groups):
         return any_number
     # Of a window, what lies side by side in memory.
     together = channels * kernel[-1] if groups == 1 and dilation[-1] == 1 else channels

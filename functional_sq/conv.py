@@ -14,17 +14,15 @@ spatial axes, so one or two are given more of size 1; a CUDA device computes in 
 rounds to the integer. So such groups are exact, and no faster than floats.
 
 A weight that is used again (`epilogue=`) is convolved by a backend where that is faster, with groups too: neither
-windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's sum. Where each
-channel is convolved alone, by such a weight or in few windows, compiled code for a CPU is one loop over the elements of
-a window instead, fused with all that follows. Triton convolves float8 alike, and on a CPU `brgemm`. No backend takes
-three dimensions.
+windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's sum. Where no
+backend convolves each channel alone, compiled code is one loop over the elements of a window, fused with all that
+follows. Triton convolves float8 alike, and on a CPU `brgemm`. No backend takes three dimensions.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from operator import mul
@@ -34,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq import backends, brgemm, folded, onednn_conv, triton_conv
+from functional_sq import backends, brgemm, folded, triton_conv
 from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
 from functional_sq.folded import (
@@ -63,7 +61,7 @@ from functional_sq.requantize import (
     requantize_by,
 )
 from functional_sq.spec import QuantSpec
-from functional_sq.tracing import always, computed_once, define_operator, is_among, is_traced
+from functional_sq.tracing import always, computed_once, define_operator, is_traced
 from functional_sq.windows import (
     Geometry,
     are_alone,
@@ -84,11 +82,7 @@ __all__ = [
     "conv_reference",
     "direct_convolution",
     "is_tapped",
-    "looped_first_for",
 ]
-
-_LOOPED = 2**22
-"""How many products, of windows of one channel each, are at most a loop rather than a call of oneDNN."""
 
 _FLOAT32_TERMS = 2**24 // 255**2
 """The largest K for which a sum of products of differences stays exact in float32: 258."""
@@ -183,10 +177,8 @@ def conv(
         if backend is None and epilogue is not None:
             backend = brgemm.float8_for(weight.codes, groups)
     elif epilogue is not None and fits:
-        count, of_weight = images.shape[0] * math.prod(size), (weight.codes, weight.zero_point)
-        backend = convolution_for(count, *of_weight, geometry.stride, geometry.dilation, groups)
-        if tapped and is_among(count, looped_first_for(backend, *of_weight)):
-            backend = None
+        count, settings = images.shape[0] * math.prod(size), (geometry.stride, geometry.dilation, groups)
+        backend = convolution_for(count, weight.codes, weight.zero_point, *settings)
     if backend is not None:
         operands = Operands(images, None, weight.codes, zero_point_of_rows(weight), scale, offset, bias)
         if offset is not None:
@@ -432,20 +424,9 @@ def _gathered(
 def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
     """Whether a weight's codes convolve each channel alone, in few elements, so that a loop of them is fast.
 
-    A compiled one is then such a loop where no backend takes it, or the loop is the faster one.
+    A compiled one is then such a loop where no backend takes it.
     """
     return groups > 1 and are_alone(codes, groups) and (codes.is_cuda or not isinstance(spec.format, Float8))
-
-
-def looped_first_for(backend: object, codes: Tensor, zero_point: Tensor | None) -> range:
-    """Return for how many windows a loop over their elements is faster than a backend, for a weight that `is_tapped`.
-
-    With zero points for any number, beside those of ours for a CPU: two convolutions, and a pass over both, take 2 to 4
-    times as long. Without them for few: a call of oneDNN alone takes 100 us, and a pass before it makes the codes.
-    """
-    if backend not in (brgemm, onednn_conv):
-        return range(0)
-    return range(1, sys.maxsize if zero_point is not None else _LOOPED // codes.numel() + 1)
 
 
 def _tapped(q: Tensor, qp: QParams, weight: FoldedWeight, geometry: Geometry) -> Tensor:

@@ -754,13 +754,22 @@ TAPS = [
     pytest.param("int8", nn.Conv3d(6, 6, (3, 1, 3), groups=6), (2, 6, 5, 4, 7), False, False, id="3d-symmetric"),
     pytest.param("uint8", nn.ConvTranspose2d(6, 6, 3, 2, 1, 1, groups=6), (2, 6, 5, 4), False, True, id="transposed"),
 ]
-"""Each channel alone, which compiled code convolves by a loop; whether channels lie last, and sizes are any."""
+"""Layers of each channel alone; whether channels lie last in memory, and sizes are any."""
 
 
 @pytest.mark.parametrize(("scheme", "float_layer", "shape", "last", "dynamic"), TAPS)
 def test_each_channel_alone_is_compiled_to_one_loop(
-    scheme: str, float_layer: nn.Module, shape: tuple[int, ...], last: bool, dynamic: bool
+    scheme: str,
+    float_layer: nn.Module,
+    shape: tuple[int, ...],
+    last: bool,
+    dynamic: bool,
+    multiply_by: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Where no backend convolves."""
+    multiply_by("torch")
+    monkeypatch.setattr(onednn, "AVAILABLE", False)
     layer = quantized(SCHEMES[scheme], float_layer)
     assert ", compiled to one loop" in repr(layer)
     x = 3 * torch.randn(shape)
@@ -772,21 +781,16 @@ def test_each_channel_alone_is_compiled_to_one_loop(
     assert_one_loop(source)
 
 
-@needs_onednn
-def test_few_windows_of_each_channel_alone_are_compiled_to_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["functional_sq.conv"], "_LOOPED", 6 * 9 * 100)
-    layer = quantized(SCHEMES["int8"], nn.Conv2d(6, 6, 3, groups=6))
-    assert repr(layer).endswith(" windows on, compiled to one loop of up to 100 windows)")
-    for size, dynamic in (((12, 12), False), ((12, 13), False), ((12, 12), True)):
-        torch.compiler.reset()
-        x = torch.randn(1, 6, *size)
-        with torch.no_grad():
-            y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=dynamic), x)
-            assert_same([y], [layer(x)])
-        looped = size == (12, 12) and not dynamic
-        assert any(name in source for name in ("onednn_conv", "brgemm_convolution")) is not looped
-        if looped:
-            assert_one_loop(source)
+@needs_brgemm
+@pytest.mark.parametrize("scheme", ["int8", "uint8"])
+def test_each_channel_alone_is_convolved_by_brgemm_whatever_the_number_of_windows(scheme: str) -> None:
+    layer = quantized(SCHEMES[scheme], nn.Conv2d(6, 6, 3, groups=6))
+    assert repr(layer).endswith(", by brgemm from 1 windows on)")
+    x = torch.randn(1, 6, 12, 12)
+    with torch.no_grad():
+        y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=True), x)
+        assert_same([y], [layer(x)])
+    assert "brgemm_convolution.default(" in source
 
 
 def assert_one_loop(source: str) -> None:
@@ -1117,9 +1121,9 @@ def test_a_bias_that_is_learned_has_its_gradient() -> None:
 
 @needs_onednn
 def test_compiled_convolves_kept_weights_by_onednn_in_one_compilation_and_exported_by_torch_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    multiply_by: Callable[[str], None],
 ) -> None:
-    monkeypatch.setattr(onednn_conv, "WORTH", 0)
+    multiply_by("oneDNN")
     names = ("2d", "2d-valid", "2d-same", "2d-depthwise")
     model = Every([quantized(SYMMETRIC_INT8, LAYERS[name]()) for name in names])
     for last in (False, True):

@@ -46,9 +46,12 @@ def _products(draw: st.DrawFn, backend: Product, device: str) -> dict[str, Any]:
 
 @st.composite
 def _convolutions(draw: st.DrawFn, backend: Convolution, device: str) -> dict[str, Any]:
-    channels = draw(st.one_of(st.integers(1, 8), st.sampled_from([1, 32, 65, 96, 128, 900, 5000])))
-    outputs = draw(st.one_of(st.integers(1, 12), st.integers(33, 80)))
-    groups = draw(st.one_of(st.integers(1, 6), st.sampled_from([9, 17]))) if channels * outputs < 100 else 1
+    if draw(st.integers(0, 4)) == 4:  # each channel alone
+        channels, outputs, groups = 1, 1, draw(st.sampled_from([2, 9, 17, 33, 64, 65, 130]))
+    else:
+        channels = draw(st.one_of(st.integers(1, 8), st.sampled_from([1, 32, 65, 96, 128, 900, 5000])))
+        outputs = draw(st.one_of(st.integers(1, 12), st.integers(33, 80)))
+        groups = draw(st.one_of(st.integers(1, 6), st.sampled_from([9, 17]))) if channels * outputs < 100 else 1
     kernel = draw(st.one_of(st.tuples(st.integers(1, 4)), st.tuples(st.integers(1, 4), st.integers(1, 4))))
     codes = torch.empty((groups * outputs, channels, *kernel), dtype=torch.int8, device=device)
     if not backend.supports(codes, None):
