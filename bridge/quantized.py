@@ -39,7 +39,7 @@ from bridge.observed import (
     weight_of,
 )
 from bridge.observer import qparams_of, weight_qparams
-from functional_sq import backends, brgemm, chains
+from functional_sq import backends, brgemm, chains, onednn_conv
 from functional_sq.compat import is_exporting
 from functional_sq.conv import direct_convolution, is_tapped
 from functional_sq.folded import check_zero_point
@@ -658,12 +658,12 @@ class _QuantizedConv(Quantized):
         # A transposed one is a convolution of codes that were spread, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
         weight = self.weight_codes, self.weight_zero_point
-        asked = [each for each in backends.CONVOLUTIONS if each.supports(*weight)]
+        tapped = is_tapped(self.act_spec, self.weight_codes, self.groups)
+        looped = [onednn_conv] if tapped and self.weight_zero_point is not None else []
+        asked = [each for each in backends.CONVOLUTIONS if each.supports(*weight) and each not in looped]
         taken = ((each.NAME, each.windows(*weight, steps, self.dilation, self.groups)) for each in asked)
         by = _taken_by(taken, "windows")
-        if not by and is_tapped(self.act_spec, self.weight_codes, self.groups):
-            return ", compiled to one loop"
-        return by
+        return by if not tapped or by.endswith(" on") else f"{by}, compiled to one loop"
 
 
 class QuantizedConv1d(_QuantizedConv):

@@ -87,6 +87,9 @@ _CALL, _PIECE, _CODE = 150e3, 3, 0.03
 """With AMX: what a call of oneDNN takes more than one of this, and what a copy takes for each piece of a window that
 lies in memory side by side and for each code, in ns; of 11 layers and 15 with groups, 1 and 8 images."""
 
+_ALONE = 2**23
+"""How many products, of windows of one channel each, take at most as long as oneDNN, or a loop of Inductor."""
+
 _REALS = (torch.float32, torch.bfloat16, torch.float16)
 
 _FEW = 2**24 if onednn.AMX else 2**21
@@ -251,11 +254,11 @@ def windows(
 ) -> range:
     """Return for how many windows, of all images together, it is the faster one.
 
-    For any number where each channel is convolved alone. With VNNI alone for any number without groups, unless windows
-    are copied a few bytes at a time: one image takes 0.4 to 1 of what it takes oneDNN, whose operator takes 100 us
-    whatever it is called for, eight images 0.7 to 1.07, in a chain of 1 x 1 over 25 000 windows 1.13. With AMX while
-    the copies of windows take less than that call; for any number where none are made, oneDNN is wrong, or the weight
-    is asymmetric.
+    Where each channel is convolved alone for few: past them what is no 64 channels, and taken as such, takes longer.
+    With VNNI alone for any number without groups, unless windows are copied a few bytes at a time: one image takes 0.4
+    to 1 of what it takes oneDNN, whose operator takes 100 us whatever it is called for, eight images 0.7 to 1.07, in a
+    chain of 1 x 1 over 25 000 windows 1.13. With AMX while the copies of windows take less than that call; for any
+    number where none are made, oneDNN is wrong, or the weight is asymmetric.
 
     Args:
         codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
@@ -271,8 +274,9 @@ def windows(
     taps, any_number = math.prod(kernel), range(1, sys.maxsize)
     k = channels * taps
     is_copied = groups > 1 or (zero_point is None and taps * math.prod(stride) > 1)
-    is_alone = 1 < groups == codes.shape[0] and channels == 1
-    if is_alone or not is_copied or not onednn_conv.is_right(codes, groups):
+    if 1 < groups == codes.shape[0] and channels == 1:
+        return range(1, _ALONE // codes.numel() + 1)
+    if not is_copied or not onednn_conv.is_right(codes, groups):
         return any_number
     # Of a window, what lies side by side in memory.
     together = channels * kernel[-1] if groups == 1 and dilation[-1] == 1 else channels

@@ -14,9 +14,10 @@ spatial axes, so one or two are given more of size 1; a CUDA device computes in 
 rounds to the integer. So such groups are exact, and no faster than floats.
 
 A weight that is used again (`epilogue=`) is convolved by a backend where that is faster, with groups too: neither
-windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's sum. Where no
-backend convolves each channel alone, compiled code is one loop over the elements of a window, fused with all that
-follows. Triton convolves float8 alike, and on a CPU `brgemm`. No backend takes three dimensions.
+windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's sum. Where each
+channel is convolved alone by no backend, or by oneDNN and such a weight, compiled code is one loop over the elements of
+a window, fused with all that follows. Triton convolves float8 alike, and on a CPU `brgemm`. No backend takes three
+dimensions.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq import backends, brgemm, folded, triton_conv
+from functional_sq import backends, brgemm, folded, onednn_conv, triton_conv
 from functional_sq.backends import Convolution, convolution_for
 from functional_sq.compat import is_exporting
 from functional_sq.folded import (
@@ -179,6 +180,8 @@ def conv(
     elif epilogue is not None and fits:
         count, settings = images.shape[0] * math.prod(size), (geometry.stride, geometry.dilation, groups)
         backend = convolution_for(count, weight.codes, weight.zero_point, *settings)
+        if tapped and backend is onednn_conv and weight.zero_point is not None:
+            backend = None  # two convolutions, and a pass over both, take 2 to 4 times as long as a loop
     if backend is not None:
         operands = Operands(images, None, weight.codes, zero_point_of_rows(weight), scale, offset, bias)
         if offset is not None:
@@ -394,7 +397,8 @@ def direct_convolution(
         check_channels(shape, codes.shape, groups)
         count = shape[0] * math.prod(check_windows(shape, codes.shape, geometry))
         by = convolution_for(count, codes, weight.zero_point, geometry.stride, geometry.dilation, groups)
-        return len(shape) == codes.ndim and by is brgemm
+        # Each channel alone in any number of windows: oneDNN is asked by a call for each pass before it and after it.
+        return len(shape) == codes.ndim and (by is brgemm or (by is onednn_conv and are_alone(codes, groups)))
 
     return lambda x: convolve(x) if is_taken(x.shape) else None
 
@@ -424,7 +428,7 @@ def _gathered(
 def is_tapped(spec: QuantSpec, codes: Tensor, groups: int) -> bool:
     """Whether a weight's codes convolve each channel alone, in few elements, so that a loop of them is fast.
 
-    A compiled one is then such a loop where no backend takes it.
+    A compiled one is then such a loop where no backend takes it, or oneDNN a weight with zero points.
     """
     return groups > 1 and are_alone(codes, groups) and (codes.is_cuda or not isinstance(spec.format, Float8))
 

@@ -783,14 +783,24 @@ def test_each_channel_alone_is_compiled_to_one_loop(
 
 @needs_brgemm
 @pytest.mark.parametrize("scheme", ["int8", "uint8"])
-def test_each_channel_alone_is_convolved_by_brgemm_whatever_the_number_of_windows(scheme: str) -> None:
+def test_each_channel_alone_is_convolved_by_brgemm_in_few_windows(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In many by oneDNN, or by a loop where the weight has zero points; in eager mode always."""
+    monkeypatch.setattr(brgemm, "_ALONE", 6 * 9 * 100)
+    monkeypatch.setattr(onednn_conv, "WORTH", 0)
     layer = quantized(SCHEMES[scheme], nn.Conv2d(6, 6, 3, groups=6))
-    assert repr(layer).endswith(", by brgemm from 1 windows on)")
-    x = torch.randn(1, 6, 12, 12)
-    with torch.no_grad():
-        y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=True), x)
-        assert_same([y], [layer(x)])
-    assert "brgemm_convolution.default(" in source
+    many = "by onednn from 101 windows on" if scheme == "int8" else "compiled to one loop"
+    assert repr(layer).endswith(f", by brgemm from 1 to 100 windows, {many})")
+    for width in (12, 13):
+        torch.compiler.reset()
+        x = torch.randn(1, 6, 12, width)
+        assert layer._direct()(x) is not None
+        with torch.no_grad():
+            y, (source,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
+            assert_same([y], [layer(x)])
+        assert ("brgemm_convolution.default(" in source) == (width == 12)
+        assert ("onednn_conv.default(" in source) == (width == 13 and scheme == "int8")
+        if width == 13 and scheme == "uint8":
+            assert_one_loop(source)
 
 
 def assert_one_loop(source: str) -> None:
