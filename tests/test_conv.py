@@ -788,7 +788,7 @@ def test_each_channel_alone_is_convolved_by_brgemm_in_few_windows(scheme: str, m
     monkeypatch.setattr(brgemm, "_ALONE", 6 * 9 * 100)
     monkeypatch.setattr(onednn_conv, "WORTH", 0)
     layer = quantized(SCHEMES[scheme], nn.Conv2d(6, 6, 3, groups=6))
-    many = "by onednn from 101 windows on" if scheme == "int8" else "compiled to one loop"
+    many = "by oneDNN from 101 windows on" if scheme == "int8" else "compiled to one loop"
     assert repr(layer).endswith(f", by brgemm from 1 to 100 windows, {many})")
     for width in (12, 13):
         torch.compiler.reset()

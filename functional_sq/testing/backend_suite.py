@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any, Final
 
 import torch
@@ -45,9 +46,9 @@ def _products(draw: st.DrawFn, backend: Product, device: str) -> dict[str, Any]:
 
 
 @st.composite
-def _convolutions(draw: st.DrawFn, backend: Convolution, device: str) -> dict[str, Any]:
-    if draw(st.integers(0, 4)) == 4:  # each channel alone
-        channels, outputs, groups = 1, 1, draw(st.sampled_from([2, 9, 17, 33, 64, 65, 130]))
+def _convolutions(draw: st.DrawFn, backend: Convolution, device: str, *, alone: bool) -> dict[str, Any]:
+    if alone:
+        channels, outputs, groups = 1, 1, draw(st.sampled_from([65, 2, 17, 33, 64, 130]))
     else:
         channels = draw(st.one_of(st.integers(1, 8), st.sampled_from([1, 32, 65, 96, 128, 900, 5000])))
         outputs = draw(st.one_of(st.integers(1, 12), st.integers(33, 80)))
@@ -138,7 +139,8 @@ def check_convolution_backend(
     Args:
         backend: what may join `functional_sq.backends.CONVOLUTIONS`.
         device: where it convolves.
-        max_examples: number of cases to draw, among the weights that it supports.
+        max_examples: number of cases to draw, among the weights that it supports; and a third of it of channels that
+            are convolved each alone, if it supports such.
 
     Raises:
         AssertionError, TypeError: as `check_product_backend`.
@@ -148,8 +150,12 @@ def check_convolution_backend(
         >>> if onednn.AVAILABLE:
         ...     check_convolution_backend(onednn_conv, max_examples=5)
     """
-    law = Law(convolution_is_exact, lambda b: _convolutions(b, str(device)))
+    law = Law(convolution_is_exact, lambda b: _convolutions(b, str(device), alone=False))
     _check_backend(backend, Convolution, law, max_examples)
+    # Drawn among all they would be few, and alike.
+    law = Law(convolution_is_exact, lambda b: _convolutions(b, str(device), alone=True))
+    with suppress(Unsatisfiable):
+        check_law(law, backend, max_examples=math.ceil(max_examples / 3))
 
 
 def _check_backend(backend: Product | Convolution, protocol: type, law: Law, max_examples: int) -> None:
