@@ -4,10 +4,10 @@ The weight is packed once. A tile of sums is scaled, corrected, activated and ma
 no int32 matrix is written or read: asymmetric weights cost what symmetric ones do, and float8 is multiplied as bfloat16
 and summed in float32, which no function of torch does on a CPU. With AMX each sum is exact too, other than those of
 `functional_sq.onednn`. Of a convolution a tile copies its windows, which takes a fifth of the time of 64 columns and
-less of more; where each channel is convolved alone, VNNI sums 64 of them where they lie. Eager products and convolutions
-make the codes of their input too. The operations are those of `functional_sq.linear` in its order, so the same bits.
-`brgemm.cpp` is compiled when a weight is first asked about, in 10 s, by the compiler of Inductor, and kept beside what
-Inductor compiles; where that fails, a warning says so, and others multiply.
+less of more; where each channel is convolved alone, VNNI sums 64 of them where they lie. Eager products, and eager
+convolutions, make the codes of their input too. The operations are those of `functional_sq.linear` in its order, so the
+same bits. `brgemm.cpp` is compiled when a weight is first asked about, in 10 s, by the compiler of Inductor, and kept
+beside what Inductor compiles; where that fails, a warning says so, and others multiply.
 """
 
 from __future__ import annotations
