@@ -384,7 +384,9 @@ class Quantized(Buffers):
         asked = *backends.PRODUCTS, *backends.CONVOLUTIONS
         depends_on = (*asked, *learned, self.act_spec, bias, *operands)
         before, found = _DIRECT.get(self, ((), None))
-        if len(before) != len(depends_on) or not all(map(is_, before, depends_on)):
+        same = len(before) == len(depends_on) and all(map(is_, before, depends_on))
+        # What torch.jit traces notes how this is found, and expects the same of each call.
+        if not same or torch.jit.is_tracing():  # type: ignore[attr-defined]
             found = None if scale is None else self._found(fsq.Epilogue(*self._values("product")))
             _DIRECT[self] = depends_on, found
         return found

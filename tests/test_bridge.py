@@ -721,6 +721,19 @@ def test_what_an_eager_layer_found_of_its_operands_holds_for_them_alone(
     assert torch.equal(other(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.skipif(not brgemm.AVAILABLE, reason="this machine has no VNNI, or no compiler")
+@pytest.mark.parametrize("scheme", ["int8", "uint8"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(20, 12), lambda: nn.Conv2d(20, 12, 3)], ids=["linear", "conv"])
+def test_a_layer_that_was_never_called_is_traced_by_torch_jit(make: Callable[[], nn.Module], scheme: str) -> None:
+    model, x = bridge.prepare_(nn.Sequential(make()).eval(), SCHEMES[scheme]), torch.randn(3, 20, 5, 20)
+    bridge.calibrate(model, [x])
+    bridge.convert_(model)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)  # which compares two calls
+        assert torch.equal(traced(2 * x[:2]), model(2 * x[:2]))
+
+
 @pytest.mark.usefixtures("packing")
 def test_compiled_after_new_weights_were_loaded_has_their_bits() -> None:
     layer, other = (quantized(SCHEMES["int8"], nn.Linear(20, 12)) for _ in range(2))
