@@ -88,8 +88,9 @@ _CALL, _PIECE, _CODE = 150e3, 3, 0.03
 """With AMX: what a call of oneDNN takes more than one of this, and what a copy takes for each piece of a window that
 lies in memory side by side and for each code, in ns; of 11 layers and 15 with groups, 1 and 8 images."""
 
-_ALONE = 2**23
-"""How many products, of windows of one channel each, take at most as long as oneDNN, or a loop of Inductor."""
+_TOGETHER, _ALONE = 64, 6e6
+"""How many channels are convolved each alone at a time, and how many products of such take at most as long as with
+oneDNN, or by a loop of Inductor."""
 
 _REALS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -255,7 +256,7 @@ def windows(
 ) -> range:
     """Return for how many windows, of all images together, it is the faster one.
 
-    Where each channel is convolved alone for few: past them what is no 64 channels, and taken as such, takes longer.
+    Where each channel is convolved alone for few: past them, and where channels fill no 64, others read less.
     With VNNI alone for any number without groups, unless windows are copied a few bytes at a time: one image takes 0.4
     to 1 of what it takes oneDNN, whose operator takes 100 us whatever it is called for, eight images 0.7 to 1.07, in a
     chain of 1 x 1 over 25 000 windows 1.13. With AMX while the copies of windows take less than that call; for any
@@ -276,7 +277,8 @@ def windows(
     k = channels * taps
     is_copied = groups > 1 or (zero_point is None and taps * math.prod(stride) > 1)
     if 1 < groups == codes.shape[0] and channels == 1:
-        return range(1, _ALONE // codes.numel() + 1)
+        filled_up = -(-groups // _TOGETHER) * _TOGETHER
+        return range(1, int(_ALONE / (filled_up * taps)) + 1)
     if not is_copied or not onednn_conv.is_right(codes, groups):
         return any_number
     # Of a window, what lies side by side in memory.

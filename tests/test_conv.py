@@ -785,7 +785,7 @@ def test_each_channel_alone_is_compiled_to_one_loop(
 @pytest.mark.parametrize("scheme", ["int8", "uint8"])
 def test_each_channel_alone_is_convolved_by_brgemm_in_few_windows(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In many by oneDNN, or by a loop where the weight has zero points; in eager mode always."""
-    monkeypatch.setattr(brgemm, "_ALONE", 6 * 9 * 100)
+    monkeypatch.setattr(brgemm, "_ALONE", 64 * 9 * 100)
     monkeypatch.setattr(onednn_conv, "WORTH", 0)
     layer = quantized(SCHEMES[scheme], nn.Conv2d(6, 6, 3, groups=6))
     many = "by oneDNN from 101 windows on" if scheme == "int8" else "compiled to one loop"
