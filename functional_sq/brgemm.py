@@ -88,7 +88,7 @@ _CALL, _PIECE, _CODE = 150e3, 3, 0.03
 """With AMX: what a call of oneDNN takes more than one of this, and what a copy takes for each piece of a window that
 lies in memory side by side and for each code, in ns; of 11 layers and 15 with groups, 1 and 8 images."""
 
-_TOGETHER, _ALONE = 64, 6e6
+_TOGETHER, _ALONE = 64, 8e6
 """How many channels are convolved each alone at a time, and how many products of such take at most as long as with
 oneDNN, or by a loop of Inductor."""
 
