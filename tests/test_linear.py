@@ -934,7 +934,7 @@ def test_what_brgemm_packed_is_freed_with_its_codes() -> None:
 
     def grown(kept: int) -> int:
         weights = []
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             for _ in range(3):
                 weights.append(case.w.clone())
                 torch.ops.functional_sq.brgemm_product.default(*given[:2], weights[-1], *given[3:])
