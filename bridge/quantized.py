@@ -663,9 +663,10 @@ class _QuantizedConv(Quantized):
         tapped = is_tapped(self.act_spec, self.weight_codes, self.groups)
         looped = [onednn_conv] if tapped and self.weight_zero_point is not None else []
         asked = [each for each in backends.CONVOLUTIONS if each.supports(*weight) and each not in looped]
-        taken = ((each.NAME, each.windows(*weight, steps, self.dilation, self.groups)) for each in asked)
+        taken = [(each.NAME, each.windows(*weight, steps, self.dilation, self.groups)) for each in asked]
         by = _taken_by(taken, "windows")
-        return by if not tapped or by.endswith(" on") else f"{by}, compiled to one loop"
+        takes_many = any(offered.stop == sys.maxsize for _, offered in taken)
+        return by if not tapped or takes_many else f"{by}, compiled to one loop"
 
 
 class QuantizedConv1d(_QuantizedConv):

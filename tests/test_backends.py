@@ -1070,6 +1070,17 @@ def test_the_first_backend_that_supports_a_layer_computes_it(
     assert repr(model[0]).count(" from ") == 0
 
 
+def test_it_convolves_each_channel_alone_where_ours_would_be_a_loop(ours: Int64) -> None:
+    x = torch.randn(2, 6, 8, 7)
+    model = calibrated(nn.Sequential(nn.Conv2d(6, 6, 3, groups=6)), x)
+    assert "by int64 from 2 windows on" in repr(model[0])
+    assert "one loop" not in repr(model[0])
+    with torch.inference_mode():
+        y, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+        assert torch.equal(y, model(x))
+    assert "int64_t" in source
+
+
 def test_it_is_asked_for_layers_that_it_supports_and_rows_that_it_wants(ours: Int64) -> None:
     codes = torch.zeros(3, 8, dtype=torch.int8)
     assert backends.product_for(2, codes, None) is ours
