@@ -156,7 +156,7 @@ inline Reals exp2(Reals x) {
 
 inline Reals sigmoid(Reals x) {
   const Reals exponent = x * Reals(-1.44269504f);
-  return Reals(1) / (Reals(1) + exp2(_mm512_max_ps(Reals(-150), exponent)));  // NaN stays, infinity does not
+  return Reals(1) / (Reals(1) + exp2(_mm512_max_ps(Reals(-126), exponent)));  // NaN stays, infinity does not
 }
 
 // In the order of ACTIVATIONS in requantize.py.
@@ -215,8 +215,11 @@ inline void stream(at::Half* p, Reals y) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), at::vec::cvtfp32_fp16(y));
 }
 
-inline void write(uint8_t* p, const __m512i (&codes)[4], bool streamed) {
-  const __m512i words = _mm512_packs_epi32(codes[0], codes[1]), more = _mm512_packs_epi32(codes[2], codes[3]);
+// Whole steps that are no more than `Coded::most` and the zero point make codes: what is less saturates to 0.
+inline void write(uint8_t* p, const __m512i (&steps)[4], __m512i zero_point, bool streamed) {
+  const __m512i z = _mm512_packs_epi32(zero_point, zero_point);
+  const __m512i words = _mm512_adds_epi16(_mm512_packs_epi32(steps[0], steps[1]), z);
+  const __m512i more = _mm512_adds_epi16(_mm512_packs_epi32(steps[2], steps[3]), z);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words, more));
   if (streamed)
@@ -336,12 +339,14 @@ void finish_columns(const Call& call, const Sum* sums, const Tile& tile, const i
     Reals x[V];
     for (int v = 0; v < V; ++v) x[v] = columns[v].real(sums + v * LANES, row_sums[i], biased, asymmetric);
     if constexpr (codes && integers) {
-      __m512i code[V];
-      for (int v = 0; v < V; ++v) code[v] = coded(activated<activation>(x[v]) * inverse);
-      if constexpr (V == 4)
-        write(y, code, streamed);
-      else
-        write(y, some, code[0]);
+      __m512i steps[V];
+      for (int v = 0; v < V; ++v) x[v] = activated<activation>(x[v]) * inverse;
+      if constexpr (V == 4) {
+        for (int v = 0; v < V; ++v) steps[v] = _mm512_cvtps_epi32(_mm512_min_ps(x[v], coded.most));
+        write(y, steps, coded.zero_point, streamed);
+      } else {
+        write(y, some, coded(x[0]));
+      }
     } else {
       for (int v = 0; v < V; ++v) {
         const int64_t j = v * LANES;
