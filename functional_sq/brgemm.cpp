@@ -925,7 +925,7 @@ Rows<at::BFloat16> float8_rows(const Call& call, at::ScalarType dtype, std::opti
   return made<at::BFloat16, uint8_t>(call, decoder(dtype));
 }
 
-// Of codes, or of real values that are made codes of `format`.
+// Of codes, or of real values that are made codes of `format`; the zero point is that of such codes.
 at::Tensor multiplied(
     const at::Tensor& q, const std::optional<at::ScalarType> format, const at::Tensor& codes, const Operands& operands,
     std::string_view activation, at::ScalarType dtype) {
@@ -960,9 +960,11 @@ at::Tensor product(
     std::string_view activation,
     const std::optional<at::Tensor>& to_scale,
     const std::optional<at::Tensor>& to_zero_point,
-    at::ScalarType dtype) {
-  const Operands operands{{}, zero_point, weight_zero_point, bias, residual, to_scale, to_zero_point, scale};
-  return multiplied(q, {}, codes, operands, activation, dtype);
+    at::ScalarType dtype,
+    const std::optional<at::Tensor>& q_scale,
+    const std::optional<at::ScalarType> format) {
+  const Operands operands{q_scale, zero_point, weight_zero_point, bias, residual, to_scale, to_zero_point, scale};
+  return multiplied(q, format, codes, operands, activation, dtype);
 }
 
 at::Tensor product_of_reals(
@@ -993,7 +995,9 @@ at::Tensor convolution(
     std::string_view activation,
     const std::optional<at::Tensor>& to_scale,
     const std::optional<at::Tensor>& to_zero_point,
-    at::ScalarType dtype) {
+    at::ScalarType dtype,
+    const std::optional<at::Tensor>& q_scale,
+    const std::optional<at::ScalarType> format) {
   TORCH_CHECK(
       groups > 0 && q.dim() == 4 && (codes.dim() == 3 || codes.dim() == 4) && q.size(1) == codes.size(1) * groups &&
           codes.size(0) % groups == 0,
@@ -1020,17 +1024,18 @@ at::Tensor convolution(
   const Enabled enabled;
   const auto weight = packed(codes, groups);
   const std::optional<at::Tensor> last = residual ? std::optional(residual->permute({0, 2, 3, 1})) : std::nullopt;
-  const Operands operands{{}, zero_point, weight_zero_point, bias, last, to_scale, to_zero_point, scale};
+  const Operands operands{q_scale, zero_point, weight_zero_point, bias, last, to_scale, to_zero_point, scale};
   Held held;
   const Call call = call_of(images, *weight, operands, activation, y, held);
   const bool padded = std::any_of(padding.begin(), padding.end(), [](int64_t size) { return size != 0; });
   const bool rows = of.kernel[0] * of.kernel[1] * stride[0] * stride[1] * groups == 1 && !padded;
+  TORCH_CHECK(rows || !q_scale, "real values are read by a convolution of 1 x 1, not in windows; give codes");
   const at::ScalarType read = q.scalar_type();
   if (weight->alone)
     weight_zero_point ? convolve_alone<true>(call, of) : convolve_alone<false>(call, of);
   else if (codes.is_floating_point())
     multiply<at::BFloat16, float>(
-        call, rows ? float8_rows(call, read, {}) : gathered<at::BFloat16>(call, of, 0, decoder(read)));
+        call, rows ? float8_rows(call, read, format) : gathered<at::BFloat16>(call, of, 0, decoder(read)));
   else
     multiply<int8_t, int32_t>(
         call, rows ? integer_rows(call, read) : gathered<int8_t>(call, of, *call.zero_point, copy));
@@ -1076,7 +1081,7 @@ at::Tensor convolution_of_reals(
   const bool line = x.dim() == 3;
   const at::Tensor y = convolution(
       line ? q.unsqueeze(2) : q, z, codes, weight_zero_point, scale, bias, {}, stride, padding, dilation, groups, "none",
-      {}, {}, x.scalar_type());
+      {}, {}, x.scalar_type(), {}, {});
   if (line) return y.squeeze(2).contiguous();
   return q.stride(1) == 1 && q.stride(3) > 1 ? y : y.contiguous();
 }

@@ -4,10 +4,11 @@ The weight is packed once. A tile of sums is scaled, corrected, activated and ma
 no int32 matrix is written or read: asymmetric weights cost what symmetric ones do, and float8 is multiplied as bfloat16
 and summed in float32, which no function of torch does on a CPU. With AMX each sum is exact too, other than those of
 `functional_sq.onednn`. Of a convolution a tile copies its windows, which takes a fifth of the time of 64 columns and
-less of more; where each channel is convolved alone, VNNI sums 64 of them where they lie. Eager products, and eager
-convolutions, make the codes of their input too. The operations are those of `functional_sq.linear` in its order, so the
-same bits. `brgemm.cpp` is compiled when a weight is first asked about, in 10 s, by the compiler of Inductor, and kept
-beside what Inductor compiles; where that fails, a warning says so, and others multiply.
+less of more; where each channel is convolved alone, VNNI sums 64 of them where they lie. A product, and a convolution
+of 1 x 1, makes the codes of its input too as a tile reads that; other eager convolutions make them by a pass before.
+The operations are those of `functional_sq.linear` in its order, so the same bits. `brgemm.cpp` is compiled when a
+weight is first asked about, in 10 s, by the compiler of Inductor, and kept beside what Inductor compiles; where that
+fails, a warning says so, and others multiply.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import quantize as _quantize
 from functional_sq.requantize import Float8Codes, fills_a_byte, has_one_scale, requantizes
 from functional_sq.spec import QuantSpec, check_spec
-from functional_sq.tracing import asked_once, define_operator, is_batched, is_traced
+from functional_sq.tracing import always, asked_once, define_operator, is_batched, is_traced
 from functional_sq.windows import laid_out, window_sizes
 
 __all__ = [
@@ -208,7 +209,8 @@ def product(
 
     Args:
         operands: uint8 codes, and a weight that `supports` takes; or codes of float8 without zero points, and a weight
-            that `float8` takes. Packed at the first call, and again once it changes.
+            that `float8_for` takes. Packed at the first call, and again once it changes. What `q` are the codes of is
+            read instead, if it is given.
         activation: what `requantizes` takes, applied before codes are made; "none" without `to_scale`.
         to_scale, to_zero_point: float32 and int32, one element each: the result is codes of them, uint8 or those of
             `Float8Kernels`. Beside `functional_sq.quantize` a code may differ by one where the value lies on the
@@ -231,9 +233,8 @@ def product(
         ...     y = brgemm.product(Operands(q, z, w, None, scale, None, None))
         ...     assert y.tolist() == [[9.0, 13.5]]
     """
-    q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
-    then = activation, to_scale, to_zero_point, dtype
-    return _call(q, zero_point, codes, weight_zero_point, scale, bias, None, *then)
+    call = torch.ops.functional_sq.brgemm_product.default
+    return _call(call, operands, None, activation, to_scale, to_zero_point, dtype)
 
 
 def plus(residual: Tensor, operands: Operands) -> Tensor:
@@ -246,9 +247,9 @@ def plus(residual: Tensor, operands: Operands) -> Tensor:
     Raises:
         RuntimeError: as `product`.
     """
-    q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
-    added = residual.reshape(-1, codes.shape[0]), "none", None, None, residual.dtype
-    return _call(q, zero_point, codes, weight_zero_point, scale, bias, *added).reshape(residual.shape)
+    call = torch.ops.functional_sq.brgemm_product.default
+    rows = residual.reshape(-1, operands.codes.shape[0])
+    return _call(call, operands, rows, "none", None, None, residual.dtype).reshape(residual.shape)
 
 
 def windows(
@@ -304,7 +305,8 @@ def convolve(
     """Return the sums of `(q - zero_point) (codes - weight_zero_point)` over windows, times `scale`, plus `bias`.
 
     Args:
-        operands: as `product`; fastest where codes have their channels last in memory.
+        operands: as `product`, whose `x` a convolution of 1 x 1 reads where it has its channels last in memory; fastest
+            where codes have.
         stride, dilation: along height and width.
         padding: above, below, left and right; the zero point is what is there.
         groups: as `functional_sq.conv`.
@@ -329,14 +331,14 @@ def convolve(
         ...     y = brgemm.convolve(Operands(q, one, w, None, half, None, None), (1, 1), (0, 0, 0, 1), (1, 1), 1)
         ...     assert y.tolist() == [[[[2.0, 1.0, 0.0]]]]
     """
-    _require()
-    q, zero_point, codes, weight_zero_point, scale, _, bias, *_ = operands
-    weight = codes, weight_zero_point, scale, bias, residual
+    x, kernel = operands.x, operands.codes.shape[2:]
+    # Windows of codes are copied, and images into another layout: a quarter of what real values would be.
+    copied = math.prod((*kernel, *stride, groups)) > 1 or any(padding)
+    if x is not None and (copied or not always(x.stride(1) == 1)):
+        operands = operands._replace(x=None)
+    call = torch.ops.functional_sq.brgemm_convolution.default
     then = activation, to_scale, to_zero_point, dtype
-    y: Tensor = torch.ops.functional_sq.brgemm_convolution.default(
-        q, zero_point, *weight, stride, padding, dilation, groups, *then
-    )
-    return y
+    return _call(call, operands, residual, stride, padding, dilation, groups, *then)
 
 
 def reads(x: Tensor) -> bool:
@@ -491,14 +493,17 @@ def _require() -> None:
         raise RuntimeError("brgemm.cpp is not compiled on this machine; ask `supports` before")
 
 
-def _call(*arguments: Any) -> Tensor:
+def _call(call: Callable[..., Tensor], operands: Operands, *rest: Any) -> Tensor:
     _require()
-    y: Tensor = torch.ops.functional_sq.brgemm_product.default(*arguments)
-    return y
+    q, zero_point, codes, weight_zero_point, scale, _, bias, x, x_scale = operands
+    of = zero_point, codes, weight_zero_point, scale, bias, *rest
+    if x is None or x.dtype not in _REALS:
+        return call(q, *of)
+    return call(x, *of, x_scale, q.dtype)  # codes of that dtype, which are made in the tile
 
 
 def _fake(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
-    *_, to_scale, _, dtype = rest
+    to_scale, _, dtype, *_ = rest[5:]
     return q.new_empty((*q.shape[:-1], codes.shape[0]), dtype=_result_dtype(codes, to_scale, dtype))
 
 
@@ -508,7 +513,7 @@ def _result_dtype(codes: Tensor, to_scale: Tensor | None, dtype: torch.dtype) ->
 
 
 def _fake_convolution(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
-    *_, stride, padding, dilation, _, _, to_scale, _, dtype = rest
+    stride, padding, dilation, _, _, to_scale, _, dtype, *_ = rest[4:]
     padded = [n + before + after for n, before, after in zip(q.shape[2:], padding[::2], padding[1::2], strict=True)]
     size = window_sizes(padded, (1, *codes.shape[2:])[-2:], stride, dilation)
     y = q.new_empty((q.shape[0], *size, codes.shape[0]), dtype=_result_dtype(codes, to_scale, dtype))
@@ -516,8 +521,9 @@ def _fake_convolution(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest
 
 
 def _fake_convolution_of_reals(x: Tensor, *of: Any) -> Tensor:
-    _, _, *weight = of
-    y = _fake_convolution(x.unsqueeze(2) if x.ndim == 3 else x, *weight, "none", None, None, x.dtype)
+    _, _, *weight, stride, padding, dilation, groups = of
+    images, geometry = x.unsqueeze(2) if x.ndim == 3 else x, (stride, padding, dilation, groups)
+    y = _fake_convolution(images, *weight, None, *geometry, "none", None, None, x.dtype)
     return laid_out(y.squeeze(2) if x.ndim == 3 else y, x)
 
 
@@ -530,7 +536,8 @@ define_operator(
 define_operator(
     "brgemm_product",
     "(Tensor q, Tensor? zero_point, Tensor codes, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
-    "Tensor? residual, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
+    "Tensor? residual, str activation, Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype, "
+    "Tensor? q_scale=None, ScalarType? format=None) -> Tensor",
     None,
     _fake,
 )
@@ -545,7 +552,8 @@ define_operator(
     "brgemm_convolution",
     "(Tensor q, Tensor? zero_point, Tensor codes, Tensor? weight_zero_point, Tensor scale, Tensor? bias, "
     "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, str activation, "
-    "Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype) -> Tensor",
+    "Tensor? to_scale, Tensor? to_zero_point, ScalarType dtype, "
+    "Tensor? q_scale=None, ScalarType? format=None) -> Tensor",
     None,
     _fake_convolution,
 )

@@ -129,8 +129,10 @@ def _product(*given: Any) -> Tensor:
     multiply: Callable[..., Tensor] = partial(function, **settings)
     if residual is not None:
         multiply = partial(multiply, residual=residual)
+    if x is not None:
+        multiply = partial(multiply, x=x)
     if function is conv:
-        multiply = partial(multiply, relu=activation == "relu" and then is None, x=x)
+        multiply = partial(multiply, relu=activation == "relu" and then is None)
     return multiply(*arguments, dtype=dtype, epilogue=Epilogue(s, offset), then=then, fast_accum=fast_accum)
 
 
@@ -206,8 +208,8 @@ def hand_on(graph: fx.Graph) -> list[Link]:
     of that layer's scale and bias, as if folded into the weight before quantization, unless its gradient is asked for.
     A convolution on CUDA, and one by `brgemm`, adds a residual with the channels last in memory, and a ReLU after it is
     part of that; oneDNN takes longer than a pass that adds it, applies the activation and makes the next codes (8
-    images of 256 x 56 x 56: 3.6 against 3.2 ms). On CUDA it is also given what it convolves the codes of, where that
-    is written anyway.
+    images of 256 x 56 x 56: 3.6 against 3.2 ms). What is written anyway is given to the one layer that multiplies its
+    codes, on CUDA to convolutions, on a CPU to what `brgemm` multiplies: who reads it makes the codes.
 
     Args:
         graph: as Dynamo captures it: functions of torch, in-place ones too, and the operators of `layer`.
@@ -309,7 +311,7 @@ def _requantize(graph: fx.Graph, before: _Captured) -> list[Link]:
         if source is not None and not before.writes_between(source[0], node, source[2]):
             found.append((node, *source))
             makers[node] = source[0]
-        elif node.users and all(_is_cuda_conv(user) for user in node.users):
+        elif node.users and all(_may_read(user) for user in node.users):
             makers[node] = next(iter(node.users))
     _shift(graph, before, makers)
     links = []
@@ -368,19 +370,30 @@ def _add_residuals(graph: fx.Graph, before: _Captured) -> None:
 
 
 def _give_floats(graph: fx.Graph, before: _Captured) -> None:
-    """Give a convolution what its codes are made of, which it may read instead: in memory, and codes for it alone.
+    """Give a layer what its codes are made of, which it may read instead: in memory, and codes for it alone.
 
-    Or for several, all of which read that. What is computed for codes alone is not in memory, if a compiler makes the
-    codes where it computes it.
+    A layer by `brgemm`, or a convolution on CUDA; several of those too, if all of them read that.
     """
+    sharing = defaultdict(list)
+    for node in before.order:
+        sharing[_memory(node)].append(node)
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         x, users = node.args[0], [*node.users]
-        kept = all(_is_cuda_conv(user) and before.stay([x], node, user) for user in users)
-        if not kept or (len(users) > 1 and not all(_reads_real(user, x) for user in users)):
+        memory = _memory(x)
+        kept = all(_may_read(user) and before.stay([x], node, user) for user in users)
+        if not kept or (len(users) > 1 and not all(_is_cuda_conv(user) and _reads_real(user, x) for user in users)):
             continue
-        if x.op == "placeholder" or x.target is _PRODUCT or any(user.target is not _QUANTIZE for user in x.users):
+        if _is_stored([x] if memory is None else sharing[memory]):
             for user in users:
                 user.update_arg(_X, x)
+
+
+def _is_stored(nodes: Sequence[fx.Node]) -> bool:
+    """Whether what nodes share is written anyway: what is computed for codes alone is not, if a compiler makes the
+    codes where it computes it."""
+    readers = {user for node in nodes for user in node.users}.difference(nodes)
+    kept = any(node.op == "placeholder" or node.target in _STORED for node in nodes)
+    return kept or any(user.target is not _QUANTIZE for user in readers)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, producer: fx.Node, passed: tuple[fx.Node, ...] = ()) -> None:
@@ -400,6 +413,8 @@ _ACTIVATION_OF: dict[Any, str] = {
     F.hardswish: "hardswish",
     **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), "tanh"),
 }
+_STORED = (_PRODUCT, F.scaled_dot_product_attention, F.linear, torch.matmul, operator.matmul, "matmul", torch.bmm)
+"""What no compiler computes where it is read."""
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -483,6 +498,15 @@ def _is_cuda_conv(node: fx.Node) -> bool:
         return False
     codes = _example(node.args[AT_CODES])
     return codes is not None and codes.is_cuda
+
+
+def _may_read(node: fx.Node) -> bool:
+    """Whether what multiplies may read what its codes are made of: a convolution on CUDA, or `brgemm`, if it takes the
+    weight; whether it does for a size is not known. No transposed convolution."""
+    codes = _example(node.args[AT_CODES]) if node.target is _PRODUCT else None
+    if codes is None or _function_of(str(node.args[_GEOMETRY]))[0] is conv_transpose:
+        return False
+    return _is_cuda_conv(node) or brgemm.supports(codes, None) or brgemm.float8_for(codes) is not None
 
 
 def _reads_real(node: fx.Node, x: fx.Node) -> bool:

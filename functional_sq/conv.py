@@ -48,7 +48,14 @@ from functional_sq.folded import (
 )
 from functional_sq.formats import Float8, check_real, check_real_dtype
 from functional_sq.int_mm import as_written, integer_product, subtract, subtract_product
-from functional_sq.linear import bracket, check_operands, check_residual, fits_operator
+from functional_sq.linear import (
+    bracket,
+    check_operands,
+    check_origin,
+    check_residual,
+    fits_operator,
+    with_origin,
+)
 from functional_sq.operands import Operands
 from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize
@@ -57,7 +64,6 @@ from functional_sq.requantize import (
     apply_epilogue,
     check_requantization,
     fills_a_byte,
-    has_one_scale,
     requantize,
     requantize_by,
 )
@@ -161,12 +167,7 @@ def conv(
     size = check_windows(q.shape, shape, geometry)
     batch = q.shape[: q.ndim - len(shape) + 1]
     check_residual(residual, (*batch, shape[0], *size), dtype)
-    if x is not None:
-        check_real(x, "conv (x)")
-    if x is not None and x.shape != q.shape:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, and its codes {tuple(q.shape)}; give what they are the codes of"
-        )
+    check_origin(x, q.shape)
     images, added, real = (each if each is None or batch else each[None] for each in (q, residual, x))
     assert images is not None
     scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
@@ -187,8 +188,8 @@ def conv(
         if offset is not None:
             taken, z_x = backend_codes(backend.CODES, spec, images, qp)
             operands = operands._replace(q=taken, zero_point=z_x)
-        if real is not None and (has_one_scale if offset is None else fills_a_byte)(spec, qp.scale):
-            operands = operands._replace(x=real.detach(), x_scale=qp.scale.reshape(1))
+        if real is not None:
+            operands = with_origin(operands, real, spec, qp)
         convolve = partial(_convolve_by, backend, operands, geometry, groups)
         if added is not None and added.requires_grad:  # which an operator of a backend would not hand on
             y = (convolve(dtype=torch.float32) + added.to(torch.float32)).to(dtype)

@@ -54,12 +54,14 @@ from functional_sq.spec import QuantSpec, check_codes, check_spec
 __all__ = [
     "bracket",
     "check_operands",
+    "check_origin",
     "check_residual",
     "direct_product",
     "fits_operator",
     "linear",
     "linear_reference",
     "quantized_linear",
+    "with_origin",
 ]
 
 
@@ -75,6 +77,7 @@ def linear(
     residual: Tensor | None = None,
     then: Requantization | None = None,
     fast_accum: bool = False,
+    x: Tensor | None = None,
 ) -> Tensor:
     """Multiply the codes of activations with a folded weight.
 
@@ -98,6 +101,7 @@ def linear(
             border of two.
         fast_accum: let a CUDA device add float8 products with fewer bits than float32 has: faster on
             Hopper, less exact. Integers are not affected.
+        x: real values that `q` are the codes of, or None. A kernel that quantizes as it loads reads these instead.
 
     Returns:
         `(..., N)` in `dtype`; with `then`, in the storage dtype of `then.spec`.
@@ -126,6 +130,7 @@ def linear(
     if then is not None:
         then = check_requantization(then)
     check_residual(residual, (*lead, n), dtype)
+    check_origin(x, q.shape)
     wide = torch.promote_types(dtype, torch.float32)
     check_epilogue(epilogue, bias, weight, wide)
     scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
@@ -145,6 +150,8 @@ def linear(
     if backend is not None:
         taken = (flat, None) if offset is None else backend_codes(backend.CODES, spec, flat, qp)
         operands = Operands(*taken, weight.codes, zero_point_of_rows(weight), scale, offset, bias)
+        if x is not None:
+            operands = with_origin(operands, x.reshape(flat.shape), spec, qp)
         if residual is not None and residual.requires_grad:  # which an operator of a backend would not hand on
             y = (backend.product(operands).reshape(residual.shape) + residual.to(torch.float32)).to(dtype)
         elif residual is not None:
@@ -341,3 +348,19 @@ def check_residual(residual: Tensor | None, shape: Sequence[int], dtype: torch.d
         raise TypeError(
             f"residual is {residual.dtype}, and the result {dtype}; cast it, or ask for dtype={residual.dtype}"
         )
+
+
+def check_origin(x: Tensor | None, shape: Sequence[int]) -> None:
+    """Raise unless what codes are made of has their shape, and holds real values."""
+    if x is None:
+        return
+    check_real(x, "a product (x)")
+    if x.shape != tuple(shape):
+        raise ValueError(f"x has shape {tuple(x.shape)}, and its codes {tuple(shape)}; give what they are the codes of")
+
+
+def with_origin(operands: Operands, x: Tensor, spec: QuantSpec, qp: QParams) -> Operands:
+    """Return operands with what `q` are the codes of, if a kernel that reads real values makes such codes."""
+    if not brgemm.quantizes(spec, qp.scale):
+        return operands
+    return operands._replace(x=x.detach(), x_scale=qp.scale.reshape(1))

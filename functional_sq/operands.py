@@ -22,8 +22,8 @@ class Operands(NamedTuple):
         offset: `(N,)` int32, above K = 33025 int64, for backends of int8 codes: `zero_point` times the sum of
             `codes - weight_zero_point`. Not to be read by those of uint8. None for float8.
         bias: `(N,)` of any real dtype, or None.
-        x: of a convolution, or None: what `q` are the codes of, for a backend that would rather read these. Real
-            values, shape of `q`, without a gradient.
+        x: what `q` are the codes of, for a backend that would rather read these; or None. Real values, shape of `q`,
+            without a gradient.
         x_scale: float32, one element: `q` is `x` in its steps, plus `zero_point`, rounded and limited to 8 bits.
 
     Example:

@@ -867,12 +867,18 @@ class ReadsFloats(Int64):
     def round(self, steps: Tensor) -> Tensor:
         return steps.round()
 
+    def read(self, operands: Operands) -> Operands:
+        if operands.x is None:
+            return operands
+        codes = self.round(operands.x.float() / operands.x_scale) + operands.zero_point
+        codes = codes.clamp(*self.limits).to(torch.int32).to(torch.uint8)
+        return operands._replace(q=torch.empty_like(operands.q).copy_(codes))
+
+    def bracket(self, of: Operands) -> Tensor:
+        return super().bracket(self.read(of))
+
     def convolve(self, operands: Operands, *given: Any, **to: Any) -> Tensor:
-        if operands.x is not None:
-            codes = self.round(operands.x.float() / operands.x_scale) + operands.zero_point
-            codes = codes.clamp(*self.limits).to(torch.int32).to(torch.uint8)
-            operands = operands._replace(q=torch.empty_like(operands.q).copy_(codes))
-        return super().convolve(operands, *given, **to)
+        return super().convolve(self.read(operands), *given, **to)
 
 
 class TruncatesFloats(ReadsFloats):
@@ -887,6 +893,7 @@ class WrapsFloats(ReadsFloats):
 @pytest.mark.usefixtures("as_found")
 def test_a_backend_may_read_floats() -> None:
     check_convolution_backend(ReadsFloats(), max_examples=60)
+    check_product_backend(ReadsFloats(), max_examples=60)
 
 
 @pytest.mark.usefixtures("as_found")
@@ -930,6 +937,8 @@ def test_a_backend_may_read_floats() -> None:
                 MakesCodesOfAnyBits,
                 Int32Sums,
                 ResidualOfRowsAlone,
+                TruncatesFloats,
+                WrapsFloats,
             )
         ),
         *(

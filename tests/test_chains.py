@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_conv import FORMATS, GEOMETRIES, UNFIT, draw
-from test_linear import BY, needs_bfloat16, needs_onednn, symmetric
+from test_linear import BY, needs_bfloat16, needs_brgemm, needs_onednn, symmetric
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
@@ -490,15 +490,16 @@ def compiled_source(model: nn.Module, x: Tensor) -> tuple[Tensor, str]:
 
 def has_added(source: str) -> bool:
     """Whether a product in compiled code adds a residual."""
-    return "onednn_add_product.default(" in source or residuals("brgemm_product", source) > 0
+    return "onednn_add_product.default(" in source or given("residual", "brgemm_product", source) > 0
 
 
-def residuals(name: str, source: str) -> int:
-    """Return how many calls of an operator in compiled code are given a residual."""
-    operator = getattr(torch.ops.functional_sq, name).default
-    place = [argument.name for argument in operator._schema.arguments].index("residual")
-    calls = re.findall(rf"functional_sq\.{name}\.default(\(.*\))", source)
-    return sum(ast.unparse(ast.parse(f"f{call}").body[0].value.args[place]) != "None" for call in calls)
+def given(argument: str, name: str, source: str) -> int:
+    """Return how many calls of an operator in compiled code are given an argument."""
+    names = [each.name for each in getattr(torch.ops.functional_sq, name).default._schema.arguments]
+    found = re.findall(rf"functional_sq\.{name}\.default(\(.*\))", source)
+    calls = [ast.parse(f"f{call}").body[0].value for call in found]
+    arguments = [dict(zip(names, call.args)) | {word.arg: word.value for word in call.keywords} for call in calls]  # noqa: B905
+    return sum(argument in of and ast.unparse(of[argument]) != "None" for of in arguments)
 
 
 # Every pair of a case and a backend that adds, and some of one that does not; each of both with each dtype.
@@ -1065,6 +1066,14 @@ def fused(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of layers that the test does not use
         bridge.convert_(model, on_unfit="float")
+    told, y, eager = handed(model, x)
+    step = eager.abs().max() * (0.1 if dtype.is_floating_point else 0.02)
+    assert (y - eager).abs().max() < step
+    return told
+
+
+def handed(model: nn.Module, x: Tensor) -> tuple[list[str], Tensor, Tensor]:
+    """Say it of each layer; return what the changed graph computes, and what the model does."""
     told: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
@@ -1079,10 +1088,7 @@ def fused(
     with torch.no_grad():
         eager = model(x.clone())
         torch.compiler.reset()
-        y = torch.compile(model, backend=backend, fullgraph=True)(x.clone())
-    step = eager.abs().max() * (0.1 if dtype.is_floating_point else 0.02)
-    assert (y - eager).abs().max() < step
-    return told
+        return told, torch.compile(model, backend=backend, fullgraph=True)(x.clone()), eager
 
 
 FUSED: dict[str, tuple[list[str], Callable[[Any, Tensor], Tensor]]] = {
@@ -1106,7 +1112,7 @@ FUSED: dict[str, tuple[list[str], Callable[[Any, Tensor], Tensor]]] = {
         lambda m, x: m.a(x).relu_() * m.c(x),
     ),
     "two layers of one input that is written to": (
-        ["of floats", ""],
+        ["of floats", "of floats"],
         lambda m, x: m.a(x) + m.c(x.mul_(2)),
     ),
     "what is computed for codes alone": ([""], lambda m, x: m.a(x.cos())),
@@ -1140,13 +1146,14 @@ def test_a_convolution_adds_no_residual_that_would_be_copied() -> None:
 
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
-def test_a_convolution_on_a_cpu_leaves_the_floats_and_adds_by_brgemm(
+def test_a_convolution_on_a_cpu_reads_floats_and_adds_by_brgemm(
     by: str, dtype: torch.dtype, multiply_by: Callable[[str], None]
 ) -> None:
     multiply_by(by)
-    codes, adds = "relu codes", by == "brgemm" and (brgemm.HAS_BFLOAT16 or not dtype.is_floating_point)
-    assert fused(FUSED["a block"][1], dtype) == [codes, codes, "plus relu" if adds else ""]
-    assert fused(FUSED["no ReLU"][1], dtype, torch.contiguous_format) == [""]
+    codes, taken = "relu codes", by == "brgemm" and (brgemm.HAS_BFLOAT16 or not dtype.is_floating_point)
+    read, added = (" of floats", "plus relu") if taken else ("", "")
+    assert fused(FUSED["a block"][1], dtype) == [codes + read, codes, added]
+    assert fused(FUSED["no ReLU"][1], dtype, torch.contiguous_format) == [read.strip()]
 
 
 @pytest.mark.parametrize(
@@ -1174,10 +1181,89 @@ def test_a_compiled_convolution_by_brgemm_adds_and_rounds_once(
     with torch.inference_mode():
         eager = model(x.clone())
         y, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x.clone())
-    assert residuals("brgemm_convolution", source) == (2 if case == "two blocks" else 1)
+    assert given("residual", "brgemm_convolution", source) == (2 if case == "two blocks" else 1)
     # Eager rounds the product before it is added, and a code of a chain may differ by one.
     step = eager.abs().max() * (0.02 if dtype is torch.float32 else 0.03)
     assert (y - eager).abs().max() < step
+
+
+# --- codes that the next product makes --------------------------------------------------------------
+
+
+def attention(x: Tensor) -> Tensor:
+    heads = x.reshape(1, 6, 2, 8).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2)
+
+
+READ: dict[str, tuple[list[str], Callable[[Net, Tensor], Tensor]]] = {
+    "an input": (["of floats"], lambda m, x: m.a(x)),
+    "a view of an input": (["of floats"], lambda m, x: m.a(x.reshape(2, 3, 16))),
+    "what is read later": (["of floats", "of floats"], lambda m, x: m.norm(y := m.norm(m.a(x))) * m.b(y)),
+    "what attention writes": (["of floats"], lambda m, x: m.a(attention(x).reshape(6, 16))),
+    "what a float product writes": (["of floats"], lambda m, x: m.a(x @ x.t() @ x)),
+    "what is computed for codes alone": ([""], lambda m, x: m.a(m.norm(x))),
+    "what is computed for codes alone, and viewed": ([""], lambda m, x: m.a(m.norm(x).reshape(2, 3, 16))),
+    "what is copied for codes alone": ([""], lambda m, x: m.a(x.reshape(4, 4, 6).transpose(0, 1).reshape(6, 16))),
+    "what several layers share": (["", ""], lambda m, x: m.a(x) * m.b(x)),
+    "what is written to": (["of floats", "of floats"], lambda m, x: m.a(x) * m.c(x.mul_(2))),
+    "codes of another layer": (["gelu codes of floats", ""], lambda m, x: m.b(F.gelu(m.a(x)))),
+    "beside a residual": (["plus of floats"], lambda m, x: m.a(x) + x),
+}
+
+
+@needs_brgemm
+@pytest.mark.parametrize(
+    "scheme", [torch.int8, torch.uint8, pytest.param(torch.float8_e4m3fn, marks=needs_bfloat16)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", READ)
+def test_a_product_by_brgemm_reads_what_is_in_memory(
+    case: str, dtype: torch.dtype, scheme: torch.dtype, multiply_by: Callable[[str], None]
+) -> None:
+    multiply_by("brgemm")
+    expected, between = READ[case]
+    model, x = converted(between, StaticQuantConfig(scheme))
+    told, y, eager = handed(model.to(dtype), x.to(dtype))
+    assert told == expected
+    if "plus" in "".join(told) or "codes" in "".join(told):  # rounded once, where eager rounds twice; or to codes
+        assert (y - eager).abs().max() < 0.1 * eager.abs().max()
+    else:
+        assert torch.equal(y, eager)
+
+
+@needs_brgemm
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        (torch.int8, torch.float32),
+        (torch.uint8, torch.bfloat16),
+        pytest.param(torch.float8_e4m3fn, torch.float16, marks=needs_bfloat16),
+    ],
+    ids=str,
+)
+def test_compiled_products_make_the_codes_of_what_they_read(
+    scheme: torch.dtype, dtype: torch.dtype, multiply_by: Callable[[str], None]
+) -> None:
+    multiply_by("brgemm")
+    model, x = converted(lambda m, x: m.norm(m.a(x)) + m.b(attention(x).reshape(6, 16)), StaticQuantConfig(scheme))
+    model, x = model.to(dtype), x.to(dtype)
+    with torch.inference_mode():
+        eager, before = model(x), x.clone()
+        y, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+    assert given("q_scale", "brgemm_product", source) == 2
+    assert torch.equal(x, before)
+    assert (y - eager).abs().max() < 0.03 * eager.abs().max()
+
+
+@needs_brgemm
+def test_codes_that_a_compiler_makes_are_those_that_backends_multiply(multiply_by: Callable[[str], None]) -> None:
+    """And none of int8, whose top bit another pass flips."""
+    multiply_by("brgemm")
+    model, x = converted(lambda m, x: m.a(y := m.norm(x)) * m.b(y))
+    with torch.inference_mode():
+        _, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+    assert "uint8_t*" in source
+    assert "int8_t" not in source.replace("uint8_t", "")
 
 
 # --- the switch, and what tells --------------------------------------------------------------------

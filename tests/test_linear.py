@@ -579,6 +579,44 @@ def test_a_residual_of_any_rank_and_stride_with_a_gradient_and_under_vmap(
     assert torch.equal(y, torch.stack([case.kept(residual=each) for each in both]))
 
 
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("real", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int4, *FLOAT8S], ids=str)
+def test_what_codes_are_made_of_beside_them_changes_no_bit(
+    dtype: torch.dtype, real: torch.dtype, by: str, multiply_by: Callable[[str], None]
+) -> None:
+    multiply_by(by)
+    floats = dtype.is_floating_point
+    spec = QuantSpec(dtype, fsq.PerTensor(), mapping=MappingType.SYMMETRIC if floats else MappingType.ASYMMETRIC)
+    qp = QParams(torch.tensor([0.25]), torch.tensor([0 if floats else 3], dtype=torch.int32))
+    draw = torch.Generator().manual_seed(0)
+    # On the borders of two codes too, and beyond the last ones.
+    x = (torch.randint(-600, 600, (2, 37, 70), generator=draw) / 8).to(real)
+    w = torch.randn(33, 70, generator=draw)
+    of_weight = QuantSpec(dtype if floats else torch.int8, fsq.PerAxis(0))
+    weight_qp = fsq.calc_qparams(of_weight, fsq.observe(of_weight, fsq.init(of_weight, w.shape), w))
+    weight = fsq.fold(of_weight, fsq.quantize(of_weight, w, weight_qp), weight_qp)
+    q, known = fsq.quantize(spec, x, qp), fsq.epilogue(spec, qp, weight)
+    bias, residual = torch.randn(33, generator=draw), torch.randn(2, 37, 33, generator=draw)
+    to = QuantSpec(torch.float8_e4m3fn if floats else torch.int8, fsq.PerTensor())
+    then = fsq.Requantization(to, QParams(torch.tensor([2.0]), torch.tensor([0], dtype=torch.int32)), "gelu")
+    multiply = partial(fsq.linear, spec, q, qp, weight, bias, epilogue=known)
+    for how in ({}, {"residual": residual}, {"then": then}):
+        y, right = multiply(**how, x=x), multiply(**how)
+        assert y.dtype is right.dtype
+        assert y.view(torch.uint8).equal(right.view(torch.uint8))
+
+
+def test_what_codes_are_not_made_of_is_refused() -> None:
+    case = symmetric(3, 8, 5)
+    with pytest.raises(
+        ValueError, match=r"x has shape \(8,\), and its codes \(3, 8\); give what they are the codes of"
+    ):
+        case.kept(x=torch.ones(8))
+    with pytest.raises(TypeError, match=r"a product \(x\)"):
+        case.kept(x=torch.ones(3, 8, dtype=torch.int8))
+
+
 def test_a_residual_and_then_codes() -> None:
     """The residual is part of what the activation and the quantization take."""
     case = symmetric(7, 16, 8)

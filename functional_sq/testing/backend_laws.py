@@ -39,6 +39,7 @@ def product_is_exact(
     residual: bool = False,
     strided: bool = False,
     asymmetric: bool = False,
+    real: torch.dtype | None = None,
     activation: str | None = None,
     step: float = 0.25,
     device: torch.device | str = "cpu",
@@ -64,6 +65,7 @@ def product_is_exact(
         strided: whether scale and bias are every second element of a tensor, and the residual is `(1, rows, n)`,
             transposed; that of a convolution has its channels first in memory.
         asymmetric: whether the weight has zero points, for a backend that supports them.
+        real: dtype of the values that the codes are made of, where a backend is given these beside the codes.
         activation: a key of `ACTIVATIONS`; codes are compared too, if the backend makes them after it.
         step: their scale; a 32nd of it is one too.
         device: where the backend multiplies. What is right is computed on the CPU.
@@ -89,7 +91,7 @@ def product_is_exact(
         _write(written_to, w, z, scale, b)
         total = sums()
         offset = _offset(z, w, of_weight)
-        operands = Operands(*_taken(backend, q, z), w, of_weight, scale, offset, b)
+        operands = _operands(backend, draw, q, z, real, w, of_weight, scale, offset, b)
         results.append(_assert_rounded(backend, backend.product, operands, total, dtype, activation, step))
         if residual:
             added = torch.randn(n, rows, generator=draw).t() if strided else torch.randn(rows, n, generator=draw)
@@ -138,9 +140,8 @@ def convolution_is_exact(
         kernel: along height and width, or along the width alone.
         stride, dilation: along height and width.
         padding: above, below, left and right; what is there has the code `zero_point`.
-        zero_point, fill, seed, dtype, bias, strided, asymmetric, activation, step, device: as `product_is_exact`.
+        zero_point, fill, seed, dtype, bias, strided, asymmetric, real, activation, step, device: as `product_is_exact`.
         residual: whether one is added, in `dtype`, and what is positive of the sum is asked for too.
-        real: dtype of the values that the codes are made of, where a backend is given these beside the codes.
         last: whether the channels of the images lie last in memory, as those that `conv` gives.
 
     Example:
@@ -183,10 +184,7 @@ def convolution_is_exact(
     for written_to in ("nothing", "codes", "the rest"):
         _write(written_to, w, z, scale, b)
         offset = _offset(z, w, of_weight)
-        operands = Operands(*_taken(backend, q, z), w, of_weight, scale, offset, b)
-        if real is not None:
-            x, x_scale = _drawn_real(draw, q, z, real)
-            operands = operands._replace(x=x, x_scale=x_scale)
+        operands = _operands(backend, draw, q, z, real, w, of_weight, scale, offset, b)
         total = sums()
         results.append(_assert_rounded(backend, convolved, operands, total, dtype, activation, step))
         if residual:
@@ -199,6 +197,22 @@ def convolution_is_exact(
                 assert_same_bits(f"convolve({name!r}, residual=...)", "exact", y.cpu(), exact)
             assert_same_bits("residual after the call", "residual", added.cpu(), before)
     _assert_kept(results)
+
+
+def _operands(
+    backend: Product | Convolution,
+    draw: torch.Generator,
+    q: Tensor,
+    z: Tensor,
+    real: torch.dtype | None,
+    *of_weight: Any,
+) -> Operands:
+    """Return the operands of a call, with values that the codes are made of if `real` is their dtype."""
+    operands = Operands(*_taken(backend, q, z), *of_weight)
+    if real is None:
+        return operands
+    x, x_scale = _drawn_real(draw, q, z, real)
+    return operands._replace(x=x, x_scale=x_scale)
 
 
 def _drawn_real(draw: torch.Generator, q: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -47,13 +47,16 @@ def _products(draw: st.DrawFn, backend: Product, device: str) -> dict[str, Any]:
 
 @st.composite
 def _convolutions(draw: st.DrawFn, backend: Convolution, device: str, *, alone: bool) -> dict[str, Any]:
+    rows = not alone and draw(st.sampled_from([False, False, False, True]))  # of a matrix, where they lie
     if alone:
         channels, outputs, groups = 1, 1, draw(st.sampled_from([65, 2, 17, 33, 64, 130]))
     else:
         channels = draw(st.one_of(st.integers(1, 8), st.sampled_from([1, 32, 65, 96, 128, 900, 5000])))
         outputs = draw(st.one_of(st.integers(1, 12), st.integers(33, 80)))
-        groups = draw(st.one_of(st.integers(1, 6), st.sampled_from([9, 17]))) if channels * outputs < 100 else 1
-    kernel = draw(st.one_of(st.tuples(st.integers(1, 4)), st.tuples(st.integers(1, 4), st.integers(1, 4))))
+        several = channels * outputs < 100 and not rows
+        groups = draw(st.one_of(st.integers(1, 6), st.sampled_from([9, 17]))) if several else 1
+    sides = st.just(1) if rows else st.integers(1, 4)
+    kernel = draw(st.one_of(st.tuples(sides), st.tuples(sides, sides)))
     codes = torch.empty((groups * outputs, channels, *kernel), dtype=torch.int8, device=device)
     if not backend.supports(codes, None):
         reject()
@@ -62,12 +65,13 @@ def _convolutions(draw: st.DrawFn, backend: Convolution, device: str, *, alone: 
     size, stride, dilation = [], [], []
     padding: list[int] = []
     for k in (1, *kernel)[-2:]:
-        gap, sides = draw(st.integers(1, 3)), draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+        gap, around = draw(st.integers(1, 3)), draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+        around = (0, 0) if rows else around
         extent = gap * (k - 1) + 1
         more = draw(st.one_of(st.integers(0, 6), st.sampled_from([33]))) if channels < 100 else draw(st.integers(0, 6))
-        size.append(max(1, extent - sum(sides)) + more)
-        stride.append(draw(st.integers(1, 4)))
-        padding += sides
+        size.append(max(1, extent - sum(around)) + more)
+        stride.append(1 if rows else draw(st.integers(1, 4)))
+        padding += around
         dilation.append(gap)
     asymmetric = asymmetric and draw(st.booleans())
     along = len(kernel)
@@ -87,7 +91,6 @@ def _convolutions(draw: st.DrawFn, backend: Convolution, device: str, *, alone: 
         "dilation": tuple(dilation),
         "last": draw(st.booleans()),
         "residual": draw(st.booleans()),
-        "real": draw(st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16])),
         **_roundings(draw, device, channels * math.prod(kernel)),
     }
 
@@ -107,6 +110,7 @@ def _roundings(draw: st.DrawFn, device: str, k: int) -> dict[str, Any]:
         "strided": draw(st.booleans()),
         "step": draw(st.sampled_from([0.25, 0.01])),
         "activation": draw(st.one_of(st.none(), st.sampled_from(sorted(ACTIVATIONS)))),
+        "real": draw(st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16])),
     }
 
 
