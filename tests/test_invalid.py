@@ -429,6 +429,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "cast it, or ask for dtype=torch.float16",
     ),
     "linear(tensor, q, qp, folded, residual=[1])": (TypeError, "a product (residual) got a list", "give a tensor"),
+    "linear(tensor, q, qp, folded, x=[1])": (TypeError, "a product (x) got a list", "give a tensor"),
     "linear(token, q, QParams(torch.ones(2, 2, 1), torch.zeros(2, 2, 1)), folded)": (
         ValueError,
         "the activations' scale has shape (2, 2, 1), but PerToken() of a tensor of shape (4, 8) needs (4, 1)",
@@ -560,7 +561,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         "give what they are the codes of",
     ),
     "conv(tensor, q, qp, windows, relu='no')": (TypeError, "relu='no'", "use True or False"),
-    "conv(tensor, q, qp, windows, x=[1])": (TypeError, "conv (x) got a list", "give a tensor"),
+    "conv(tensor, q, qp, windows, x=[1])": (TypeError, "a product (x) got a list", "give a tensor"),
     "conv(tensor, q, qp, windows, x[:1, 0])": (
         ValueError,
         "bias has shape (1,), and the weight 4 outputs",
