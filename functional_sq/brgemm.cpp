@@ -49,7 +49,8 @@ struct Call {
   const int32_t* zero_point;
   const int32_t* weight_zero_point;
   const float* scale;
-  const float* bias;
+  const void* bias;
+  at::ScalarType bias_dtype;
   const void* residual;
   const float* to_scale;
   const int32_t* to_zero_point;
@@ -190,6 +191,14 @@ inline Reals read(const at::Half* p, __mmask16 some) {
   return y;
 }
 
+// Call a function with a pointer to real values of their type.
+template <typename F>
+auto typed(const void* reals, at::ScalarType dtype, F function) {
+  if (dtype == at::kBFloat16) return function(static_cast<const at::BFloat16*>(reals));
+  if (dtype == at::kHalf) return function(static_cast<const at::Half*>(reals));
+  return function(static_cast<const float*>(reals));
+}
+
 inline void write(float* p, __mmask16 some, Reals y) { _mm512_mask_storeu_ps(p, some, y); }
 
 inline void write(at::BFloat16* p, __mmask16 some, Reals y) {
@@ -294,7 +303,7 @@ struct Columns {
   Columns() = default;
 
   Columns(const Call& call, int64_t at, __mmask16 some) : scale(read(call.scale + at, some)) {
-    if (call.bias) bias = read(call.bias + at, some);
+    if (call.bias) bias = typed(call.bias, call.bias_dtype, [&](const auto* from) { return read(from + at, some); });
     if constexpr (std::is_same_v<Sum, int32_t>) {
       offset = read(call.sums + at, some);
       if (call.weight_zero_point) {
@@ -507,14 +516,6 @@ void each(const X* from, int64_t count, Y* to, F code) {
     const __mmask16 some = (1u << std::min(LANES, count - i)) - 1;
     write(to + i, some, code(read(from + i, some)));
   }
-}
-
-// Call a function with a pointer to real values of their type.
-template <typename F>
-auto typed(const void* reals, at::ScalarType dtype, F function) {
-  if (dtype == at::kBFloat16) return function(static_cast<const at::BFloat16*>(reals));
-  if (dtype == at::kHalf) return function(static_cast<const at::Half*>(reals));
-  return function(static_cast<const float*>(reals));
 }
 
 // Of real values, which `code` makes codes, or their values.
@@ -848,7 +849,8 @@ Call call_of(
   const int64_t n = y.size(-1);
   const at::ScalarType dtype = y.scalar_type();
   const bool floats = !weight.sums.defined(), codes = operands.to_scale.has_value();
-  const bool converts = bias && bias->scalar_type() != at::kFloat;
+  const bool converts = bias && !is_real(bias->scalar_type());
+  const at::ScalarType bias_dtype = bias && !converts ? bias->scalar_type() : at::kFloat;
   TORCH_CHECK(codes == operands.to_zero_point.has_value(), "give to_scale and to_zero_point, or neither");
   TORCH_CHECK(floats || operands.zero_point, "integers have a zero point; give one");
   const at::ScalarType read = q.scalar_type();
@@ -871,7 +873,8 @@ Call call_of(
       .zero_point = held.at<int32_t>("zero_point", operands.zero_point, 1, at::kInt),
       .weight_zero_point = held.at<int32_t>("weight_zero_point", operands.weight_zero_point, n, at::kInt),
       .scale = held.at<float>("scale", operands.scale, n, at::kFloat),
-      .bias = held.at<float>("bias", converts ? bias->to(at::kFloat) : bias, n, at::kFloat),
+      .bias = held.at("bias", converts ? bias->to(at::kFloat) : bias, n, bias_dtype),
+      .bias_dtype = bias_dtype,
       .residual = held.at("residual", operands.residual, y.numel(), dtype),
       .to_scale = held.at<float>("to_scale", operands.to_scale, 1, at::kFloat),
       .to_zero_point = held.at<int32_t>("to_zero_point", operands.to_zero_point, 1, at::kInt),
