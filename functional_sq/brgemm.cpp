@@ -348,9 +348,9 @@ void finish_columns(const Call& call, const Sum* sums, const Tile& tile, const i
     Reals x[V];
     for (int v = 0; v < V; ++v) x[v] = columns[v].real(sums + v * LANES, row_sums[i], biased, asymmetric);
     if constexpr (codes && integers) {
-      __m512i steps[V];
       for (int v = 0; v < V; ++v) x[v] = activated<activation>(x[v]) * inverse;
       if constexpr (V == 4) {
+        __m512i steps[V];
         for (int v = 0; v < V; ++v) steps[v] = _mm512_cvtps_epi32(_mm512_min_ps(x[v], coded.most));
         write(y, steps, coded.zero_point, streamed);
       } else {

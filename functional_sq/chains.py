@@ -374,10 +374,11 @@ def _give_floats(graph: fx.Graph, before: _Captured) -> None:
 
     A layer by `brgemm`, or a convolution on CUDA; several of those too, if all of them read that.
     """
+    quantizing = graph.find_nodes(op="call_function", target=_QUANTIZE)
     sharing = defaultdict(list)
-    for node in before.order:
+    for node in before.order if quantizing else ():  # most graphs have none
         sharing[_memory(node)].append(node)
-    for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
+    for node in quantizing:
         x, users = node.args[0], [*node.users]
         memory = _memory(x)
         kept = all(_may_read(user) and before.stay([x], node, user) for user in users)

@@ -101,14 +101,15 @@ def linear(
             border of two.
         fast_accum: let a CUDA device add float8 products with fewer bits than float32 has: faster on
             Hopper, less exact. Integers are not affected.
-        x: real values that `q` are the codes of, or None. A kernel that quantizes as it loads reads these instead.
+        x: what `q` are the codes of, real values `(..., K)`, or None. A kernel that quantizes as it loads reads these
+            instead.
 
     Returns:
         `(..., N)` in `dtype`; with `then`, in the storage dtype of `then.spec`.
 
     Raises:
-        TypeError: integer codes meet float8 codes, `dtype` holds no real values, or `residual` or `epilogue` has
-            another dtype.
+        TypeError: integer codes meet float8 codes, `dtype` or `x` holds no real values, or `residual` or `epilogue`
+            has another dtype.
         ValueError: shapes do not fit, the activations have scales along K, or `then` names no known activation.
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), equation 7.

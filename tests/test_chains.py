@@ -1156,7 +1156,7 @@ def test_a_convolution_on_a_cpu_reads_floats_and_adds_by_brgemm(
     assert fused(FUSED["no ReLU"][1], dtype, torch.contiguous_format) == [read.strip()]
 
 
-@pytest.mark.parametrize(
+by_schemes = pytest.mark.parametrize(
     ("scheme", "dtype"),
     [
         (torch.int8, torch.float32),
@@ -1165,6 +1165,9 @@ def test_a_convolution_on_a_cpu_reads_floats_and_adds_by_brgemm(
     ],
     ids=str,
 )
+
+
+@by_schemes
 @pytest.mark.parametrize("case", ["a block", "two blocks", "no ReLU", "a sum that is read later"])
 def test_a_compiled_convolution_by_brgemm_adds_and_rounds_once(
     case: str, scheme: torch.dtype, dtype: torch.dtype, multiply_by: Callable[[str], None]
@@ -1232,15 +1235,7 @@ def test_a_product_by_brgemm_reads_what_is_in_memory(
 
 
 @needs_brgemm
-@pytest.mark.parametrize(
-    ("scheme", "dtype"),
-    [
-        (torch.int8, torch.float32),
-        (torch.uint8, torch.bfloat16),
-        pytest.param(torch.float8_e4m3fn, torch.float16, marks=needs_bfloat16),
-    ],
-    ids=str,
-)
+@by_schemes
 def test_compiled_products_make_the_codes_of_what_they_read(
     scheme: torch.dtype, dtype: torch.dtype, multiply_by: Callable[[str], None]
 ) -> None:
