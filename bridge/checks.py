@@ -25,7 +25,6 @@ __all__ = [
     "observed_layers",
     "quantized_by",
     "unfit",
-    "unfit_error",
 ]
 
 Filter = Callable[[nn.Module, str], bool]
@@ -96,30 +95,39 @@ def quantized_by(config: StaticQuantConfig | None, wanted: Filter = is_observed)
     return lambda module, name: wanted(module, name) and (config is None or config.of(module, name) is not None)
 
 
-def unfit(model: nn.Module, wanted: Filter, min_rows: int = 1) -> dict[str, str]:
-    """Return, by name, why observed layers cannot be converted."""
-    found = {}
-    for name, module in observed_layers(model).items():
-        if wanted(module, name):
-            if fault := module.act_obs.fault():
-                found[name] = fault
-            elif (rows := module.rows) < min_rows:
-                found[name] = f"ran on {rows} rows, at least {min_rows} needed; calibrate with more data"
-            elif not all(bool(p.detach().isfinite().all()) for p in module.parameters(recurse=False)):
-                found[name] = "weight or bias has NaN or Inf; mend it, or leave the layer in float"
-    return found
+def unfit(model: nn.Module, wanted: Filter, min_rows: int = 1, on_unfit: str = "refuse") -> tuple[set[str], str]:
+    """Return which of the wanted layers cannot be converted, by name, and a warning that they stay in float.
 
-
-def unfit_error(faults: Mapping[str, str], layers: int) -> fsq.CalibrationError:
-    """Return the error that names every unfit layer, of so many that were asked for."""
+    Raises:
+        CalibrationError: there are such, and on_unfit is "refuse", or all are.
+        ValueError: on_unfit is another value.
+    """
+    if on_unfit not in ("refuse", "float"):
+        raise ValueError(f"on_unfit={on_unfit!r}; use 'refuse' or 'float'")
+    asked = [(name, module) for name, module in observed_layers(model).items() if wanted(module, name)]
+    faults = {name: fault for name, module in asked if (fault := _fault(module, min_rows))}
+    if not faults:
+        return set(), ""
+    if on_unfit == "float" and len(faults) < len(asked):
+        return {*faults}, f"{counted(len(faults), 'layer')} left in float:\n{listed(faults)}"
     remedy = ""
-    if len(faults) < layers:
-        remedy = " (a rule, or convert_(..., on_unfit='float'), leaves them in float)"
+    if len(faults) < len(asked):
+        remedy = " (a rule, or on_unfit='float', leaves them in float)"
     elif all(fault.startswith("nothing was seen") for fault in faults.values()):
         remedy = ": call calibrate(model, batches) first"
-    return fsq.CalibrationError(
+    raise fsq.CalibrationError(
         f"{counted(len(faults), 'layer')} cannot be converted, and the model is as it was{remedy}:\n{listed(faults)}"
     )
+
+
+def _fault(layer: Observed, min_rows: int) -> str | None:
+    if fault := layer.act_obs.fault():
+        return fault
+    if layer.rows < min_rows:
+        return f"ran on {layer.rows} rows, at least {min_rows} needed; calibrate with more data"
+    if not all(bool(p.detach().isfinite().all()) for p in layer.parameters(recurse=False)):
+        return "weight or bias has NaN or Inf; mend it, or leave the layer in float"
+    return None
 
 
 def observed_layers(model: nn.Module) -> dict[str, Observed]:

@@ -11,6 +11,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +25,9 @@ from torch.utils._pytree import tree_map_only
 
 import functional_sq as fsq
 from bridge import picture
-from bridge.arguments import check_function, check_module
+from bridge.arguments import check_counts, check_function, check_module
 from bridge.batches import call, check_batches, check_fitted, mask_of
-from bridge.checks import check_config, check_memory, check_rules, observed_layers, quantized_by, unfit, unfit_error
+from bridge.checks import check_config, check_memory, check_rules, observed_layers, quantized_by, unfit
 from bridge.config import StaticQuantConfig
 from bridge.inductor import capture, uncompiled
 from bridge.observed import weight_of
@@ -220,6 +221,8 @@ def report(
     output: Callable[[Any], Tensor] | None = None,
     rank: Rank | None = "quantize",
     config: StaticQuantConfig | None = None,
+    min_rows: int = 1,
+    on_unfit: Literal["refuse", "float"] = "refuse",
 ) -> Report:
     """Measure what quantization will cost, layer by layer; change nothing.
 
@@ -247,12 +250,13 @@ def report(
             the tensor, or the first one of a tuple, list, mapping or dataclass.
         rank: `"quantize"`: measure the model with each layer alone quantized; `"float"`: with each
             alone left in float; None: neither, for two forward passes a batch.
-        config: as `convert_` takes it; a layer that its rules leave in float is in no row, and stays float.
+        config, min_rows, on_unfit: as `convert_` takes them; a layer that they leave in float is in no row, and
+            stays float.
 
     Raises:
-        CalibrationError: layers saw nothing, NaN or Inf; names each of them.
-        ValueError: the model has no observed layer, there are no batches, `rank` is another value, the
-            config is of another dtype, `mask` gives positions that no layer's input has, or the compared
+        CalibrationError: layers are unfit, each with its reason; all layers are, for `"float"`.
+        ValueError: the model has no observed layer, there are no batches, `rank` or `on_unfit` is another value,
+            the config is of another dtype, `mask` gives positions that no layer's input has, or the compared
             output changes its shape.
         TypeError: what is compared is no tensor of real values; `mask` gives no bool tensor.
 
@@ -275,7 +279,8 @@ def report(
     check_batches(batches)
     check_function("mask", mask, "a batch to a bool tensor")
     check_function("output", output, "what the model returns to the tensor to compare")
-    layers = _layers(model, config)
+    check_counts(min_rows=min_rows)
+    layers = _layers(model, config, min_rows, on_unfit)
     choose_paths(model)
     whole = _Whole(model, layers, output or _first_tensor, rank)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), _stand_in(model, layers):
@@ -426,8 +431,8 @@ class _Layer:
         )
 
 
-def _layers(model: nn.Module, config: StaticQuantConfig | None) -> list[_Layer]:
-    """Return every observed layer of `model` with its twin; refuse what `convert_` refuses."""
+def _layers(model: nn.Module, config: StaticQuantConfig | None, min_rows: int, on_unfit: str) -> list[_Layer]:
+    """Return every observed layer of `model` that `convert_` converts, with its twin; refuse what it refuses."""
     observed = observed_layers(model)
     if not observed:
         raise ValueError(
@@ -441,9 +446,14 @@ def _layers(model: nn.Module, config: StaticQuantConfig | None) -> list[_Layer]:
     chosen = {name: module for name, module in observed.items() if quantizes(module, name)}
     if not chosen:
         raise ValueError("the rules of the config leave every layer in float: there is nothing to report on")
-    if faults := unfit(model, quantizes):
-        raise unfit_error(faults, len(chosen))
-    return [_Layer(name, module, config and config.of(module, name)) for name, module in chosen.items()]
+    faults, warning = unfit(model, quantizes, min_rows, on_unfit)
+    if warning:
+        warnings.warn(warning, stacklevel=3)
+    return [
+        _Layer(name, module, config and config.of(module, name))
+        for name, module in chosen.items()
+        if name not in faults
+    ]
 
 
 # What is measured of the whole model.

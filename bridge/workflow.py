@@ -20,14 +20,13 @@ from bridge.checks import (
     observed_layers,
     quantized_by,
     unfit,
-    unfit_error,
 )
 from bridge.config import StaticQuantConfig
 from bridge.kinds import float_reason, observed_type
 from bridge.observed import LAYERS, Observed, ObservedLinear, check_plain
 from bridge.observer import ObserverModule
 from bridge.steps import check_reread, prepared_layer, quantized_layer, reread_layer
-from bridge.swapping import named, public_name, swap_
+from bridge.swapping import named, swap_
 from bridge.torchao import AOBaseConfig, torchao_quantize_
 
 __all__ = ["convert_", "insert_observers_", "prepare_", "quantize_", "reread_", "unprepare_"]
@@ -311,16 +310,10 @@ def _convert(
     if config is not None:
         check_config(config)
     check_counts(min_rows=min_rows)
-    if on_unfit not in ("refuse", "float"):
-        raise ValueError(f"on_unfit={on_unfit!r}; use 'refuse' or 'float'")
     check_memory(model)
     if config is not None:
         check_rules(config, model)
-    quantizes = quantized_by(config, wanted)
-    chosen = [m for name, m in model.named_modules() if quantizes(m, public_name(name))]
-    faults = unfit(model, quantizes, min_rows)
-    if faults and (on_unfit == "refuse" or len(faults) == len(chosen)):
-        raise unfit_error(faults, len(chosen))
+    faults, warning = unfit(model, quantized_by(config, wanted), min_rows, on_unfit)
 
     def converted(layer: Observed, name: str) -> nn.Module:
         own = None if config is None else config.of(layer, name)
@@ -329,5 +322,4 @@ def _convert(
         check_plain(layer)
         return quantized_layer(own, layer)
 
-    warning = f"{counted(len(faults), 'layer')} left in float:\n{listed(faults)}" if faults else ""
     swap_(model, wanted, converted, "a prepared layer", _PREPARE, warning)

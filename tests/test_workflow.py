@@ -439,6 +439,8 @@ def test_min_rows_is_what_each_layer_must_have_seen() -> None:
     model = calibrated(two_layers(), data=batches(1, 2))
     with pytest.raises(CalibrationError, match=r"\n  0: ran on 2 rows, at least 3 needed; calibrate with more"):
         bridge.convert_(model, min_rows=3)
+    with pytest.raises(CalibrationError, match=r"\n  0: ran on 2 rows, at least 3 needed; calibrate with more"):
+        bridge.report(model, batches(), min_rows=3)
     bridge.convert_(model, min_rows=2)
 
 
@@ -446,7 +448,14 @@ def test_unfit_layers_are_left_in_float_where_the_user_says_so_and_are_listed() 
     model = Branches().eval()
     plain = list(model.experts)
     calibrated(model)
-    with pytest.warns(UserWarning, match=r"2 layers left in float:\n  experts\.0: nothing.*\n  experts\.1: "):
+    left = r"2 layers left in float:\n  experts\.0: nothing.*\n  experts\.1: "
+    data, rows = batches(), model.used.rows
+    with pytest.warns(UserWarning, match=left) as told:
+        report = bridge.report(model, data, on_unfit="float")
+    assert (told[0].filename, [layer.name for layer in report.layers]) == (__file__, ["used"])
+    assert model.used.rows == rows
+    assert [expert.act_obs.fault() is not None for expert in model.experts] == [True, True]
+    with pytest.warns(UserWarning, match=left):
         bridge.convert_(model, on_unfit="float")
     assert isinstance(model.used, QuantizedLinear)
     assert all(a is b for a, b in zip(model.experts, plain, strict=True))
