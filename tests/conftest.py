@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 import torch
+import torch._dynamo.guards
+import torch._inductor.config
 
 import functional_sq.testing.law
 from functional_sq import brgemm, onednn, onednn_conv
@@ -23,6 +25,9 @@ hypothesis.settings.load_profile("functional_sq")
 
 # The compiler logs thousands of lines for tools; under a failed test they hide what failed.
 logging.getLogger("torch.__trace").addFilter(lambda record: False)
+
+# It measures the guards of each graph for that log too, behind a flush of the caches of 25 ms.
+torch._dynamo.guards.profile_guard_manager = lambda *guards: 0.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,6 +72,13 @@ def packing(request: pytest.FixtureRequest, multiply_by: Callable[[str], None]) 
     multiply_by(request.param)
     name: str = request.param
     return name
+
+
+@pytest.fixture
+def kernels_of_torch() -> Iterator[None]:
+    """Let Inductor call torch's kernels and generate none: a test of a graph needs none, and g++ a second for each."""
+    with torch._inductor.config.patch(fallback_by_default=True):
+        yield
 
 
 @pytest.fixture

@@ -375,6 +375,7 @@ def test_compiled_computes_what_eager_computes(i: int, j: int, multiply_by: Call
 
 # Each case with one backend: which of them multiplies decides nothing here.
 @pytest.mark.parametrize(("case", "by"), [(case, BY[i % 2]) for i, case in enumerate(KEEPS)])
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_what_keeps_its_floats_is_right_too(case: str, by: str, multiply_by: Callable[[str], None]) -> None:
     multiply_by(by)
     model, x = converted(KEEPS[case])
@@ -537,6 +538,7 @@ WITHIN = "within a tensor", "within a tensor that is read later", "a piece", "ro
     ("case", "by"),
     [(case, by) for i, case in enumerate(NOT_ADDED) for j, by in enumerate(BY[:2]) if case in WITHIN or i % 2 == j],
 )
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_what_is_no_residual_is_added_as_before(case: str, by: str, multiply_by: Callable[[str], None]) -> None:
     multiply_by(by)
     model, x = converted(NOT_ADDED[case])
@@ -718,6 +720,7 @@ WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
 
 
 @pytest.mark.parametrize("case", WRITES)
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_codes_are_made_anew_after_a_write(case: str) -> None:
     def between(m: Net, x: Tensor) -> Tensor:
         h = m.norm(x)
@@ -855,6 +858,7 @@ def normed(case: str, dtype: torch.dtype = torch.int8, *behind: nn.Module) -> tu
     [(case, BY[(i + j) % 3], dtype) for i, case in enumerate(NORMED) for j, dtype in enumerate(DTYPES)],
     ids=str,
 )
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_a_batch_norm_is_part_of_the_layer_before_it(
     case: str, by: str, dtype: torch.dtype, multiply_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -884,6 +888,7 @@ def test_a_batch_norm_is_part_of_the_layer_before_it(
 
 
 @pytest.mark.parametrize("case", ["linear", "conv2d", "transposed"])
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_a_layer_hands_on_through_a_batch_norm(case: str) -> None:
     last = nn.Linear(6, 4) if case == "linear" else nn.Conv2d(6, 4, 1)
     model, x = normed(case, torch.int8, nn.ReLU(), last)
@@ -922,6 +927,7 @@ BETWEEN: dict[str, tuple[int, Callable[[Any, Tensor, Tensor], object]]] = {
 
 
 @pytest.mark.parametrize("case", [*BETWEEN, "what writes to an input that is a statistic"])
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_batch_norms_are_computed_at_once_where_nothing_writes_to_them(case: str) -> None:
     torch.manual_seed(0)
     count, between = BETWEEN.get(case) or (2, BETWEEN["what writes to an input"][1])
@@ -953,6 +959,7 @@ def test_batch_norms_are_computed_at_once_where_nothing_writes_to_them(case: str
 
 
 @pytest.mark.parametrize("case", ["linear", "conv2d", "conv1d"])
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_a_batch_norm_keeps_its_gradient(case: str) -> None:
     """Where a quantization follows there is none."""
     last = {"linear": nn.Linear(6, 4), "conv1d": nn.Conv1d(6, 4, 1), "conv2d": nn.Conv2d(6, 4, 1)}[case]
@@ -999,6 +1006,7 @@ class OtherNorms(nn.ModuleList):
 
 
 @pytest.mark.filterwarnings("ignore:8 layers left in float")
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_another_norm_stays_what_it_is() -> None:
     model, x = OtherNorms(map(Normed, OTHER_NORMS)).eval(), torch.randn(3, 6, 6)
     bridge.prepare_(model, StaticQuantConfig(torch.int8))
@@ -1124,6 +1132,7 @@ FUSED: dict[str, tuple[list[str], Callable[[Any, Tensor], Tensor]]] = {
 @pytest.mark.usefixtures("as_on_cuda")
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("case", FUSED)
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_a_convolution_adds_and_reads_floats_as_on_cuda(case: str, dtype: torch.dtype) -> None:
     told, between = FUSED[case]
     assert fused(between, dtype) == told
@@ -1146,6 +1155,7 @@ def test_a_convolution_adds_no_residual_that_would_be_copied() -> None:
 
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_a_convolution_on_a_cpu_reads_floats_and_adds_by_brgemm(
     by: str, dtype: torch.dtype, multiply_by: Callable[[str], None]
 ) -> None:
@@ -1169,6 +1179,7 @@ by_schemes = pytest.mark.parametrize(
 
 @by_schemes
 @pytest.mark.parametrize("case", ["a block", "two blocks", "no ReLU", "a sum that is read later"])
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_a_compiled_convolution_by_brgemm_adds_and_rounds_once(
     case: str, scheme: torch.dtype, dtype: torch.dtype, multiply_by: Callable[[str], None]
 ) -> None:

@@ -586,6 +586,7 @@ def test_brgemm_has_the_integers_and_roundings_of_numpy(
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_an_asymmetric_weight_is_compiled_to_its_convolutions(
     groups: int, dynamic: bool, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -608,6 +609,7 @@ def test_an_asymmetric_weight_is_compiled_to_its_convolutions(
 
 
 @needs_brgemm
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_windows_for_which_brgemm_is_asked_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """From shapes alone: not where windows are copied in short pieces, unless no other takes an asymmetric weight."""
     monkeypatch.setattr(onednn, "AMX", False)
@@ -633,6 +635,7 @@ def test_windows_for_which_brgemm_is_asked_without_amx(monkeypatch: pytest.Monke
 
 
 @needs_brgemm
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_windows_for_which_brgemm_is_asked_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """From shapes alone: while copies of windows take less than the call of another that makes none."""
     monkeypatch.setattr(onednn, "AMX", True)
@@ -750,9 +753,9 @@ TAPS = [
     pytest.param(
         "uint8", nn.Conv2d(6, 6, 2, padding=1, padding_mode="circular", groups=6), (2, 6, 9, 8), True, False, id="round"
     ),
-    pytest.param("uint8", nn.Conv3d(6, 6, 2, 2, 1, groups=6), (2, 6, 5, 4, 7), False, True, id="3d"),
+    pytest.param("uint8", nn.Conv3d(6, 6, 2, 2, 1, groups=6), (2, 6, 5, 4, 7), False, False, id="3d"),
     pytest.param("int8", nn.Conv3d(6, 6, (3, 1, 3), groups=6), (2, 6, 5, 4, 7), False, False, id="3d-symmetric"),
-    pytest.param("uint8", nn.ConvTranspose2d(6, 6, 3, 2, 1, 1, groups=6), (2, 6, 5, 4), False, True, id="transposed"),
+    pytest.param("uint8", nn.ConvTranspose2d(6, 6, 3, 2, 1, 1, groups=6), (2, 6, 5, 4), False, False, id="transposed"),
 ]
 """Layers of each channel alone; whether channels lie last in memory, and sizes are any."""
 
@@ -995,6 +998,7 @@ def test_what_the_compiler_expects_of_the_operator_is_what_it_returns(name: str)
 
 
 @needs_onednn
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_windows_from_which_on_onednn_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """From shapes alone; groups always; and from the first one on where the weight is large."""
     monkeypatch.setattr(brgemm, "AVAILABLE", False)
@@ -1130,6 +1134,7 @@ def test_a_bias_that_is_learned_has_its_gradient() -> None:
 
 
 @needs_onednn
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_compiled_convolves_kept_weights_by_onednn_in_one_compilation_and_exported_by_torch_alone(
     multiply_by: Callable[[str], None],
 ) -> None:
@@ -1158,7 +1163,7 @@ def test_compiled_convolves_kept_weights_by_onednn_in_one_compilation_and_export
 
 
 @needs_onednn
-@pytest.mark.usefixtures("calls")
+@pytest.mark.usefixtures("calls", "kernels_of_torch")
 def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind() -> None:
     for name in ("1d", "2d", "2d-depthwise"):
         layer, other = (quantized(SYMMETRIC_INT8, LAYERS[name]()) for _ in range(2))
@@ -1629,6 +1634,7 @@ def directs() -> Every:
 
 
 @pytest.mark.parametrize(("scheme", "by_onednn"), [("int8", False), ("uint8", True), ("float8_e4m3fn", False)])
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_images_of_any_number_and_size_are_compiled(
     scheme: str, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1912,7 +1918,7 @@ def test_a_residual_of_any_stride_with_a_gradient_and_under_vmap(by: str, multip
 
 
 @pytest.mark.parametrize("formats", ["uint8-int8", "int8-tensor", "float8"])
-@pytest.mark.usefixtures("packing")
+@pytest.mark.usefixtures("packing", "kernels_of_torch")
 def test_floats_beside_their_codes_change_nothing(formats: str) -> None:
     """A backend may read them; none on a CPU does, eager or compiled."""
     act, weight = FORMATS.get(formats, (QuantSpec(torch.float8_e4m3fn, PER_TENSOR),) * 2)

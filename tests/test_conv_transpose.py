@@ -569,6 +569,7 @@ def quantized_anew(layer: nn.Module, x: Tensor) -> nn.Module:
 
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.usefixtures("kernels_of_torch")
 def test_transposed_convolutions_hand_on_and_take(by: str, rank: int, multiply_by: Callable[[str], None]) -> None:
     multiply_by(by)
     torch.manual_seed(0)

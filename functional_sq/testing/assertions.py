@@ -43,6 +43,8 @@ def assert_same_bits(left: str, right: str, a: object, b: object) -> None:
 
 
 def _assert_same_tensor(left: str, right: str, a: Tensor, b: Tensor) -> None:
+    if (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device) and torch.equal(bits(a), bits(b)):
+        return
     for what in ("dtype", "shape", "device"):
         ours, theirs = getattr(a, what), getattr(b, what)
         require(
