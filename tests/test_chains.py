@@ -927,7 +927,6 @@ BETWEEN: dict[str, tuple[int, Callable[[Any, Tensor, Tensor], object]]] = {
 
 
 @pytest.mark.parametrize("case", [*BETWEEN, "what writes to an input that is a statistic"])
-@pytest.mark.usefixtures("kernels_of_torch")
 def test_batch_norms_are_computed_at_once_where_nothing_writes_to_them(case: str) -> None:
     torch.manual_seed(0)
     count, between = BETWEEN.get(case) or (2, BETWEEN["what writes to an input"][1])
@@ -956,6 +955,33 @@ def test_batch_norms_are_computed_at_once_where_nothing_writes_to_them(case: str
     y = run(torch.compile(model, backend=backend, fullgraph=True), model)
     torch.testing.assert_close(y, run(eager, eager), rtol=0, atol=0.02 * y.abs().max().item())
     assert seen == [count]
+
+
+class Writing(nn.Module):
+    """A batch norm behind a layer whose bias is written to between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with torch.no_grad():
+            self.a.bias.add_(1)
+        return self.norm(y)
+
+
+@pytest.mark.usefixtures("kernels_of_torch")
+def test_a_layer_is_computed_before_what_writes_to_its_bias() -> None:
+    model, x = Writing().eval(), torch.randn(2, 6, 5, 5)
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [x])
+    bridge.convert_(model)
+    eager = copy.deepcopy(model)
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True)(x)
+        torch.testing.assert_close(y, eager(x))
+    assert torch.equal(model.a.bias, eager.a.bias)
 
 
 @pytest.mark.parametrize("case", ["linear", "conv2d", "conv1d"])
