@@ -281,17 +281,19 @@ def _fold_batch_norms(graph: fx.Graph, before: _Captured) -> None:
     folded = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=F.batch_norm):
         normed = _normed(node)
-        if normed is None or before.writes_between(normed[0], node):
+        if normed is None:
             continue
-        producer, statistics = normed
+        producer, passed, statistics = normed
+        if before.writes_between(producer, node, passed):
+            continue
         given = producer.args[_SCALE], producer.args[_BIAS], *statistics
-        folded[before.start(given, node) or node].append((producer, node, given))
+        folded[before.start(given, node) or node].append((producer, passed, node, given))
     for place, layers in folded.items():
         made = _computed_at(graph, place, _BATCH_NORMS, [given for *_, given in layers], 2)
-        for i, (producer, node, _) in enumerate(layers):
+        for i, (producer, passed, node, _) in enumerate(layers):
             producer.update_arg(_SCALE, made[i])
             producer.update_arg(_BIAS, made[len(layers) + i])
-            _replace(graph, node, producer)
+            _replace(graph, node, producer, passed)
 
 
 def _computed_at(
@@ -435,21 +437,22 @@ def _source(x: object) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
     return None
 
 
-def _normed(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
-    """Return the layer whose result alone a batch norm in evaluation norms, and what `fold_batch_norm` takes of it."""
+def _normed(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], tuple[Any, ...]] | None:
+    """Return the layer whose result alone a batch norm in evaluation norms, the nodes between, and what
+    `fold_batch_norm` takes of it."""
     x, mean, variance, gamma, beta, training, _, eps = _arguments(node).values()
     source = _source(x)
     if source is None or mean is None or variance is None or training is not False:
         return None
     producer, activation, passed = source
-    plain = activation == "none" and not passed and producer.args[_RESIDUAL] is None
+    plain = activation == "none" and producer.args[_RESIDUAL] is None
     # The channels are axis 1: of images with a batch, and of rows without another axis.
     y, codes, result = _example(producer), _example(producer.args[AT_CODES]), _example(node)
     if not plain or y is None or codes is None or result is None or y.ndim != codes.ndim:
         return None
     if result.requires_grad and not _is_quantized(node):
         return None
-    return producer, (mean, variance, gamma, beta, eps)
+    return producer, passed, (mean, variance, gamma, beta, eps)
 
 
 def _is_quantized(node: fx.Node) -> bool:

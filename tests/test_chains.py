@@ -957,6 +957,27 @@ def test_batch_norms_are_computed_at_once_where_nothing_writes_to_them(case: str
     assert seen == [count]
 
 
+@pytest.mark.parametrize(
+    "between", [nn.Identity(), nn.Dropout2d(), nn.ZeroPad2d(0), nn.Dropout2d(inplace=True)], ids=str
+)
+def test_what_computes_nothing_keeps_no_batch_norm_from_its_layer(between: nn.Module) -> None:
+    model, x = nn.Sequential(nn.Conv2d(6, 6, 1), between, nn.BatchNorm2d(6)).eval(), torch.randn(2, 6, 5, 5)
+    model[2].running_mean.normal_()
+    bridge.prepare_(model, StaticQuantConfig(torch.int8))
+    bridge.calibrate(model, [x])
+    bridge.convert_(model)
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        chains.hand_on(graph.graph)
+        graph.graph.lint()
+        assert not graph.graph.find_nodes(op="call_function", target=F.batch_norm)
+        graph.recompile()
+        return graph.forward
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
+
+
 class Writing(nn.Module):
     """A batch norm behind a layer whose bias is written to between them."""
 
@@ -1152,13 +1173,13 @@ FUSED: dict[str, tuple[list[str], Callable[[Any, Tensor], Tensor]]] = {
     "what is computed for codes alone": ([""], lambda m, x: m.a(x.cos())),
     "what is computed and read later": (["of floats"], lambda m, x: m.a(y := x.cos()) * y),
     "a sum that is written to": (["plus of floats"], lambda m, x: F.relu((x + m.a(x)).mul_(2))),
+    "a residual that is written to": (["plus of floats"], lambda m, x: (x + m.a(x), x.mul_(2))[0].relu()),
 }
 
 
 @pytest.mark.usefixtures("as_on_cuda")
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("case", FUSED)
-@pytest.mark.usefixtures("kernels_of_torch")
 def test_a_convolution_adds_and_reads_floats_as_on_cuda(case: str, dtype: torch.dtype) -> None:
     told, between = FUSED[case]
     assert fused(between, dtype) == told
@@ -1181,7 +1202,6 @@ def test_a_convolution_adds_no_residual_that_would_be_copied() -> None:
 
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
-@pytest.mark.usefixtures("kernels_of_torch")
 def test_a_convolution_on_a_cpu_reads_floats_and_adds_by_brgemm(
     by: str, dtype: torch.dtype, multiply_by: Callable[[str], None]
 ) -> None:
