@@ -461,6 +461,7 @@ ADDED: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "a value that is read later": read_later,
     "three dimensions": lambda m, x: (h := m.norm(x.view(3, 2, 16))) + m.a(h),
     "a view of what is read later": lambda m, x: ((h := m.norm(x))[:] + m.a(h)) * h,
+    "of three terms": lambda m, x: (h := m.norm(x)) + m.a(h) + h.cos(),
 }
 NOT_ADDED: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "to all rows": lambda m, x: m.a(x) + m.norm(x)[0],
@@ -978,23 +979,35 @@ def test_what_computes_nothing_keeps_no_batch_norm_from_its_layer(between: nn.Mo
         torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
 
 
-class Writing(nn.Module):
-    """A batch norm behind a layer whose bias is written to between them."""
+class NormedBy(nn.Module):
+    """A batch norm behind a layer, as a test calls it."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.a, self.norm = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+        self.a, self.of_a = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+        self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        with torch.no_grad():
-            self.a.bias.add_(1)
-        return self.norm(y)
+        return self.norm(self, self.a(x))
 
 
+def after_a_write(m: Any, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        m.a.bias.add_(1)
+    return m.of_a(y)
+
+
+def by_what_is_computed(m: Any, y: Tensor) -> Tensor:
+    return F.batch_norm(y, m.of_a.running_mean + 1, m.of_a.running_var.sqrt())
+
+
+@pytest.mark.parametrize("norm", [after_a_write, by_what_is_computed])
 @pytest.mark.usefixtures("kernels_of_torch")
-def test_a_layer_is_computed_before_what_writes_to_its_bias() -> None:
-    model, x = Writing().eval(), torch.randn(2, 6, 5, 5)
+def test_a_batch_norm_of_what_is_known_later_is_folded_where_it_is_or_not(
+    norm: Callable[[Any, Tensor], Tensor],
+) -> None:
+    model, x = NormedBy(norm).eval(), torch.randn(2, 6, 5, 5)
+    model.of_a.running_var.fill_(4)
     bridge.prepare_(model, StaticQuantConfig(torch.int8))
     bridge.calibrate(model, [x])
     bridge.convert_(model)
