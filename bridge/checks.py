@@ -95,8 +95,8 @@ def quantized_by(config: StaticQuantConfig | None, wanted: Filter = is_observed)
     return lambda module, name: wanted(module, name) and (config is None or config.of(module, name) is not None)
 
 
-def unfit(model: nn.Module, wanted: Filter, min_rows: int = 1, on_unfit: str = "refuse") -> tuple[set[str], str]:
-    """Return which of the wanted layers cannot be converted, by name, and a warning that they stay in float.
+def unfit(layers: Mapping[str, Observed], min_rows: int, on_unfit: str) -> tuple[set[str], str]:
+    """Return which of the layers cannot be converted, by name, and a warning that they stay in float.
 
     Raises:
         CalibrationError: there are such, and on_unfit is "refuse", or all are.
@@ -104,14 +104,13 @@ def unfit(model: nn.Module, wanted: Filter, min_rows: int = 1, on_unfit: str = "
     """
     if on_unfit not in ("refuse", "float"):
         raise ValueError(f"on_unfit={on_unfit!r}; use 'refuse' or 'float'")
-    asked = [(name, module) for name, module in observed_layers(model).items() if wanted(module, name)]
-    faults = {name: fault for name, module in asked if (fault := _fault(module, min_rows))}
+    faults = {name: fault for name, layer in layers.items() if (fault := _fault(layer, min_rows))}
     if not faults:
         return set(), ""
-    if on_unfit == "float" and len(faults) < len(asked):
+    if on_unfit == "float" and len(faults) < len(layers):
         return {*faults}, f"{counted(len(faults), 'layer')} left in float:\n{listed(faults)}"
     remedy = ""
-    if len(faults) < len(asked):
+    if len(faults) < len(layers):
         remedy = " (a rule, or on_unfit='float', leaves them in float)"
     elif all(fault.startswith("nothing was seen") for fault in faults.values()):
         remedy = ": call calibrate(model, batches) first"

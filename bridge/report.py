@@ -446,7 +446,7 @@ def _layers(model: nn.Module, config: StaticQuantConfig | None, min_rows: int, o
     chosen = {name: module for name, module in observed.items() if quantizes(module, name)}
     if not chosen:
         raise ValueError("the rules of the config leave every layer in float: there is nothing to report on")
-    faults, warning = unfit(model, quantizes, min_rows, on_unfit)
+    faults, warning = unfit(chosen, min_rows, on_unfit)
     if warning:
         warnings.warn(warning, stacklevel=3)
     return [

@@ -313,7 +313,9 @@ def _convert(
     check_memory(model)
     if config is not None:
         check_rules(config, model)
-    faults, warning = unfit(model, quantized_by(config, wanted), min_rows, on_unfit)
+    quantizes = quantized_by(config, wanted)
+    chosen = {name: layer for name, layer in observed_layers(model).items() if quantizes(layer, name)}
+    faults, warning = unfit(chosen, min_rows, on_unfit)
 
     def converted(layer: Observed, name: str) -> nn.Module:
         own = None if config is None else config.of(layer, name)
