@@ -865,6 +865,12 @@ def sizes(y: Tensor) -> Tensor:
             id="report(rank='drop')",
         ),
         pytest.param(
+            lambda: bridge.report(ready(), batches(), on_unfit="skip"),
+            ValueError,
+            "on_unfit='skip'; use 'refuse' or 'float'",
+            id="report(on_unfit='skip')",
+        ),
+        pytest.param(
             lambda: bridge.report(ready(), batches(), config=StaticQuantConfig(torch.uint8)),
             ValueError,
             "^0: the config quantizes the activations to torch.uint8, .* observed for torch.int8; use the dtype",
