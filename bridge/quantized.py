@@ -42,6 +42,7 @@ from bridge.observer import qparams_of, weight_qparams
 from functional_sq import backends, brgemm, chains, onednn_conv
 from functional_sq.compat import is_exporting
 from functional_sq.conv import direct_convolution, is_tapped
+from functional_sq.conv_transpose import is_polyphase
 from functional_sq.folded import check_zero_point
 from functional_sq.formats import Float8, check_real, name_of
 from functional_sq.granularity import check_stats
@@ -142,12 +143,13 @@ class Quantized(Buffers):
     _geometry: Mapping[str, Any] = {}
     """What both take by name."""
     _geometry_json = ""
-    """What `chains.layer` takes as the geometry."""
+    """What `chains.layer` takes as the geometry: what a product of codes takes of it."""
 
     @torch.inference_mode(False)  # What is made in it could not be loaded into outside of it.
     def __init__(
         self,
         shape: tuple[int, ...],
+        settings: Mapping[str, Any],
         act: fsq.QuantSpec,
         weight: fsq.QuantSpec,
         *,
@@ -162,6 +164,8 @@ class Quantized(Buffers):
         check_static(act, shape)
         if not reference:
             fsq.check_product(act, weight, shape)
+        for name, value in settings.items():
+            setattr(self, name, value)
         self.act_spec = act
         self.weight_spec = weight
         self.reference = reference
@@ -190,13 +194,16 @@ class Quantized(Buffers):
     @torch.inference_mode(False)
     def _fold(self) -> None:
         """Compute from the buffers what the product is scaled and shifted by; it is not saved."""
-        one_a_row = all(size == 1 for size in self.weight_scale.shape[1:])
-        multiplied = self.weight_codes.dtype is not torch.int16 and one_a_row and self.act_scale.numel() == 1
-        values = fsq.epilogue(self.act_spec, self.act_qparams, self.folded) if multiplied else None
+        multiplied = self.weight_codes.dtype is not torch.int16 and self._one_a_row() and self.act_scale.numel() == 1
+        values = fsq.epilogue(self.act_spec, self.act_qparams, self.multiplied) if multiplied else None
         for name in fsq.Epilogue._fields:
             value = getattr(values, name, None)
             self.register_buffer(f"product_{name}", None if value is None else value.contiguous(), persistent=False)
         self._share()
+
+    def _one_a_row(self) -> bool:
+        """Whether the weight has one scale for each output, as what multiplies codes wants it."""
+        return all(size == 1 for size in self.weight_scale.shape[1:])
 
     def _share(self) -> None:
         for name, value in _shared(self.act_qparams)._asdict().items():
@@ -344,6 +351,11 @@ class Quantized(Buffers):
         return fsq.FoldedWeight(*self._values("weight"))
 
     @property
+    def multiplied(self) -> fsq.FoldedWeight:
+        """The weight in the form that a product of codes takes."""
+        return self.folded
+
+    @property
     def weight(self) -> Tensor:
         """The weight as the float layer has it, for code that looks at its shape, dtype or device; not to be written.
 
@@ -407,18 +419,19 @@ class Quantized(Buffers):
             )
         captured = torch.compiler.is_compiling() and not is_exporting()
         if captured and self.hand_on and not self.reference and x.dtype is not torch.float64 and not changed:
+            weight = self.multiplied
             return chains.layer(
                 self._described,
                 self._padded(x),
                 fsq.QParams(*self._values("shared")),
-                self.weight_codes,
-                self.weight_zero_point,
+                weight.codes,
+                weight.zero_point,
                 bias,
                 known,
                 geometry=self._geometry_json,
                 dtype=x.dtype,
                 fast_accum=self.fast_accum,
-                known_by=inductor.install(self.weight_codes.device.type),
+                known_by=inductor.install(weight.codes.device.type),
             )
         qp = self.act_qparams
         x, geometry = self._padded(x), {**self._geometry, **changed}
@@ -508,6 +521,8 @@ class QuantizedLinear(Quantized):
         torch.Size([2, 3, 4])
     """
 
+    in_features: int
+    out_features: int
     observed = ObservedLinear
     settings = ("in_features", "out_features")
     _reference = staticmethod(fsq.linear_reference)
@@ -528,6 +543,7 @@ class QuantizedLinear(Quantized):
     ) -> None:
         super().__init__(
             (out_features, in_features),
+            {"in_features": in_features, "out_features": out_features},
             act,
             weight,
             bias=bias,
@@ -537,8 +553,6 @@ class QuantizedLinear(Quantized):
             device=device,
             dtype=dtype,
         )
-        self.in_features = in_features
-        self.out_features = out_features
 
     def as_linear(self) -> nn.Linear:
         """Return a `torch.nn.Linear` that computes the same: its weight is a tensor subclass.
@@ -622,6 +636,7 @@ class _QuantizedConv(Quantized):
         made = self.observed.float_type(in_channels, out_channels, kernel_size, **settings, bias=False, device="meta")
         super().__init__(
             tuple(weight_of(made).shape),
+            settings_of(made, self.settings),
             act,
             weight,
             bias=bias,
@@ -631,13 +646,16 @@ class _QuantizedConv(Quantized):
             device=device,
             dtype=dtype,
         )
-        for name, value in settings_of(made, self.settings).items():
-            setattr(self, name, value)
         self._around = [] if self.padding_mode == "zeros" else cast(list[int], made._reversed_padding_repeated_twice)
         self._geometry = settings_of(self, [name for name in self.settings if name in _GEOMETRY])
         if self._around:
             self._geometry["padding"] = 0
-        self._geometry_json = json.dumps(self._geometry)
+        self._geometry_json = json.dumps({**self._geometry, **self._phases})
+
+    @property
+    def _phases(self) -> Mapping[str, Any]:
+        """What `_product` takes beside the geometry."""
+        return {}
 
     def _found(self, known: fsq.Epilogue) -> _Direct | None:
         operands = self.act_spec, self.act_qparams, self.folded, self.bias, known
@@ -652,16 +670,17 @@ class _QuantizedConv(Quantized):
 
     def _multiply(self, x: Tensor, qp: fsq.QParams, bias: Tensor | None, **how: Any) -> Tensor:
         q = brgemm.quantize(self.act_spec, x, qp)
-        return self._product(self.act_spec, q, qp, self.folded, bias, dtype=x.dtype, **how)
+        return self._product(self.act_spec, q, qp, self.multiplied, bias, dtype=x.dtype, **self._phases, **how)
 
     def _backend(self) -> str:
         if brgemm.float8_for(self.weight_codes, self.groups) is not None:
             return f", by {brgemm.NAME}"
-        # A transposed one is a convolution of codes that were spread, by windows at each step.
+        # A transposed one is a convolution, by windows at each step.
         steps = [1 for _ in self.stride] if "output_padding" in self._geometry else self.stride
-        weight = self.weight_codes, self.weight_zero_point
-        tapped = is_tapped(self.act_spec, self.weight_codes, self.groups)
-        looped = [onednn_conv] if tapped and self.weight_zero_point is not None else []
+        codes, _, zero_point, _ = self.multiplied
+        weight = codes, zero_point
+        tapped = is_tapped(self.act_spec, codes, self.groups)
+        looped = [onednn_conv] if tapped and zero_point is not None else []
         asked = [each for each in backends.CONVOLUTIONS if each.supports(*weight) and each not in looped]
         taken = [(each.NAME, each.windows(*weight, steps, self.dilation, self.groups)) for each in asked]
         by = _taken_by(taken, "windows")
@@ -736,11 +755,35 @@ class QuantizedConv3d(_QuantizedConv):
 
 
 class _QuantizedConvTranspose(_QuantizedConv):
-    """What the transposed ones share: codes of the weight lie as those of a convolution, `fsq.transpose_weight`."""
+    """What the transposed ones share: codes of the weight lie as those of a convolution, `fsq.transpose_weight`.
+
+    Attributes:
+        phase_codes, phase_scale, phase_zero_point, phase_sum: `fsq.polyphase` of them where there is a stride and
+            neither groups nor dilation, as far as it is not None. Not saved, as `product_scale`.
+    """
 
     settings = ObservedConvTranspose2d.settings
     _product = staticmethod(fsq.conv_transpose)
     _reference = staticmethod(fsq.conv_transpose_reference)
+
+    @property
+    def _phases(self) -> Mapping[str, Any]:
+        cut = is_polyphase(self.stride, self.dilation, self.groups)
+        return {"kernel_size": self.kernel_size} if cut else {}
+
+    @torch.inference_mode(False)
+    def _fold(self) -> None:
+        if self._phases and self._one_a_row():
+            for name, value in fsq.polyphase(self.folded, self.stride)._asdict().items():
+                if value is not None:  # as a buffer torch.export would count it among its inputs
+                    self.register_buffer(f"phase_{name}", value, persistent=False)
+        super()._fold()
+
+    @property
+    def multiplied(self) -> fsq.FoldedWeight:
+        """The weight in the form that a product of codes takes: `fsq.polyphase` of it, or `folded`."""
+        phases: list[Any] = [self._buffers.get(f"phase_{name}") for name in fsq.FoldedWeight._fields]
+        return self.folded if phases[0] is None else fsq.FoldedWeight(*phases)
 
     @property
     def weight(self) -> Tensor:

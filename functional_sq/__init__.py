@@ -3,7 +3,7 @@
 from functional_sq.batch_norm import fold_batch_norm
 from functional_sq.calibration import calc_qparams, check, init, merge, observe
 from functional_sq.conv import conv, conv_reference
-from functional_sq.conv_transpose import conv_transpose, conv_transpose_reference, transpose_weight
+from functional_sq.conv_transpose import conv_transpose, conv_transpose_reference, polyphase, transpose_weight
 from functional_sq.folded import Epilogue, FoldedWeight, check_product, epilogue, fold, unfold
 from functional_sq.formats import FORMATS
 from functional_sq.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor, PerToken
@@ -75,6 +75,7 @@ __all__ = [
     "linear_reference",
     "merge",
     "observe",
+    "polyphase",
     "quantize",
     "requantize",
     "saturates",

@@ -143,8 +143,13 @@ def _function_of(geometry: str) -> tuple[Callable[..., Tensor], dict[str, Any]]:
 
 
 def _batch_norms(scales: Sequence[Tensor], *rest: Sequence[Any]) -> list[Tensor]:
-    folded = [fold_batch_norm(scale.reshape(-1, 1), *each) for scale, *each in zip(scales, *rest, strict=True)]
-    return computed_together([scale.reshape(-1) for scale, _ in folded] + [bias for _, bias in folded])
+    made = []
+    for scale, bias, mean, *others in zip(scales, *rest, strict=True):
+        # A transposed convolution has a scale for each output of each phase, the same ones again.
+        n = len(mean)
+        folded, bias = fold_batch_norm(scale[:n].reshape(-1, 1), bias, mean, *others)
+        made.append((folded.reshape(-1).repeat(len(scale) // n), bias))
+    return computed_together([scale for scale, _ in made] + [bias for _, bias in made])
 
 
 def _plus(zero_points: Sequence[Tensor], terms: Sequence[int]) -> list[Tensor]:

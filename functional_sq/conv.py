@@ -87,6 +87,7 @@ __all__ = [
     "check_conv",
     "conv",
     "conv_reference",
+    "convolve_images",
     "direct_convolution",
     "is_tapped",
 ]
@@ -170,8 +171,37 @@ def conv(
     check_origin(x, q.shape)
     images, added, real = (each if each is None or batch else each[None] for each in (q, residual, x))
     assert images is not None
+    then_by = then, fast_accum, added, relu, real
+    y, then = convolve_images(spec, images, qp, weight, bias, geometry, groups, dtype, epilogue, *then_by)
+    y = laid_out(y, images)
+    y = y if batch else y[0]
+    return y if then is None else requantize(y, then)
+
+
+def convolve_images(
+    spec: QuantSpec,
+    images: Tensor,
+    qp: QParams,
+    weight: FoldedWeight,
+    bias: Tensor | None,
+    geometry: Geometry,
+    groups: int,
+    dtype: torch.dtype,
+    epilogue: Epilogue | None,
+    then: Requantization | None,
+    fast_accum: bool,
+    added: Tensor | None = None,
+    relu: bool = False,
+    real: Tensor | None = None,
+) -> tuple[Tensor, Requantization | None]:
+    """Return what `conv` returns of checked operands, in any order of memory, and what is left to do of `then`.
+
+    Padding is that of the geometry, which may be more on one side; `images`, `added` and `real` have a batch.
+    """
+    shape, wide = weight.codes.shape, torch.promote_types(dtype, torch.float32)
+    size = check_windows(images.shape, shape, geometry)
     scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
-    tapped = is_traced(q) and not is_exporting() and is_tapped(spec, weight.codes, groups)
+    tapped = is_traced(images) and not is_exporting() and is_tapped(spec, weight.codes, groups)
     fits = fits_operator(scale, bias, wide)
     backend: Convolution | triton_conv.Float8Kernels | brgemm.Float8Kernels | None = None
     if offset is None and fits:
@@ -204,7 +234,7 @@ def conv(
             product = images.new_zeros((images.shape[0], *size, shape[0]), dtype=torch.int32).movedim(-1, 1)
         elif tapped:
             product = _tapped(images, qp, weight, geometry)
-        elif groups > 1 or (isinstance(spec.format, Float8) and not q.is_cuda):
+        elif groups > 1 or (isinstance(spec.format, Float8) and not images.is_cuda):
             # On a CPU a product of float8 codes is one of floats anyway, and needs no copy of the windows.
             product = _direct(spec, images, qp, weight, geometry, groups)
         else:
@@ -212,9 +242,7 @@ def conv(
         along = (-1, *(1 for _ in shape[2:]))
         of_output = scale.reshape(along), None if bias is None else bias.reshape(along)
         y = apply_epilogue(product, *of_output, dtype, added)
-    y = laid_out(y.relu() if relu else y, images)
-    y = y if batch else y[0]
-    return y if then is None else requantize(y, then)
+    return y.relu() if relu else y, then
 
 
 def conv_reference(

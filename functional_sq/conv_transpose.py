@@ -1,4 +1,4 @@
-"""Transposed convolution on codes: a convolution of codes that were spread, so everything of `conv` holds.
+"""Transposed convolution on codes: a convolution, so everything of `conv` holds.
 
 What a transposed convolution with a stride computes is the convolution, with stride 1, of the input with
 `stride - 1` zeros between neighbours, by a weight whose kernel is turned round and whose output channels
@@ -6,10 +6,15 @@ come first. So a quantized weight is held in that layout, `transpose_weight`: Pe
 each output channel, `fold` and `epilogue` are those of a convolution, and so is whatever multiplies. The
 zeros are codes of the zero point, a byte each. Of the products `1 / prod(stride)` are with codes of the
 input, the others with these: a kernel of 4 x 4 at stride 2 multiplies four times as often as it must.
+
+`polyphase` cuts the kernel so that none is. Outputs `stride` apart, one phase of them, see the same elements
+of it, one of `stride`; so each phase is a convolution of the input as it is, and all are one convolution to
+`prod(stride)` times as many outputs, which are then put side by side. Groups and dilation stay with zeros.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 
@@ -17,17 +22,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.conv import check_channels, check_conv, conv
-from functional_sq.folded import Epilogue, FoldedWeight, check_bias
+from functional_sq.conv import check_channels, check_conv, convolve_images
+from functional_sq.folded import (
+    Epilogue,
+    FoldedWeight,
+    check_bias,
+    check_epilogue,
+    check_folded,
+    check_single,
+    is_readable,
+)
 from functional_sq.formats import check_real
 from functional_sq.int_mm import as_written
 from functional_sq.qparams import QParams
 from functional_sq.quantize import dequantize
-from functional_sq.requantize import Requantization
+from functional_sq.requantize import Requantization, requantize
 from functional_sq.spec import QuantSpec
-from functional_sq.windows import flatten_padding, laid_out, per_dimension
+from functional_sq.tracing import computed_once
+from functional_sq.windows import Geometry, as_bytes, flatten_padding, laid_out, pad_codes, per_dimension
 
-__all__ = ["conv_transpose", "conv_transpose_reference", "transpose_weight"]
+__all__ = ["conv_transpose", "conv_transpose_reference", "is_polyphase", "polyphase", "transpose_weight"]
 
 
 def transpose_weight(weight: Tensor, groups: int = 1) -> Tensor:
@@ -63,6 +77,77 @@ def transpose_weight(weight: Tensor, groups: int = 1) -> Tensor:
     return turned.flatten(0, 1).flip([*range(2, weight.ndim)]).contiguous()
 
 
+def polyphase(weight: FoldedWeight, stride: int | Sequence[int]) -> FoldedWeight:
+    """Return the weight of the convolution that computes all phases of a transposed one, to be made once and kept.
+
+    Phase `r` of the outputs, those at `r`, `r + stride`, ..., sums over elements `r`, `r + stride`, ... of torch's
+    kernel. A kernel that the stride does not divide gets elements of the value 0 behind.
+
+    Args:
+        weight: `fold` of a weight `(N, C, *kernel)` in the layout of `transpose_weight`, in one group.
+        stride: as `conv_transpose`.
+
+    Returns:
+        codes `(prod(stride) * N, C, *parts)`, the first phase's N outputs first, `parts` the kernel over the stride,
+        rounded up. What `conv_transpose(..., kernel_size=)` takes, and `epilogue`.
+
+    Raises:
+        TypeError: `weight` is no FoldedWeight.
+        ValueError: the weight has no kernel, or several scales an output; `stride` does not fit it; or elements are
+            added to an asymmetric weight whose zero point is no code.
+
+    Source: Vaidyanathan 1990, Multirate digital filters, filter banks, polyphase networks, and applications, section
+        III; Shi et al. 2016 (arXiv:1609.07009).
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+        >>> turned = fsq.transpose_weight(torch.tensor([[[1, 2, 3]]], dtype=torch.int8))
+        >>> fsq.polyphase(fsq.fold(spec, turned, one), stride=2).codes
+        tensor([[[3, 1]],
+        <BLANKLINE>
+                [[0, 2]]], dtype=torch.int8)
+    """
+    check_folded(weight)
+    codes, scale, zero_point, _ = weight
+    outputs, channels, *kernel = codes.shape
+    if not kernel:
+        raise ValueError(f"a weight of shape {tuple(codes.shape)} has no kernel; give (N, C, *kernel)")
+    check_single(weight)
+    steps = per_dimension("stride", stride, len(kernel), 1)
+    parts = _parts(kernel, steps)
+    missing = [part * step - size for part, step, size in zip(parts, steps, kernel, strict=True)]
+    if zero_point is not None and any(missing) and is_readable(zero_point):
+        low, high = torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max
+        if not low <= int(zero_point.min()) <= int(zero_point.max()) <= high:
+            raise ValueError(
+                f"the weight's zero points {zero_point.flatten()[:4].tolist()} ... are no codes, so none is 0, with "
+                f"which a kernel of {tuple(kernel)} is filled up to whole steps of {steps}; use other zero points, or "
+                f"conv_transpose without polyphase"
+            )
+    # The kernel is turned round, so what is behind it is in front.
+    x = pad_codes(as_bytes(codes), zero_point, flatten_padding([(size, 0) for size in missing]))
+    x = x.reshape(outputs, channels, *chain(*zip(parts, steps, strict=True)))
+    of_part, of_step = range(2, x.ndim, 2), range(3, x.ndim, 2)
+    x = x.flip([*of_step]).permute(*of_step, 0, 1, *of_part).flatten(0, len(steps)).contiguous()
+
+    def repeated(t: Tensor) -> Tensor:
+        return t if len(t) == 1 else t.repeat(math.prod(steps), *(1 for _ in t.shape[1:]))
+
+    return FoldedWeight(
+        x.view(codes.dtype),
+        repeated(scale),
+        None if zero_point is None else repeated(zero_point),
+        None if weight.sum is None else x.flatten(1).sum(1, dtype=weight.sum.dtype),
+    )
+
+
+def is_polyphase(stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    """Whether `polyphase` is for a transposed convolution: one with a stride, and neither groups nor dilation."""
+    return groups == 1 and math.prod(stride) > 1 and math.prod(dilation) == 1
+
+
 def conv_transpose(
     spec: QuantSpec,
     q: Tensor,
@@ -75,6 +160,7 @@ def conv_transpose(
     output_padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    kernel_size: int | Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     epilogue: Epilogue | None = None,
     then: Requantization | None = None,
@@ -86,13 +172,16 @@ def conv_transpose(
 
     Args:
         spec, q, qp: as `conv`.
-        weight: `fold` of a weight in the layout of `transpose_weight`.
+        weight: `fold` of a weight in the layout of `transpose_weight`; faster with a stride, in one group and without
+            dilation, `polyphase(weight, stride)` of that.
         bias: `(N,)` or None, output units.
         stride: steps between the windows that the input's elements are spread over, one for all dimensions
             or one each.
         padding: what is cut off on both sides of the result.
         output_padding: what is added behind; less than the stride or the dilation.
-        dilation, groups, dtype, epilogue, then, fast_accum: as `conv`.
+        dilation, groups, dtype, then, fast_accum: as `conv`.
+        kernel_size: of the weight that `polyphase` took, if `weight` is what it returned; else None.
+        epilogue: `epilogue(spec, qp, weight)`, or None, as `conv`.
 
     Returns:
         `(B, N, *size)` in `dtype`, or without B, the size `(n - 1) * stride - 2 * padding + dilation * (kernel - 1)
@@ -112,26 +201,42 @@ def conv_transpose(
         >>> q = torch.tensor([[1, 10]], dtype=torch.int8)
         >>> fsq.conv_transpose(spec, q, one, fsq.fold(spec, turned, one), stride=2)
         tensor([[ 1.,  2., 13., 20., 30.]])
+        >>> phases = fsq.polyphase(fsq.fold(spec, turned, one), stride=2)
+        >>> fsq.conv_transpose(spec, q, one, phases, stride=2, kernel_size=3)
+        tensor([[ 1.,  2., 13., 20., 30.]])
     """
     qp, then = check_conv(spec, q, qp, weight, groups, dtype, then)
-    shape = weight.codes.shape
-    steps, around, gaps = _geometry(q.shape, shape, stride, padding, output_padding, dilation)
-    x = q if q.ndim == len(shape) else q[None]
-    y = conv(
-        spec,
-        _spread(x, qp.zero_point, steps, around),
-        qp,
-        weight,
-        bias,
-        dilation=gaps,
-        groups=groups,
-        dtype=dtype,
-        epilogue=epilogue,
-        then=then,
-        fast_accum=fast_accum,
-    )
-    y = laid_out(y, x)
-    return y if q.ndim == len(shape) else y[0]
+    outputs, channels, *kernel = weight.codes.shape
+    rank, count = len(kernel), 1
+    if kernel_size is not None:
+        kernel, count = _phases(weight.codes.shape, kernel_size, stride, dilation, groups)
+    of_phase = outputs // count, channels, *kernel
+    steps, around, gaps = _geometry(q.shape, of_phase, stride, padding, output_padding, dilation)
+    check_bias(bias, outputs // count)
+    check_epilogue(epilogue, None, weight, torch.promote_types(dtype, torch.float32))
+    images = q if q.ndim == rank + 2 else q[None]
+    x, crop = images.movedim(1, -1).contiguous(), None
+    if kernel_size is not None:
+        around, crop = _windows(q.shape[-rank:], kernel, steps, around)
+        bias = None if bias is None else bias.repeat(count)
+    elif math.prod(steps) > 1:
+        x = _spread(x, qp.zero_point, steps)
+        # Behind the last element there are step - 1 zeros already.
+        around = [(first, last - step + 1) for (first, last), step in zip(around, steps, strict=True)]
+    if any(side < 0 for side in chain(*around)):
+        x, around = _padded(x, qp.zero_point, around), [(0, 0)] * rank
+    geometry = Geometry((1,) * rank, tuple(around), gaps)
+    how = dtype, epilogue, then, fast_accum
+    y, then = convolve_images(spec, x.movedim(-1, 1), qp, weight, bias, geometry, groups, *how)
+    if crop is not None:
+        y = _interleaved(y, steps)
+        # Else Inductor, which does both in one loop, takes twice as long; of one or three dimensions half as long.
+        y = computed_once(y) if rank == 2 and images.stride(1) != 1 else y
+        for axis, (first, size) in enumerate(crop, 2):
+            y = y.narrow(axis, first, size)
+    y = laid_out(y, images)
+    y = y if images is q else y[0]
+    return y if then is None else requantize(y, then)
 
 
 def conv_transpose_reference(
@@ -179,6 +284,60 @@ def conv_transpose_reference(
         return op(x, transpose_weight(weight, groups), bias, stride, padding, output_padding, groups, dilation)
 
 
+def _phases(
+    weight: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[list[int], int]:
+    """Return the kernel that `polyphase` took, and in how many phases; or raise ValueError where it made no such
+    weight."""
+    rank = len(weight) - 2
+    kernel, steps = per_dimension("kernel_size", kernel_size, rank, 1), per_dimension("stride", stride, rank, 1)
+    if groups != 1 or math.prod(per_dimension("dilation", dilation, rank, 1)) > 1:
+        raise ValueError(
+            f"kernel_size={kernel_size!r} says that the weight is one of polyphase, which is for one group without "
+            f"dilation, not for groups={groups!r} and dilation={dilation!r}; give the weight that fold returned"
+        )
+    count = math.prod(steps)
+    if tuple(weight[2:]) != _parts(kernel, steps) or weight[0] % count:
+        raise ValueError(
+            f"a weight of shape {tuple(weight)} is no kernel of {kernel} in phases of stride={stride!r}; "
+            f"give what polyphase(weight, stride) returned, and the kernel_size of its weight"
+        )
+    return [*kernel], count
+
+
+def _windows(
+    space: Sequence[int], kernel: Sequence[int], steps: Sequence[int], around: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return what is around the input in phases, less than 0 where it is cut off, for what is around the spread one;
+    and of the outputs the first one of the result, and how many there are."""
+    sides, crop = [], []
+    parts = _parts(kernel, steps)
+    for n, size, part, step, (before, after) in zip(space, kernel, parts, steps, around, strict=True):
+        cut = size - 1 - before  # of the outputs: whole windows, and some of the first
+        sides.append((part - 1 - cut // step, after // step))
+        crop.append((cut % step, (n - 1) * step + 1 + after - cut))
+    return sides, crop
+
+
+def _interleaved(y: Tensor, steps: Sequence[int]) -> Tensor:
+    """Put phases `(B, prod(steps) * N, *windows)` side by side: `(B, N, *size)`, with the channels last in memory."""
+    rank = len(steps)
+    y = y.reshape(y.shape[0], *steps, y.shape[1] // math.prod(steps), *y.shape[2:])
+    axes = chain(*((rank + 2 + axis, 1 + axis) for axis in range(rank)))
+    y = y.permute(0, *axes, rank + 1)
+    y = y.reshape(y.shape[0], *(y.shape[i] * y.shape[i + 1] for i in range(1, 2 * rank, 2)), y.shape[-1])
+    return y.movedim(-1, 1)
+
+
+def _parts(kernel: Sequence[int], steps: Sequence[int]) -> tuple[int, ...]:
+    """Return how many elements of a kernel a phase has at most."""
+    return tuple(-(-size // step) for size, step in zip(kernel, steps, strict=True))
+
+
 def _geometry(
     q: Sequence[int],
     weight: Sequence[int],
@@ -209,19 +368,17 @@ def _geometry(
     return steps, around, gaps
 
 
-def _spread(q: Tensor, zero_point: Tensor, steps: Sequence[int], around: Sequence[tuple[int, int]]) -> Tensor:
-    """Return codes `(B, C, *space)` with zero points between neighbours and around; the channels last in memory."""
-    # As in `conv`: a code is 0 where it is the zero point, so that F.pad pads, and then again what it was.
-    byte = zero_point.reshape(()).to(torch.int32).to(torch.int8)
-    x = q.movedim(1, -1).view(torch.int8) ^ byte
+def _spread(x: Tensor, zero_point: Tensor, steps: Sequence[int]) -> Tensor:
+    """Return codes `(B, *space, C)` with zero points between neighbours, and behind the last."""
     batch, *space, channels = x.shape
     # Behind each axis one of size 1 is padded to the step, and the two become one.
-    x = x.reshape(batch, *chain(*((n, 1) for n in space)), channels)
-    x = F.pad(x, [0, 0, *chain(*((0, step - 1, 0, 0) for step in reversed(steps)))])
-    x = x.reshape(batch, *(n * step for n, step in zip(space, steps, strict=True)), channels)
-    # Behind the last element there are step - 1 zeros already.
-    sides = [(first, last - step + 1) for (first, last), step in zip(around, steps, strict=True)]
+    y = as_bytes(x).reshape(batch, *chain(*((n, 1) for n in space)), channels)
+    y = pad_codes(y, zero_point, [0, 0, *chain(*((0, step - 1, 0, 0) for step in reversed(steps)))])
+    return y.reshape(batch, *(n * step for n, step in zip(space, steps, strict=True)), channels).view(x.dtype)
+
+
+def _padded(x: Tensor, zero_point: Tensor, around: Sequence[tuple[int, int]]) -> Tensor:
+    """Return codes `(B, *space, C)` with zero points around; where it is less than 0, codes are cut off."""
     # What is cut off may be more than there is before the other side is padded.
-    x = F.pad(x, [0, 0, *(max(side, 0) for side in flatten_padding(sides))])
-    x = F.pad(x, [0, 0, *(min(side, 0) for side in flatten_padding(sides))])
-    return (x ^ byte).view(q.dtype).movedim(-1, 1)
+    y = pad_codes(as_bytes(x), zero_point, [0, 0, *(max(side, 0) for side in flatten_padding(around))])
+    return F.pad(y, [0, 0, *(min(side, 0) for side in flatten_padding(around))]).view(x.dtype)

@@ -27,9 +27,11 @@ __all__ = [
     "check_epilogue",
     "check_folded",
     "check_product",
+    "check_single",
     "check_zero_point",
     "epilogue",
     "fold",
+    "is_readable",
     "operand",
     "unfold",
     "zero_point_of_rows",
@@ -231,11 +233,7 @@ def epilogue(spec: QuantSpec, qp: QParams, weight: FoldedWeight, *, dtype: torch
     check_folded(weight)
     check_real_dtype(dtype, "epilogue in ")
     n, k = weight.codes.shape[0], math.prod(weight.codes.shape[1:])
-    if _several(weight.scale.shape):
-        raise ValueError(
-            f"the weight has scales of shape {tuple(weight.scale.shape)}; a product of codes needs one a row: "
-            f"use PerAxis(0) or PerTensor() for the weight, or linear_reference"
-        )
+    check_single(weight)
     s_x, z_x = (_per_token(spec, value, k) for value in qp)
     scale = s_x.to(dtype) * weight.scale.reshape(-1).to(dtype)
     if weight.sum is None:
@@ -313,6 +311,15 @@ def check_folded(weight: object) -> None:
         raise TypeError(f"weight is a {type(weight).__name__}; give the FoldedWeight that fold(spec, q, qp) returns")
 
 
+def check_single(weight: FoldedWeight) -> None:
+    """Raise ValueError unless a weight has one scale for each output."""
+    if _several(weight.scale.shape):
+        raise ValueError(
+            f"the weight has scales of shape {tuple(weight.scale.shape)}; a product of codes needs one a row: "
+            f"use PerAxis(0) or PerTensor() for the weight, or linear_reference"
+        )
+
+
 def _several(stats: Sequence[int]) -> bool:
     """Whether a weight's scale changes along what a product sums over: any axis but the first."""
     return any(size != 1 for size in stats[1:])
@@ -326,12 +333,16 @@ def _shift(spec: QuantSpec) -> int:
 def check_zero_point(spec: QuantSpec, zero_point: Tensor) -> None:
     """Raise ValueError unless zero points are those that a symmetric spec fixes; what cannot be read passes."""
     fixed = fixed_zero_point(spec)
-    readable = not (torch.compiler.is_compiling() or zero_point.is_meta or is_batched(zero_point))
-    if fixed is not None and readable and bool((zero_point != fixed).any()):
+    if fixed is not None and is_readable(zero_point) and bool((zero_point != fixed).any()):
         raise ValueError(
             f"{spec} has the zero point {fixed}, got {zero_point.flatten()[:4].tolist()} ...; "
             f"use MappingType.ASYMMETRIC for other zero points"
         )
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether values can be looked at: not while they are traced or mapped, nor on meta."""
+    return not (torch.compiler.is_compiling() or x.is_meta or is_batched(x))
 
 
 def _per_token(spec: QuantSpec, value: Tensor, k: int) -> Tensor:

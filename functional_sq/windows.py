@@ -94,14 +94,15 @@ def windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
 
 
 def pad_codes(x: Tensor, zero_point: Tensor | None, sides: Sequence[int]) -> Tensor:
-    """Pad codes with the zero point, or None for 0, as `F.pad` pads with a number.
+    """Pad codes with the zero point, one or as many as broadcast, or None for 0, as `F.pad` pads with a number.
 
     That takes no tensor: a code becomes 0 where it is the zero point, and again what it was. So do the bytes of float8,
     whose zero is the byte 0.
     """
     if zero_point is None:
         return F.pad(x, sides)
-    byte = zero_point.reshape(()).to(torch.int32).to(x.dtype)
+    one_or_more = zero_point.reshape(()) if zero_point.numel() == 1 else zero_point
+    byte = one_or_more.to(torch.int32).to(x.dtype)
     return F.pad(x ^ byte, sides) ^ byte
 
 

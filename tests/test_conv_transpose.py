@@ -68,6 +68,7 @@ class Transposed:
     output_padding: int | tuple[int, ...] = 0
     dilation: int | tuple[int, ...] = 1
     groups: int = 1
+    polyphase: bool = False
 
     def settings(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in SETTINGS}
@@ -107,16 +108,26 @@ GEOMETRIES = {
     "3d": Transposed((2, 3, 2, 3, 2), (4, 3, 3, 2, 3), stride=(2, 1, 2), padding=(1, 0, 2), output_padding=(1, 0, 1)),
     "3d-groups": Transposed((2, 4, 2, 2, 3), (6, 2, 2, 2, 2), stride=2, groups=2, dilation=(1, 3, 1)),
 }
+GEOMETRIES |= {
+    f"{name}-polyphase": dataclasses.replace(each, polyphase=True)
+    for name, each in GEOMETRIES.items()
+    if each.groups == each.dilation == 1 and each.stride != 1
+}
 every_geometry = pytest.mark.parametrize("name", GEOMETRIES)
 
 
 def convolved(case: Case, dtype: torch.dtype = torch.float32, q: Tensor | None = None, **how: object) -> Tensor:
     """Convolve the codes of a case; with `kept=True` as a layer does that keeps its weight."""
-    folded, q = case.folded(), case.q if q is None else q
+    folded, q, settings = case.folded(), case.q if q is None else q, case.geometry.settings()
+    if case.geometry.polyphase:
+        folded, settings = fsq.polyphase(folded, case.geometry.stride), settings | kernel_size(folded)
     if how.pop("kept", False):
         how["epilogue"] = fsq.epilogue(case.act, case.qp, folded, dtype=torch.promote_types(dtype, torch.float32))
-    settings = case.geometry.settings()
     return fsq.conv_transpose(case.act, q, case.qp, folded, case.bias, **settings, dtype=dtype, **how)
+
+
+def kernel_size(folded: fsq.FoldedWeight) -> dict[str, object]:
+    return {"kernel_size": folded.codes.shape[2:]}
 
 
 # --- the core --------------------------------------------------------------------------------------
@@ -154,7 +165,7 @@ def test_images_in_any_order_of_memory_give_the_same_bits(name: str) -> None:
     y = convolved(case)
     if case.q.ndim > 3 and case.q.ndim == len(case.geometry.weight) and case.q.shape[1] > 1:
         moved = convolved(case, q=last(case.q))
-        assert moved.stride() == last(y).stride()
+        assert moved.stride() == last(y).stride() or not y.numel()
         assert torch.equal(moved, y)
     assert torch.equal(convolved(case, q=torch.cat([case.q, case.q], -1)[..., : case.q.shape[-1]]), y)
 
@@ -225,24 +236,60 @@ def test_the_reference_has_the_bits_of_torch_on_dequantized_operands(name: str, 
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch._int_mm has no batching rule
-@pytest.mark.parametrize("name", ["1d-cropped", "2d", "2d-groups", "3d"])
+@pytest.mark.parametrize("name", ["1d-cropped", "2d", "2d-groups", "3d", "1d-cropped-polyphase", "3d-polyphase"])
 @pytest.mark.parametrize("formats", ["uint8-uint8", "int8-int8"])
 def test_vmap_is_the_loop(name: str, formats: str) -> None:
-    cases = [draw(GEOMETRIES[name], *FORMATS[formats], seed=seed) for seed in range(3)]
-    assert_vmap_is_the_loop(fsq.conv_transpose, cases, [convolved(case) for case in cases])
+    geometry = GEOMETRIES[name]
+    cases = [draw(geometry, *FORMATS[formats], seed=seed) for seed in range(3)]
+
+    def conv(act: QuantSpec, q: Tensor, qp: QParams, weight: fsq.FoldedWeight, *rest: Tensor, **how: object) -> Tensor:
+        if geometry.polyphase:
+            weight, how = fsq.polyphase(weight, geometry.stride), how | kernel_size(weight)
+        return fsq.conv_transpose(act, q, qp, weight, *rest, **how)
+
+    assert_vmap_is_the_loop(conv, cases, [convolved(case) for case in cases])
 
 
 ACT, WEIGHT = FORMATS["int8-int8"]
 
 
+@pytest.mark.parametrize("scheme", ["uint8-uint8", "int8-int8"])
+@pytest.mark.parametrize("name", [name for name, each in GEOMETRIES.items() if each.polyphase])
+def test_each_phase_has_every_stride_th_element_of_torchs_kernel(name: str, scheme: str) -> None:
+    case = draw(GEOMETRIES[name], *FORMATS[scheme])
+    geometry, folded = case.geometry, case.folded()
+    rank = len(geometry.weight) - 2
+    stride = (geometry.stride,) * rank if isinstance(geometry.stride, int) else geometry.stride
+    phases = fsq.polyphase(folded, geometry.stride)
+    codes, (_, zero_point) = fsq.unfold(case.weight, phases)
+    theirs = fsq.transpose_weight(case.w.int() - case.w_qp.zero_point).numpy()
+    values = (
+        (codes.int() - zero_point).numpy().reshape(*stride, geometry.weight[0], geometry.weight[1], *codes.shape[2:])
+    )
+    for phase in itertools.product(*map(range, stride)):
+        of_phase = np.flip(values[phase].swapaxes(0, 1), range(2, 2 + rank))
+        wanted = theirs[(..., *(slice(first, None, step) for first, step in zip(phase, stride, strict=True)))]
+        assert np.array_equal(of_phase[tuple(map(slice, wanted.shape))], wanted)
+        assert np.count_nonzero(of_phase) == np.count_nonzero(wanted)
+    assert torch.equal(phases.sum, phases.codes.flatten(1).sum(1, dtype=torch.int32))
+    assert phases.codes.is_contiguous()
+
+
+def folded_of(spec: QuantSpec, shape: tuple[int, ...], zero_point: int = 0) -> fsq.FoldedWeight:
+    qp_of = qp(spec, shape)
+    qp_of.zero_point.fill_(zero_point)
+    return fsq.fold(spec, torch.zeros(shape, dtype=spec.format.storage), qp_of)
+
+
+def qp(spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
+    stats = spec.granularity.stat_shape(shape)
+    return QParams(torch.ones(stats), torch.zeros(stats, dtype=torch.int32))
+
+
 def call(
     q: tuple[int, ...] = (2, 4, 9, 9), w: tuple[int, ...] = (6, 4, 3, 3), act: QuantSpec = ACT, **settings: object
 ) -> Tensor:
-    def qp(spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
-        stats = spec.granularity.stat_shape(shape)
-        return QParams(torch.ones(stats), torch.zeros(stats, dtype=torch.int32))
-
-    folded = fsq.fold(WEIGHT, torch.zeros(w, dtype=torch.int8), qp(WEIGHT, w))
+    folded = folded_of(WEIGHT, w)
     return fsq.conv_transpose(act, torch.zeros(q, dtype=act.format.storage), qp(act, q), folded, **settings)
 
 
@@ -269,6 +316,23 @@ REFUSALS = [
      ValueError, r"give \(batch, 4, length\)"),
     ("weight", lambda: fsq.transpose_weight(torch.zeros(6, 4, 3), 4), ValueError,
      r"shape \(6, 4, 3\) in groups=4; .* \(in, out / groups, \*kernel\), and groups a divisor of its first axis"),
+    ("polyphase-of-codes", lambda: fsq.polyphase(torch.zeros(6, 4, 3), 2), TypeError, "give the FoldedWeight"),
+    ("polyphase-matrix", lambda: fsq.polyphase(folded_of(WEIGHT, (6, 4)), 2), ValueError,
+     r"a weight of shape \(6, 4\) has no kernel; give \(N, C, \*kernel\)"),
+    ("polyphase-stride", lambda: fsq.polyphase(folded_of(WEIGHT, (6, 4, 3)), (2, 2)), ValueError,
+     r"stride=\(2, 2\); give an int from 1, or 1 of them"),
+    ("polyphase-scales", lambda: fsq.polyphase(folded_of(QuantSpec(torch.int8, fsq.PerRow()), (6, 4, 3)), 2),
+     ValueError, r"scales of shape \(6, 4, 1\); a product of codes needs one a row"),
+    ("polyphase-zero-point", lambda: fsq.polyphase(folded_of(FORMATS["uint8-uint8"][1], (6, 4, 3), 300), 2),
+     ValueError, r"zero points \[172.* are no codes, .* a kernel of \(3,\) is filled up to whole steps of \(2,\); use"),
+    ("phases-groups", lambda: call(q=(2, 8, 9, 9), groups=2, kernel_size=3), ValueError,
+     r"kernel_size=3 says that the weight is one of polyphase, .*, not for groups=2 and dilation=1; give the"),
+    ("phases-dilation", lambda: call(dilation=2, kernel_size=3), ValueError, "groups=1 and dilation=2"),
+    ("phases-kernel", lambda: call(stride=3, kernel_size=3), ValueError,
+     r"shape \(6, 4, 3, 3\) is no kernel of \(3, 3\) in phases of stride=3; give what polyphase\(weight, stride\)"),
+    ("phases-outputs", lambda: call(stride=2, kernel_size=6), ValueError, r"\(6, 6\) in phases of stride=2"),
+    ("phases-bias", lambda: call(w=(8, 4, 3, 3), stride=2, kernel_size=6, bias=torch.zeros(8)), ValueError,
+     r"bias has shape \(8,\), and the weight 2 outputs"),
     ("weight-matrix", lambda: fsq.transpose_weight(torch.zeros(6, 4)), ValueError, r"a weight of shape \(6, 4\) in"),
 ]  # fmt: skip
 
@@ -354,6 +418,24 @@ def test_a_twin_and_a_copy_have_the_same_bits_and_an_image_is_one_of_a_batch(sch
     assert torch.equal(layer(x[1]), layer(x)[1])
 
 
+def test_phases_are_those_of_the_weight_that_was_loaded_moved_or_cast_and_are_not_saved() -> None:
+    layers = [quantized(SCHEMES["uint8"], LAYERS["2d"]()) for _ in range(2)]
+    (first, second), x = layers, images(LAYERS["2d"]())
+    for layer in layers:
+        phases = fsq.polyphase(layer.folded, 2)
+        assert all(map(torch.equal, layer.multiplied, phases))
+    assert not [name for name in first.state_dict() if "phase" in name]
+    second.load_state_dict(first.state_dict())
+    assert all(map(torch.equal, first.multiplied, second.multiplied))
+    assert torch.equal(first(x), second(x))
+    moved = copy.deepcopy(first).to(torch.bfloat16).to("meta").to_empty(device="cpu")
+    moved.load_state_dict(first.state_dict())
+    assert all(map(torch.equal, first.multiplied, moved.multiplied))
+    for name in ("2d-groups", "2d-uneven"):
+        layer = quantized(SCHEMES["uint8"], LAYERS[name]())
+        assert all(map(torch.equal, layer.multiplied, layer.folded))
+
+
 @every_layer
 def test_an_observed_layer_has_the_bits_and_the_parameters_of_the_float_layer_and_gives_it_back(name: str) -> None:
     layer = LAYERS[name]()
@@ -420,8 +502,8 @@ def test_the_repr_says_which_is_made_by_onednn_and_how_it_is_laid_out(monkeypatc
     assert (
         "stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros', output_padding=(1, 1)" in shown
     )
-    # The result's positions are the windows, so they do not depend on the stride.
-    least = onednn_conv.windows(layer.weight_codes, None, (1, 1), (1, 1), 1).start
+    # A window gives a position of each phase, so it moves by one.
+    least = onednn_conv.windows(layer.multiplied.codes, None, (1, 1), (1, 1), 1).start
     assert (f", by oneDNN from {least} windows on" in shown) == onednn.AVAILABLE
     assert ("from 1 windows" in repr(quantized(SCHEMES["int8"], LAYERS["2d-groups"]()))) == onednn.AVAILABLE
     for other in (
