@@ -42,7 +42,7 @@ from bridge.observer import qparams_of, weight_qparams
 from functional_sq import backends, brgemm, chains, onednn_conv
 from functional_sq.compat import is_exporting
 from functional_sq.conv import direct_convolution, is_tapped
-from functional_sq.conv_transpose import is_polyphase
+from functional_sq.conv_transpose import direct_transposed, is_polyphase
 from functional_sq.folded import check_zero_point
 from functional_sq.formats import Float8, check_real, name_of
 from functional_sq.granularity import check_stats
@@ -614,6 +614,8 @@ class _QuantizedConv(Quantized):
     settings: ClassVar[tuple[str, ...]] = ObservedConv2d.settings
     _product: ClassVar[Callable[..., Tensor]] = staticmethod(fsq.conv)
     """Multiplies codes."""
+    _direct_product: ClassVar[Callable[..., _Direct | None]] = staticmethod(direct_convolution)
+    """Returns what makes and multiplies them by one operator."""
     _reference: ClassVar[Callable[..., Tensor]] = staticmethod(fsq.conv_reference)
 
     def __init__(
@@ -658,8 +660,8 @@ class _QuantizedConv(Quantized):
         return {}
 
     def _found(self, known: fsq.Epilogue) -> _Direct | None:
-        operands = self.act_spec, self.act_qparams, self.folded, self.bias, known
-        convolve = direct_convolution(*operands, **self._geometry)
+        operands = self.act_spec, self.act_qparams, self.multiplied, self.bias, known
+        convolve = self._direct_product(*operands, **self._geometry, **self._phases)
         if convolve is None or not self._around:
             return convolve
         around, mode = self._around, self.padding_mode
@@ -764,6 +766,7 @@ class _QuantizedConvTranspose(_QuantizedConv):
 
     settings = ObservedConvTranspose2d.settings
     _product = staticmethod(fsq.conv_transpose)
+    _direct_product = staticmethod(direct_transposed)
     _reference = staticmethod(fsq.conv_transpose_reference)
 
     @property
@@ -793,7 +796,7 @@ class _QuantizedConvTranspose(_QuantizedConv):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Return the result; with `output_size`, as torch's layer takes it, the layer takes part in no chain."""
         if output_size is None:
-            return self._run(input, {})
+            return super().forward(input)
         lengths = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
         added = _ConvTransposeNd._output_padding(self, input, output_size, *lengths)  # type: ignore[arg-type]
         return self._run(input, {"output_padding": added})

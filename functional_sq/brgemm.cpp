@@ -1076,7 +1076,8 @@ at::Tensor convolution_of_reals(
     at::IntArrayRef stride,
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
-    int64_t groups) {
+    int64_t groups,
+    bool last) {
   Held held;
   const at::Tensor z = at::empty({1}, at::kInt);  // of uint8, which is multiplied
   *z.data_ptr<int32_t>() = *held.at<int32_t>("zero_point", zero_point, 1, at::kInt) + (format == at::kChar ? 128 : 0);
@@ -1085,8 +1086,8 @@ at::Tensor convolution_of_reals(
   const at::Tensor y = convolution(
       line ? q.unsqueeze(2) : q, z, codes, weight_zero_point, scale, bias, {}, stride, padding, dilation, groups, "none",
       {}, {}, x.scalar_type(), {}, {});
-  if (line) return y.squeeze(2).contiguous();
-  return q.stride(1) == 1 && q.stride(3) > 1 ? y : y.contiguous();
+  if (line) return last ? y.squeeze(2) : y.squeeze(2).contiguous();
+  return last || (q.stride(1) == 1 && q.stride(3) > 1) ? y : y.contiguous();
 }
 
 }  // namespace

@@ -415,16 +415,19 @@ def convolution_of_reals(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
+    last: bool = False,
 ) -> Callable[[Tensor], Tensor]:
     """Return what convolves the codes of real values, by one operator; as `product_of_reals`.
 
     Of `x`, `(B, C, *space)` in one or two dimensions that `reads` takes, it returns `(B, N, *size)` in the dtype of
-    `x`, the channels last in memory where they are in `x`.
+    `x`, the channels last in memory where they are in `x`, or with `last` anyway.
 
     Args:
         spec, qp: the quantization of the real values: integers of all 8 bits, one scale.
         codes, weight_zero_point, scale, bias: as `Operands`.
         stride, padding, dilation, groups: as `convolve`.
+        last: as above.
 
     Raises:
         RuntimeError: as `product`; when called, as `convolve`.
@@ -440,7 +443,8 @@ def convolution_of_reals(
         ...     assert convolve(torch.tensor([[[2.0, 0.6, 1.0]]])).tolist() == [[[3.0, 2.5]]]
     """
     call = torch.ops.functional_sq.brgemm_convolution_of_reals.default
-    return _of_reals(call, spec, qp, codes, weight_zero_point, scale, bias, [*stride], [*padding], [*dilation], groups)
+    settings = [*stride], [*padding], [*dilation], groups, last
+    return _of_reals(call, spec, qp, codes, weight_zero_point, scale, bias, *settings)
 
 
 def _of_reals(call: Callable[..., Tensor], spec: QuantSpec, qp: QParams, *of_weight: Any) -> Callable[[Tensor], Tensor]:
@@ -521,10 +525,11 @@ def _fake_convolution(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest
 
 
 def _fake_convolution_of_reals(x: Tensor, *of: Any) -> Tensor:
-    _, _, *weight, stride, padding, dilation, groups = of
+    _, _, *weight, stride, padding, dilation, groups, last = of
     images, geometry = x.unsqueeze(2) if x.ndim == 3 else x, (stride, padding, dilation, groups)
     y = _fake_convolution(images, *weight, None, *geometry, "none", None, None, x.dtype)
-    return laid_out(y.squeeze(2) if x.ndim == 3 else y, x)
+    y = y.squeeze(2) if x.ndim == 3 else y
+    return y if last else laid_out(y, x)
 
 
 define_operator(
@@ -560,7 +565,7 @@ define_operator(
 define_operator(
     "brgemm_convolution_of_reals",
     "(Tensor x, Tensor x_scale, ScalarType format, Tensor zero_point, Tensor codes, Tensor? weight_zero_point, "
-    "Tensor scale, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    "Tensor scale, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, bool last) -> Tensor",
     None,
     _fake_convolution_of_reals,
 )

@@ -89,6 +89,7 @@ __all__ = [
     "conv_reference",
     "convolve_images",
     "direct_convolution",
+    "images_convolution",
     "is_tapped",
 ]
 
@@ -410,16 +411,34 @@ def direct_convolution(
         >>> if convolve is not None:
         ...     assert convolve(torch.tensor([[[10.2, 0.9, 3.0]]])).tolist() == [[[12.0, 7.0]]]
     """
-    qp, codes = check_qparams(qp), weight.codes
     check_folded(weight)
     check_epilogue(epilogue, bias, weight, torch.float32)
-    if brgemm not in backends.CONVOLUTIONS or not brgemm.supports(codes, weight.zero_point) or codes.ndim < 3:
+    if weight.codes.ndim < 3:
+        return None
+    geometry = geometry_of(weight.codes.shape[2:], stride, padding, dilation)
+    return images_convolution(spec, check_qparams(qp), weight, bias, epilogue, geometry, groups)
+
+
+def images_convolution(
+    spec: QuantSpec,
+    qp: QParams,
+    weight: FoldedWeight,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+    geometry: Geometry,
+    groups: int,
+    *,
+    last: bool = False,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """Return what `direct_convolution` does, of checked operands; as `convolve_images`, and the channels last with
+    `last`."""
+    codes = weight.codes
+    if brgemm not in backends.CONVOLUTIONS or not brgemm.supports(codes, weight.zero_point):
         return None
     if not fills_a_byte(spec, qp.scale) or not fits_operator(epilogue.scale, bias, torch.float32):
         return None
-    geometry = geometry_of(codes.shape[2:], stride, padding, dilation)
     operands = codes, zero_point_of_rows(weight), epilogue.scale, bias
-    convolve = brgemm.convolution_of_reals(spec, qp, *operands, *_in_two_dimensions(geometry), groups)
+    convolve = brgemm.convolution_of_reals(spec, qp, *operands, *_in_two_dimensions(geometry), groups, last=last)
 
     @lru_cache(maxsize=16)
     def is_taken(shape: torch.Size) -> bool:

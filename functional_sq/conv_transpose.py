@@ -15,14 +15,16 @@ of it, one of `stride`; so each phase is a convolution of the input as it is, an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.conv import check_channels, check_conv, convolve_images
+from functional_sq.conv import check_channels, check_conv, convolve_images, images_convolution
 from functional_sq.folded import (
     Epilogue,
     FoldedWeight,
@@ -34,14 +36,21 @@ from functional_sq.folded import (
 )
 from functional_sq.formats import check_real
 from functional_sq.int_mm import as_written
-from functional_sq.qparams import QParams
+from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, requantize
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import computed_once
 from functional_sq.windows import Geometry, as_bytes, flatten_padding, laid_out, pad_codes, per_dimension
 
-__all__ = ["conv_transpose", "conv_transpose_reference", "is_polyphase", "polyphase", "transpose_weight"]
+__all__ = [
+    "conv_transpose",
+    "conv_transpose_reference",
+    "direct_transposed",
+    "is_polyphase",
+    "polyphase",
+    "transpose_weight",
+]
 
 
 def transpose_weight(weight: Tensor, groups: int = 1) -> Tensor:
@@ -206,37 +215,84 @@ def conv_transpose(
         tensor([[ 1.,  2., 13., 20., 30.]])
     """
     qp, then = check_conv(spec, q, qp, weight, groups, dtype, then)
-    outputs, channels, *kernel = weight.codes.shape
-    rank, count = len(kernel), 1
-    if kernel_size is not None:
-        kernel, count = _phases(weight.codes.shape, kernel_size, stride, dilation, groups)
-    of_phase = outputs // count, channels, *kernel
-    steps, around, gaps = _geometry(q.shape, of_phase, stride, padding, output_padding, dilation)
-    check_bias(bias, outputs // count)
-    check_epilogue(epilogue, None, weight, torch.promote_types(dtype, torch.float32))
-    images = q if q.ndim == rank + 2 else q[None]
-    x, crop = images.movedim(1, -1).contiguous(), None
-    if kernel_size is not None:
-        around, crop = _windows(q.shape[-rank:], kernel, steps, around)
-        bias = None if bias is None else bias.repeat(count)
-    elif math.prod(steps) > 1:
-        x = _spread(x, qp.zero_point, steps)
-        # Behind the last element there are step - 1 zeros already.
-        around = [(first, last - step + 1) for (first, last), step in zip(around, steps, strict=True)]
+    settings = stride, padding, output_padding, dilation, groups, kernel_size
+    spread, around, gaps, phases = _plan(q.shape, weight.codes.shape, *settings)
+    bias = _of_all_phases(bias, weight, phases)
+    bias = bias if bias is None else bias.flatten()
+    check_epilogue(epilogue, bias, weight, torch.promote_types(dtype, torch.float32))
+    images = q if q.ndim == weight.codes.ndim else q[None]
+    x = images.movedim(1, -1).contiguous()
+    x = x if math.prod(spread) == 1 else _spread(x, qp.zero_point, spread)
     if any(side < 0 for side in chain(*around)):
-        x, around = _padded(x, qp.zero_point, around), [(0, 0)] * rank
-    geometry = Geometry((1,) * rank, tuple(around), gaps)
+        x, around = _padded(x, qp.zero_point, around), [(0, 0) for _ in around]
+    geometry = Geometry((1,) * len(gaps), tuple(around), gaps)
     how = dtype, epilogue, then, fast_accum
     y, then = convolve_images(spec, x.movedim(-1, 1), qp, weight, bias, geometry, groups, *how)
-    if crop is not None:
-        y = _interleaved(y, steps)
-        # Else Inductor, which does both in one loop, takes twice as long; of one or three dimensions half as long.
-        y = computed_once(y) if rank == 2 and images.stride(1) != 1 else y
-        for axis, (first, size) in enumerate(crop, 2):
-            y = y.narrow(axis, first, size)
-    y = laid_out(y, images)
+    y = laid_out(y if phases is None else _interleaved(y, phases, images), images)
     y = y if images is q else y[0]
     return y if then is None else requantize(y, then)
+
+
+def direct_transposed(
+    spec: QuantSpec,
+    qp: QParams,
+    weight: FoldedWeight,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    kernel_size: int | Sequence[int] | None = None,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """As `functional_sq.conv.direct_convolution`, transposed; it returns None too where zeros are put between codes.
+
+    Args:
+        spec, qp, weight, bias, stride, padding, output_padding, dilation, groups, kernel_size, epilogue: as
+            `conv_transpose`.
+
+    Raises:
+        TypeError, ValueError: as `conv_transpose`; when called, as that for activations.
+
+    Example:
+        >>> import torch, functional_sq as fsq
+        >>> from functional_sq.conv_transpose import direct_transposed
+        >>> spec = fsq.QuantSpec(torch.int8, fsq.PerTensor())
+        >>> one = fsq.QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+        >>> weight = fsq.fold(spec, torch.tensor([[[2, 1]]], dtype=torch.int8), one)
+        >>> convolve = direct_transposed(spec, one, weight, None, fsq.epilogue(spec, one, weight))
+        >>> if convolve is not None:
+        ...     assert convolve(torch.tensor([[[10.2, 0.9]]])).tolist() == [[[10.0, 21.0, 2.0]]]
+    """
+    qp, shape = check_qparams(qp), weight.codes.shape
+    check_folded(weight)
+    if len(shape) < 3:
+        return None
+
+    @lru_cache(maxsize=16)
+    def planned(images: torch.Size) -> tuple[Callable[[Tensor], Tensor | None], _Phases | None] | None:
+        check_channels(images, shape, groups)
+        settings = stride, padding, output_padding, dilation, groups, kernel_size
+        spread, around, gaps, phases = _plan(images, shape, *settings)
+        if len(images) != len(shape) or math.prod(spread) > 1 or any(side < 0 for side in chain(*around)):
+            return None
+        check_epilogue(epilogue, None, weight, torch.float32)
+        geometry = Geometry((1,) * len(gaps), tuple(around), gaps)
+        operands = spec, qp, weight, _of_all_phases(bias, weight, phases), epilogue, geometry, groups
+        convolve = images_convolution(*operands, last=phases is not None)
+        return None if convolve is None else (convolve, phases)
+
+    def transposed(x: Tensor) -> Tensor | None:
+        plan = planned(x.shape)
+        if plan is None:
+            return None
+        convolve, phases = plan
+        y = convolve(x)
+        return y if y is None or phases is None else laid_out(_interleaved(y, phases, x), x)
+
+    return transposed
 
 
 def conv_transpose_reference(
@@ -284,52 +340,73 @@ def conv_transpose_reference(
         return op(x, transpose_weight(weight, groups), bias, stride, padding, output_padding, groups, dilation)
 
 
-def _phases(
+class _Phases(NamedTuple):
+    """How phases make the result."""
+
+    steps: tuple[int, ...]
+    crop: list[tuple[int, int]]
+    """Along each dimension, which output is the first one, and how many there are."""
+
+
+def _plan(
+    q: Sequence[int],
     weight: Sequence[int],
-    kernel_size: int | Sequence[int],
     stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
     dilation: int | Sequence[int],
     groups: int,
-) -> tuple[list[int], int]:
-    """Return the kernel that `polyphase` took, and in how many phases; or raise ValueError where it made no such
-    weight."""
-    rank = len(weight) - 2
-    kernel, steps = per_dimension("kernel_size", kernel_size, rank, 1), per_dimension("stride", stride, rank, 1)
+    kernel_size: int | Sequence[int] | None,
+) -> tuple[tuple[int, ...], list[tuple[int, int]], tuple[int, ...], _Phases | None]:
+    """Return how far codes are spread, what is around them then, less than 0 where they are cut off, the dilation of
+    their convolution, and the phases that this gives; or raise ValueError."""
+    outputs, channels, *kernel = weight
+    rank = len(kernel)
+    if kernel_size is None:
+        steps, around, gaps = _geometry(q, weight, stride, padding, output_padding, dilation)
+        # Behind the last element there are step - 1 zeros already.
+        return steps, [(first, last - step + 1) for (first, last), step in zip(around, steps, strict=True)], gaps, None
+    sizes, steps = per_dimension("kernel_size", kernel_size, rank, 1), per_dimension("stride", stride, rank, 1)
     if groups != 1 or math.prod(per_dimension("dilation", dilation, rank, 1)) > 1:
         raise ValueError(
             f"kernel_size={kernel_size!r} says that the weight is one of polyphase, which is for one group without "
             f"dilation, not for groups={groups!r} and dilation={dilation!r}; give the weight that fold returned"
         )
-    count = math.prod(steps)
-    if tuple(weight[2:]) != _parts(kernel, steps) or weight[0] % count:
+    count, parts = math.prod(steps), _parts(sizes, steps)
+    if tuple(kernel) != parts or outputs % count:
         raise ValueError(
-            f"a weight of shape {tuple(weight)} is no kernel of {kernel} in phases of stride={stride!r}; "
+            f"a weight of shape {tuple(weight)} is no kernel of {sizes} in phases of stride={stride!r}; "
             f"give what polyphase(weight, stride) returned, and the kernel_size of its weight"
         )
-    return [*kernel], count
-
-
-def _windows(
-    space: Sequence[int], kernel: Sequence[int], steps: Sequence[int], around: Sequence[tuple[int, int]]
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return what is around the input in phases, less than 0 where it is cut off, for what is around the spread one;
-    and of the outputs the first one of the result, and how many there are."""
+    of_phase = outputs // count, channels, *sizes
+    _, around, gaps = _geometry(q, of_phase, stride, padding, output_padding, dilation)
     sides, crop = [], []
-    parts = _parts(kernel, steps)
-    for n, size, part, step, (before, after) in zip(space, kernel, parts, steps, around, strict=True):
+    for n, size, part, step, (before, after) in zip(q[-rank:], sizes, parts, steps, around, strict=True):
         cut = size - 1 - before  # of the outputs: whole windows, and some of the first
         sides.append((part - 1 - cut // step, after // step))
         crop.append((cut % step, (n - 1) * step + 1 + after - cut))
-    return sides, crop
+    return gaps, sides, gaps, _Phases(steps, crop)
 
 
-def _interleaved(y: Tensor, steps: Sequence[int]) -> Tensor:
+def _of_all_phases(bias: Tensor | None, weight: FoldedWeight, phases: _Phases | None) -> Tensor | None:
+    """Return a view of a bias, `(phases, N)`; or raise unless it has N elements."""
+    count = 1 if phases is None else math.prod(phases.steps)
+    check_bias(bias, len(weight.codes) // count)
+    return None if bias is None else bias.expand(count, -1)
+
+
+def _interleaved(y: Tensor, phases: _Phases, images: Tensor) -> Tensor:
     """Put phases `(B, prod(steps) * N, *windows)` side by side: `(B, N, *size)`, with the channels last in memory."""
+    steps, crop = phases
     rank = len(steps)
     y = y.reshape(y.shape[0], *steps, y.shape[1] // math.prod(steps), *y.shape[2:])
     axes = chain(*((rank + 2 + axis, 1 + axis) for axis in range(rank)))
     y = y.permute(0, *axes, rank + 1)
     y = y.reshape(y.shape[0], *(y.shape[i] * y.shape[i + 1] for i in range(1, 2 * rank, 2)), y.shape[-1])
+    # Else Inductor, which does both in one loop, takes twice as long; of one or three dimensions half as long.
+    y = computed_once(y) if rank == 2 and images.stride(1) != 1 else y
+    for axis, (first, size) in enumerate(crop, 1):
+        y = y.narrow(axis, first, size)
     return y.movedim(-1, 1)
 
 

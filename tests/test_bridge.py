@@ -661,8 +661,15 @@ def test_what_is_packed_at_the_first_call_is_not_saved_copied_or_left_behind(pac
             "convolution_of_reals",
             r"give \(batch, 20, height, width\)",
         ),
+        (
+            lambda: nn.ConvTranspose2d(20, 12, 3, 2),
+            (2, 20, 4, 3),
+            "CONVOLUTIONS",
+            "convolution_of_reals",
+            r"give \(batch, 20, height, width\)",
+        ),
     ],
-    ids=["linear", "conv"],
+    ids=["linear", "conv", "transposed"],
 )
 def test_what_an_eager_layer_found_of_its_operands_holds_for_them_alone(
     make: Callable[[], nn.Module],
@@ -686,7 +693,8 @@ def test_what_an_eager_layer_found_of_its_operands_holds_for_them_alone(
         layer.load_state_dict(state | {"weight_codes": state["weight_codes"].flip(int(assign))}, assign=assign)
 
     changes: list[Callable[[], object]] = [
-        lambda: layer.weight_codes.add_(1),
+        lambda: layer.multiplied.codes.add_(1),
+        lambda: layer.bias.add_(1),
         lambda: setattr(layer, "bias", nn.Parameter(torch.randn(12), requires_grad=False)),
         lambda: new_state(False),
         lambda: new_state(True),
@@ -724,7 +732,11 @@ def test_what_an_eager_layer_found_of_its_operands_holds_for_them_alone(
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.skipif(not brgemm.AVAILABLE, reason="this machine has no VNNI, or no compiler")
 @pytest.mark.parametrize("scheme", ["int8", "uint8"])
-@pytest.mark.parametrize("make", [lambda: nn.Linear(20, 12), lambda: nn.Conv2d(20, 12, 3)], ids=["linear", "conv"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Linear(20, 12), lambda: nn.Conv2d(20, 12, 3), lambda: nn.ConvTranspose2d(20, 12, 3, 2)],
+    ids=["linear", "conv", "transposed"],
+)
 def test_a_layer_that_was_never_called_is_traced_by_torch_jit(make: Callable[[], nn.Module], scheme: str) -> None:
     model, x = bridge.prepare_(nn.Sequential(make()).eval(), SCHEMES[scheme]), torch.randn(3, 20, 5, 20)
     bridge.calibrate(model, [x])
