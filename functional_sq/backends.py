@@ -78,7 +78,10 @@ class Product(_Backend, Protocol):
 
 
 class Convolution(_Backend, Protocol):
-    """What `conv` asks; `functional_sq.onednn_conv` is one, and says what the arguments are."""
+    """What `conv` asks; `functional_sq.onednn_conv` is one, and says what the arguments are.
+
+    Of a weight in one dimension or two the images have two; one that takes a weight in three is `functional_sq.brgemm`.
+    """
 
     def windows(
         self,

@@ -545,11 +545,40 @@ inline void transpose(__m512i (&x)[4]) {
   x[2] = _mm512_shuffle_i32x4(c, d, 0x88), x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
 }
 
-// What a convolution takes: of images (batch, height, width, channels) in memory.
+// What a convolution takes: of images (batch, depth, height, width, channels) in memory.
 struct Geometry {
-  int64_t height, width, channels;
-  int64_t kernel[2], stride[2], dilation[2], above, left;
-  int64_t windows[2];  // of an image, along height and width
+  int64_t size[3], channels;
+  int64_t kernel[3], stride[3], dilation[3], before[3];
+  int64_t windows[3];  // of an image
+
+  int64_t plane() const { return size[1] * size[2] * channels; }
+};
+
+// Where a window begins, and the image that it is in; from one window to the next.
+class Window {
+  const Geometry& of;
+  int64_t at[3];
+
+ public:
+  const uint8_t* image;
+
+  Window(const Geometry& of, const void* images, int64_t first) : of(of) {
+    for (int axis = 2; axis >= 0; --axis) {
+      at[axis] = first % of.windows[axis];
+      first /= of.windows[axis];
+    }
+    image = static_cast<const uint8_t*>(images) + first * of.size[0] * of.plane();
+  }
+
+  int64_t begin(int axis) const { return at[axis] * of.stride[axis] - of.before[axis]; }
+
+  void next() {
+    for (int axis = 2; axis >= 0; --axis) {
+      if (++at[axis] < of.windows[axis]) return;
+      at[axis] = 0;
+    }
+    image += of.size[0] * of.plane();
+  }
 };
 
 // Of windows of images, (taps, channels of the group), by `take` of codes; where there is no pixel, what `outside` is.
@@ -557,37 +586,31 @@ template <typename Code, typename Take>
 Rows<Code> gathered(const Call& call, const Geometry& of, Factor<Code> outside, Take take) {
   return [=, q = static_cast<const uint8_t*>(call.q)](int64_t first, int64_t height, int64_t group) {
     const int64_t depth = inner<Code>(call.k), channels = of.channels / call.groups;
-    const int64_t step = of.dilation[1] * of.channels, along = of.kernel[1], size = of.height * of.width * of.channels;
+    const int64_t step = of.dilation[2] * of.channels, along = of.kernel[2], line = of.size[2] * of.channels;
     Factor<Code>* rows = scratch<Factor<Code>>(ROWS * depth);
-    int64_t column = first % of.windows[1], row = first / of.windows[1] % of.windows[0];
-    const uint8_t* image = q + first / of.windows[1] / of.windows[0] * size + group * channels;
-    for (int64_t i = 0; i < height; ++i) {
-      const int64_t top = row * of.stride[0] - of.above, left = column * of.stride[1] - of.left;
-      const bool whole = 0 <= left && left + (along - 1) * of.dilation[1] < of.width;
+    Window window(of, q, first);
+    for (int64_t i = 0; i < height; ++i, window.next()) {
+      const int64_t front = window.begin(0), top = window.begin(1), left = window.begin(2);
+      const bool whole = 0 <= left && left + (along - 1) * of.dilation[2] < of.size[2];
       Factor<Code>* to = rows + i * depth;
-      for (int64_t a = 0; a < of.kernel[0]; ++a) {
-        const int64_t y = top + a * of.dilation[0];
-        const uint8_t* from = image + (y * of.width + left) * of.channels;
-        const bool inside = 0 <= y && y < of.height;
-        if (inside && whole && step == channels) {  // pixels that lie side by side
-          take(from, along * channels, to);
-          to += along * channels;
-          continue;
+      for (int64_t c = 0, z = front; c < of.kernel[0]; ++c, z += of.dilation[0])
+        for (int64_t a = 0, y = top; a < of.kernel[1]; ++a, y += of.dilation[1]) {
+          const uint8_t* from = window.image + z * of.plane() + y * line + left * of.channels + group * channels;
+          const bool inside = 0 <= z && z < of.size[0] && 0 <= y && y < of.size[1];
+          if (inside && whole && step == channels) {  // pixels that lie side by side
+            take(from, along * channels, to);
+            to += along * channels;
+            continue;
+          }
+          for (int64_t b = 0; b < along; ++b, from += step, to += channels) {
+            const int64_t x = left + b * of.dilation[2];
+            if (inside && 0 <= x && x < of.size[2])
+              take(from, channels, to);
+            else
+              std::fill_n(to, channels, outside);
+          }
         }
-        for (int64_t b = 0; b < along; ++b, from += step, to += channels) {
-          const int64_t x = left + b * of.dilation[1];
-          if (inside && 0 <= x && x < of.width)
-            take(from, channels, to);
-          else
-            std::fill_n(to, channels, outside);
-        }
-      }
       std::fill(to, rows + (i + 1) * depth, Factor<Code>(0));
-      if (++column < of.windows[1]) continue;
-      column = 0;
-      if (++row < of.windows[0]) continue;
-      row = 0;
-      image += size;
     }
     return rows;
   };
@@ -646,16 +669,23 @@ void sum_window(
 // A convolution of each channel alone.
 template <bool asymmetric>
 void convolve_alone(const Call& call, const Geometry& of) {
-  const int64_t widths = tiles(call.n), blocks = parts(call.k, 4), line = of.width * of.channels;
+  const int64_t widths = tiles(call.n), blocks = parts(call.k, 4);
   const int64_t most = std::max(parts(call.m, ROWS / 4), parts(8 * at::get_num_threads(), widths));
   const int64_t height = parts(call.m, most), heights = parts(call.m, height);
-  const int64_t end = (of.kernel[0] - 1) * of.dilation[0], side = (of.kernel[1] - 1) * of.dilation[1];
   const Finish<int32_t> finish = finisher<int32_t>(call);
   const auto sum = blocks == 3 ? sum_window<asymmetric, 3> : sum_window<asymmetric, 0>;  // 3 x 3 elements
+  // Call a function with each element of a window, and where it is from the first one on.
+  const auto elements = [&](auto use) {
+    int64_t tap = 0;
+    for (int64_t c = 0; c < of.kernel[0]; ++c)
+      for (int64_t a = 0; a < of.kernel[1]; ++a)
+        for (int64_t b = 0; b < of.kernel[2]; ++b)
+          use(tap++, c * of.dilation[0], a * of.dilation[1], b * of.dilation[2]);
+  };
   Elements inside(call.k);
-  for (int64_t a = 0, tap = 0; a < of.kernel[0]; ++a)
-    for (int64_t b = 0; b < of.kernel[1]; ++b)
-      inside.places[tap++] = a * of.dilation[0] * line + b * of.dilation[1] * of.channels;
+  elements([&](int64_t tap, int64_t z, int64_t y, int64_t x) {
+    inside.places[tap] = z * of.plane() + (y * of.size[2] + x) * of.channels;
+  });
   Tasks(heights * widths).share([&](auto each_task) {
     alignas(LINE) int32_t sums[ROWS / 4 * COLUMNS];
     alignas(LINE) uint8_t outside[COLUMNS];
@@ -670,27 +700,23 @@ void convolve_alone(const Call& call, const Geometry& of) {
       __m512i zero_points[4];
       for (int64_t v = 0; v < 4 && asymmetric; ++v)
         zero_points[v] = read(call.weight_zero_point + column + v * LANES, some >> v * LANES);
-      int64_t x = row % of.windows[1], y = row / of.windows[1] % of.windows[0];
-      intptr_t image = reinterpret_cast<intptr_t>(call.q) + column;
-      image += row / of.windows[1] / of.windows[0] * of.height * line;
-      for (int64_t i = 0; i < tile.height; ++i) {
-        const int64_t top = y * of.stride[0] - of.above, left = x * of.stride[1] - of.left;
-        const intptr_t first = image + top * line + left * of.channels;
-        const bool whole = 0 <= top && top + end < of.height && 0 <= left && left + side < of.width;
+      Window window(of, call.q, row);
+      for (int64_t i = 0; i < tile.height; ++i, window.next()) {
+        const int64_t begin[3] = {window.begin(0), window.begin(1), window.begin(2)};
+        const intptr_t first = reinterpret_cast<intptr_t>(window.image) + begin[0] * of.plane() +
+                               (begin[1] * of.size[2] + begin[2]) * of.channels + column;
+        const auto within = [&](int axis, int64_t place) { return 0 <= place && place < of.size[axis]; };
+        bool whole = true;
+        for (int axis = 0; axis < 3; ++axis)
+          whole &= begin[axis] >= 0 && within(axis, begin[axis] + (of.kernel[axis] - 1) * of.dilation[axis]);
         if (!whole) {
           std::fill(bordering.places.begin(), bordering.places.end(), reinterpret_cast<intptr_t>(outside) - first);
-          for (int64_t a = 0, tap = 0; a < of.kernel[0]; ++a)
-            for (int64_t b = 0; b < of.kernel[1]; ++b, ++tap) {
-              const int64_t h = top + a * of.dilation[0], w = left + b * of.dilation[1];
-              if (0 <= h && h < of.height && 0 <= w && w < of.width) bordering.places[tap] = inside.places[tap];
-            }
+          elements([&](int64_t tap, int64_t z, int64_t y, int64_t x) {
+            if (within(0, begin[0] + z) && within(1, begin[1] + y) && within(2, begin[2] + x))
+              bordering.places[tap] = inside.places[tap];
+          });
         }
         sum(first, whole ? inside : bordering, weight, zero_points, some, sums + i * COLUMNS);
-        if (++x < of.windows[1]) continue;
-        x = 0;
-        if (++y < of.windows[0]) continue;
-        y = 0;
-        image += of.height * line;
       }
       finish(call, sums, tile, row_sums);
     });
@@ -1001,38 +1027,52 @@ at::Tensor convolution(
     at::ScalarType dtype,
     const std::optional<at::Tensor>& q_scale,
     const std::optional<at::ScalarType> format) {
+  const int64_t rank = q.dim() - 2, taps = codes.dim() - 2;  // of one dimension a weight has that alone
   TORCH_CHECK(
-      groups > 0 && q.dim() == 4 && (codes.dim() == 3 || codes.dim() == 4) && q.size(1) == codes.size(1) * groups &&
-          codes.size(0) % groups == 0,
+      groups > 0 && (rank == 2 || rank == 3) && (taps == rank || (taps == 1 && rank == 2)) &&
+          q.size(1) == codes.size(1) * groups && codes.size(0) % groups == 0,
       "q of shape ", q.sizes(), " meets codes of shape ", codes.sizes(), " in ", groups, " groups");
+  const auto are = [](at::IntArrayRef numbers, int64_t count, int64_t least) {
+    return static_cast<int64_t>(numbers.size()) == count && *std::min_element(numbers.begin(), numbers.end()) >= least;
+  };
   TORCH_CHECK(
-      stride.size() == 2 && padding.size() == 4 && dilation.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride ",
-      stride, ", padding ", padding, ", dilation ", dilation, "; give 2, 4 and 2 numbers, strides from 1");
-  const at::Tensor images = q.permute({0, 2, 3, 1}).contiguous();
-  Geometry of{.height = images.size(1), .width = images.size(2), .channels = images.size(3)};
-  for (int64_t i : {0, 1}) {
-    of.kernel[i] = codes.dim() == 4 ? codes.size(2 + i) : i ? codes.size(2) : 1;
-    of.stride[i] = stride[i];
-    of.dilation[i] = dilation[i];
-    const int64_t size = images.size(1 + i) + padding[2 * i] + padding[2 * i + 1];
-    of.windows[i] = (size - dilation[i] * (of.kernel[i] - 1) - 1) / stride[i] + 1;
+      are(stride, rank, 1) && are(padding, 2 * rank, 0) && are(dilation, rank, 1), "stride ", stride, ", padding ", padding,
+      ", dilation ", dilation, "; give ", rank, ", ", 2 * rank, " and ", rank, " numbers, from 1, 0 and 1");
+  const at::Tensor images = q.movedim(1, -1).contiguous();
+  Geometry of{
+      .size = {1, 1, 1},
+      .channels = images.size(-1),
+      .kernel = {1, 1, 1},
+      .stride = {1, 1, 1},
+      .dilation = {1, 1, 1},
+      .before = {},
+      .windows = {1, 1, 1}};
+  std::vector<int64_t> shape{images.size(0)};
+  for (int64_t i = 0; i < rank; ++i) {
+    const int64_t axis = 3 - rank + i, tap = taps - rank + i;
+    of.size[axis] = images.size(1 + i);
+    of.kernel[axis] = tap < 0 ? 1 : codes.size(2 + tap);
+    of.stride[axis] = stride[i];
+    of.dilation[axis] = dilation[i];
+    of.before[axis] = padding[2 * i];
+    const int64_t size = of.size[axis] + padding[2 * i] + padding[2 * i + 1];
+    of.windows[axis] = (size - dilation[i] * (of.kernel[axis] - 1) - 1) / stride[i] + 1;
+    shape.push_back(of.windows[axis]);
   }
-  of.above = padding[0];
-  of.left = padding[2];
-  const at::Tensor y = at::empty(
-      {images.size(0), of.windows[0], of.windows[1], codes.size(0)},
-      q.options().dtype(to_scale ? codes_dtype(codes) : dtype));
-  const at::Tensor result = y.permute({0, 3, 1, 2});
+  shape.push_back(codes.size(0));
+  const at::Tensor y = at::empty(shape, q.options().dtype(to_scale ? codes_dtype(codes) : dtype));
+  const at::Tensor result = y.movedim(-1, 1);
   if (y.numel() == 0) return result;
   const Enabled enabled;
   const auto weight = packed(codes, groups);
-  const std::optional<at::Tensor> last = residual ? std::optional(residual->permute({0, 2, 3, 1})) : std::nullopt;
+  const std::optional<at::Tensor> last = residual ? std::optional(residual->movedim(1, -1)) : std::nullopt;
   const Operands operands{q_scale, zero_point, weight_zero_point, bias, last, to_scale, to_zero_point, scale};
   Held held;
   const Call call = call_of(images, *weight, operands, activation, y, held);
   const bool padded = std::any_of(padding.begin(), padding.end(), [](int64_t size) { return size != 0; });
-  const bool rows = of.kernel[0] * of.kernel[1] * stride[0] * stride[1] * groups == 1 && !padded;
-  TORCH_CHECK(rows || !q_scale, "real values are read by a convolution of 1 x 1, not in windows; give codes");
+  const bool one = std::all_of(stride.begin(), stride.end(), [](int64_t step) { return step == 1; });
+  const bool rows = one && of.kernel[0] * of.kernel[1] * of.kernel[2] * groups == 1 && !padded;
+  TORCH_CHECK(rows || !q_scale, "real values are read by a convolution of one element, not in windows; give codes");
   const at::ScalarType read = q.scalar_type();
   if (weight->alone)
     weight_zero_point ? convolve_alone<true>(call, of) : convolve_alone<false>(call, of);
@@ -1087,7 +1127,7 @@ at::Tensor convolution_of_reals(
       line ? q.unsqueeze(2) : q, z, codes, weight_zero_point, scale, bias, {}, stride, padding, dilation, groups, "none",
       {}, {}, x.scalar_type(), {}, {});
   if (line) return last ? y.squeeze(2) : y.squeeze(2).contiguous();
-  return last || (q.stride(1) == 1 && q.stride(3) > 1) ? y : y.contiguous();
+  return last || (q.stride(1) == 1 && q.stride(-1) > 1) ? y : y.contiguous();
 }
 
 }  // namespace

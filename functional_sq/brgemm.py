@@ -41,7 +41,7 @@ from functional_sq.quantize import quantize as _quantize
 from functional_sq.requantize import Float8Codes, fills_a_byte, has_one_scale, requantizes
 from functional_sq.spec import QuantSpec, check_spec
 from functional_sq.tracing import always, asked_once, define_operator, is_batched, is_traced
-from functional_sq.windows import laid_out, window_sizes
+from functional_sq.windows import are_alone, laid_out, window_sizes
 
 __all__ = [
     "AVAILABLE",
@@ -106,7 +106,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
     """Whether a folded weight is multiplied or convolved with: int8, on a CPU with VNNI.
 
     Args:
-        codes: `(N, K)`, or `(N, C / groups, *kernel)` in one or two dimensions: the weight's.
+        codes: `(N, K)`, or `(N, C / groups, *kernel)` in one to three dimensions: the weight's.
         zero_point: the weight's; None where it is 0.
 
     Example:
@@ -117,7 +117,7 @@ def supports(codes: Tensor, zero_point: Tensor | None) -> bool:
     """
     return (
         codes.dtype is torch.int8
-        and codes.ndim in (2, 3, 4)
+        and 2 <= codes.ndim <= 5
         and _takes(codes)
         and math.prod(codes.shape[1:]) <= INT32_TERMS
     )
@@ -154,7 +154,7 @@ def float8_for(codes: Tensor, groups: int = 1) -> Float8Kernels | None:
     """Return what multiplies, or convolves, codes of float8 with those of a weight as bfloat16 on this CPU, or None.
 
     Args:
-        codes: `(N, K)`, or `(N, C / groups, *kernel)` in one or two dimensions.
+        codes: `(N, K)`, or `(N, C / groups, *kernel)` in one to three dimensions.
         groups: as `functional_sq.conv`.
 
     Example:
@@ -164,7 +164,7 @@ def float8_for(codes: Tensor, groups: int = 1) -> Float8Kernels | None:
         True
     """
     is_float8 = codes.is_floating_point() and codes.itemsize == 1
-    fits = HAS_BFLOAT16 and is_float8 and codes.ndim in (2, 3, 4) and groups == 1 and _takes(codes)
+    fits = HAS_BFLOAT16 and is_float8 and 2 <= codes.ndim <= 5 and groups == 1 and _takes(codes)
     return _FLOAT8 if fits else None
 
 
@@ -261,7 +261,8 @@ def windows(
     With VNNI alone for any number without groups, unless windows are copied a few bytes at a time: one image takes 0.4
     to 1 of what it takes oneDNN, whose operator takes 100 us whatever it is called for, eight images 0.7 to 1.07, in a
     chain of 1 x 1 over 25 000 windows 1.13. With AMX while the copies of windows take less than that call; for any
-    number where none are made, oneDNN is wrong, or the weight is asymmetric.
+    number where none are made, oneDNN is wrong, or the weight is asymmetric. In three dimensions for any number: others
+    copy windows in memory.
 
     Args:
         codes, zero_point: the weight's, that `supports` takes; codes are `(N, C / groups, *kernel)`.
@@ -279,8 +280,9 @@ def windows(
     is_copied = groups > 1 or (zero_point is None and taps * math.prod(stride) > 1)
     if 1 < groups == codes.shape[0] and channels == 1:
         filled_up = -(-groups // _TOGETHER) * _TOGETHER
-        return range(1, int(_ALONE / (filled_up * taps)) + 1)
-    if not is_copied or not onednn_conv.is_right(codes, groups):
+        few = range(1, int(_ALONE / (filled_up * taps)) + 1)
+        return few if len(kernel) < 3 or are_alone(codes, groups) else any_number
+    if len(kernel) == 3 or not is_copied or not onednn_conv.is_right(codes, groups):
         return any_number
     # Of a window, what lies side by side in memory.
     together = channels * kernel[-1] if groups == 1 and dilation[-1] == 1 else channels
@@ -307,16 +309,16 @@ def convolve(
     Args:
         operands: as `product`, whose `x` a convolution of 1 x 1 reads where it has its channels last in memory; fastest
             where codes have.
-        stride, dilation: along height and width.
-        padding: above, below, left and right; the zero point is what is there.
+        stride, dilation: along height and width, of images that have it along depth before.
+        padding: above, below, left and right, before that in front and behind; the zero point is what is there.
         groups: as `functional_sq.conv`.
         activation: what `requantizes` takes, applied before codes are made; without `to_scale` "none", or "relu" with
             a residual.
         to_scale, to_zero_point, dtype: as `product`.
-        residual: `(B, N, height, width)` of `dtype`, without a gradient, or None: what is added before the activation.
+        residual: of the result's shape and `dtype`, without a gradient, or None: what is added before the activation.
 
     Returns:
-        `(B, N, height, width)` in `dtype`, or codes with `to_scale`; the channels last in memory.
+        `(B, N, height, width)`, or with depth, in `dtype`, or codes with `to_scale`; the channels last in memory.
 
     Raises:
         RuntimeError: as `product`.
@@ -420,7 +422,7 @@ def convolution_of_reals(
 ) -> Callable[[Tensor], Tensor]:
     """Return what convolves the codes of real values, by one operator; as `product_of_reals`.
 
-    Of `x`, `(B, C, *space)` in one or two dimensions that `reads` takes, it returns `(B, N, *size)` in the dtype of
+    Of `x`, `(B, C, *space)` in one to three dimensions that `reads` takes, it returns `(B, N, *size)` in the dtype of
     `x`, the channels last in memory where they are in `x`, or with `last` anyway.
 
     Args:
@@ -519,7 +521,7 @@ def _result_dtype(codes: Tensor, to_scale: Tensor | None, dtype: torch.dtype) ->
 def _fake_convolution(q: Tensor, zero_point: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
     stride, padding, dilation, _, _, to_scale, _, dtype, *_ = rest[4:]
     padded = [n + before + after for n, before, after in zip(q.shape[2:], padding[::2], padding[1::2], strict=True)]
-    size = window_sizes(padded, (1, *codes.shape[2:])[-2:], stride, dilation)
+    size = window_sizes(padded, (1, *codes.shape[2:])[-len(stride) :], stride, dilation)
     y = q.new_empty((q.shape[0], *size, codes.shape[0]), dtype=_result_dtype(codes, to_scale, dtype))
     return y.movedim(-1, 1)
 

@@ -16,7 +16,7 @@ rounds to the integer. So such groups are exact, and no faster than floats.
 A weight that is used again (`epilogue=`) is convolved by a backend where that is faster, with groups too: neither
 windows nor floats are written, and the bits are the same. An asymmetric one also needs each window's sum. Where each
 channel is convolved alone by no backend, or by oneDNN and such a weight, compiled code is one loop over the elements of
-a window, fused with all that follows. Triton convolves float8 alike, and on a CPU `brgemm`. No backend takes three
+a window, fused with all that follows. Triton convolves float8 alike, and on a CPU `brgemm`, which alone takes three
 dimensions.
 """
 
@@ -358,11 +358,12 @@ def _convolve_by(
     *then: Any,
     **rest: Any,
 ) -> Tensor:
-    """Return the convolution with a kept weight, by a backend that knows two dimensions: `(B, N, *size)`, or codes."""
+    """Return the convolution with a kept weight, by a backend that knows two dimensions, or three: `(B, N, *size)`, or
+    codes."""
     # As `contiguous(memory_format=torch.channels_last)`, which vmap does not take.
     operands = operands._replace(q=operands.q.movedim(1, -1).contiguous().movedim(-1, 1))
-    along = _in_two_dimensions(geometry)
-    if len(geometry.stride) == 2:
+    along = _for_backend(geometry)
+    if len(geometry.stride) > 1:
         return backend.convolve(operands, *along, groups, *then, **rest)
     x = None if operands.x is None else operands.x.unsqueeze(2)
     operands = operands._replace(q=operands.q.unsqueeze(2), x=x)
@@ -371,9 +372,9 @@ def _convolve_by(
     return backend.convolve(operands, *along, groups, *then, **rest).squeeze(2)
 
 
-def _in_two_dimensions(geometry: Geometry) -> tuple[tuple[int, ...], list[int], tuple[int, ...]]:
+def _for_backend(geometry: Geometry) -> tuple[tuple[int, ...], list[int], tuple[int, ...]]:
     """Return stride, padding and dilation as a backend takes them; of one dimension, that is the width."""
-    missing = 2 - len(geometry.stride)
+    missing = max(0, 2 - len(geometry.stride))
     sides = [0, 0] * missing + [*itertools.chain(*geometry.padding)]
     return (1,) * missing + geometry.stride, sides, (1,) * missing + geometry.dilation
 
@@ -438,7 +439,7 @@ def images_convolution(
     if not fills_a_byte(spec, qp.scale) or not fits_operator(epilogue.scale, bias, torch.float32):
         return None
     operands = codes, zero_point_of_rows(weight), epilogue.scale, bias
-    convolve = brgemm.convolution_of_reals(spec, qp, *operands, *_in_two_dimensions(geometry), groups, last=last)
+    convolve = brgemm.convolution_of_reals(spec, qp, *operands, *_for_backend(geometry), groups, last=last)
 
     @lru_cache(maxsize=16)
     def is_taken(shape: torch.Size) -> bool:

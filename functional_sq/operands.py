@@ -14,7 +14,7 @@ class Operands(NamedTuple):
 
     Attributes:
         q: codes of the activations, of the dtype that the backend's `CODES` names: `(M, K)`; of a convolution
-            `(B, C, H, W)`, the channels last in memory.
+            `(B, C, H, W)`, or `(B, C, D, H, W)`, the channels last in memory.
         zero_point: int32, one element: of `q`, and for a convolution a code; None where it is known to be 0.
         codes: int8, the weight's: `(N, K)`; of a convolution `(N, C / groups, *kernel)`, whose one dimension is W.
         weight_zero_point: `(N,)` int32; None where it is 0.

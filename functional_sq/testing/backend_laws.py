@@ -19,6 +19,7 @@ from functional_sq.operands import Operands
 from functional_sq.qparams import QParams
 from functional_sq.requantize import ACTIVATIONS, apply_epilogue
 from functional_sq.testing.assertions import assert_same_bits, require
+from functional_sq.windows import flatten_padding
 
 __all__ = ["convolution_is_exact", "product_is_exact"]
 
@@ -134,12 +135,12 @@ def convolution_is_exact(
 
     Args:
         backend: what is under test.
-        images, size: how many images, and their height and width.
+        images, size: how many images, and their height and width, or depth, height and width.
         channels, outputs, groups: of each group, and how many groups: `(images, groups * channels, *size)` codes of
             `backend.CODES` meet `(groups * outputs, channels, *kernel)` of int8.
-        kernel: along height and width, or along the width alone.
-        stride, dilation: along height and width.
-        padding: above, below, left and right; what is there has the code `zero_point`.
+        kernel: along all of `size`, or along the width alone.
+        stride, dilation: along all of `size`.
+        padding: above, below, left and right, before that in front and behind; what is there has the code `zero_point`.
         zero_point, fill, seed, dtype, bias, strided, asymmetric, real, activation, step, device: as `product_is_exact`.
         residual: whether one is added, in `dtype`, and what is positive of the sum is asked for too.
         last: whether the channels of the images lie last in memory, as those that `conv` gives.
@@ -157,15 +158,17 @@ def convolution_is_exact(
     q, w = (t.to(device) for t in _drawn_codes(draw, *shapes, fill, zero_point, seed))
     z = torch.tensor([zero_point], dtype=torch.int32, device=device)
     if last:
-        q = q.contiguous(memory_format=torch.channels_last)
+        q = q.movedim(1, -1).contiguous().movedim(-1, 1)
     of_weight = _drawn_zero_points(draw, n, device) if asymmetric else None
-    above, below, left, right = padding
+    rank = len(size)
+    sides = flatten_padding([*zip(padding[::2], padding[1::2], strict=True)])
 
     def sums() -> Tensor:
         # Sums of float64 are exact below 2**53, in any order.
-        wide = F.pad(q.cpu().double() - z.cpu(), (left, right, above, below))
-        rows = _real(w, of_weight).reshape(*w.shape[:2], *(1 for _ in range(4 - w.ndim)), *kernel)
-        return F.conv2d(wide, rows, None, tuple(stride), 0, tuple(dilation), groups).long().movedim(1, -1)
+        wide = F.pad(q.cpu().double() - z.cpu(), sides)
+        rows = _real(w, of_weight).reshape(*w.shape[:2], *(1 for _ in range(rank - len(kernel))), *kernel)
+        op = F.conv2d if rank == 2 else F.conv3d
+        return op(wide, rows, None, tuple(stride), 0, tuple(dilation), groups).long().movedim(1, -1)
 
     total = sums()
     scale, b = _drawn_epilogue(draw, n, bias, strided, device, _scale_divisor(activation, total))

@@ -55,21 +55,25 @@ def _convolutions(draw: st.DrawFn, backend: Convolution, device: str, *, alone: 
         outputs = draw(st.one_of(st.integers(1, 12), st.integers(33, 80)))
         several = channels * outputs < 100 and not rows
         groups = draw(st.one_of(st.integers(1, 6), st.sampled_from([9, 17]))) if several else 1
-    sides = st.just(1) if rows else st.integers(1, 4)
-    kernel = draw(st.one_of(st.tuples(sides), st.tuples(sides, sides)))
-    codes = torch.empty((groups * outputs, channels, *kernel), dtype=torch.int8, device=device)
+    weight = groups * outputs, channels
+    has_depth = backend.supports(torch.empty((*weight, 1, 1, 1), dtype=torch.int8, device=device), None)
+    rank = draw(st.sampled_from([1, 2, 3] if has_depth else [1, 2]))
+    sides = st.just(1) if rows else st.integers(1, 4 if rank < 3 else 3)
+    kernel = draw(st.tuples(*(sides for _ in range(rank))))
+    codes = torch.empty((*weight, *kernel), dtype=torch.int8, device=device)
     if not backend.supports(codes, None):
         reject()
     zero_points = torch.empty((len(codes), *(1 for _ in codes.shape[1:])), dtype=torch.int32, device=device)
     asymmetric = backend.supports(codes, zero_points)
     size, stride, dilation = [], [], []
     padding: list[int] = []
-    for k in (1, *kernel)[-2:]:
+    few = st.integers(0, 6 if rank < 3 else 3)
+    more_or_far = st.one_of(few, st.sampled_from([33])) if channels < 100 and rank < 3 else few
+    for k in kernel if rank > 1 else (1, *kernel):
         gap, around = draw(st.integers(1, 3)), draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
         around = (0, 0) if rows else around
         extent = gap * (k - 1) + 1
-        more = draw(st.one_of(st.integers(0, 6), st.sampled_from([33]))) if channels < 100 else draw(st.integers(0, 6))
-        size.append(max(1, extent - sum(around)) + more)
+        size.append(max(1, extent - sum(around)) + draw(more_or_far))
         stride.append(1 if rows else draw(st.integers(1, 4)))
         padding += around
         dilation.append(gap)
