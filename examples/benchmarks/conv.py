@@ -6,8 +6,8 @@ Each row is one layer of ResNet-50, MobileNetV2 or Wav2Vec2 and a batch, images 
 compiled pass that makes codes of the input, and oneDNN's int8 convolution alone, of codes that are there already
 and a weight that is packed already. The column uint8 has asymmetric weights: tiles of `functional_sq.brgemm`, with
 groups two convolutions by oneDNN; a depthwise one is a loop, and no call of oneDNN.
-Then transposed ones, as multiples of float32, and blocks of two networks, batch norms in them, as multiples of their
-bare convolutions; `apart` hands no codes on.
+Then transposed ones and some in three dimensions, as multiples of float32, and blocks of two networks, batch norms in
+them, as multiples of their bare convolutions; `apart` hands no codes on.
 All columns of a row are timed in turn; a cell is the median and its ratio to the floor. Below the table oneDNN
 names the kernels of one call, for a layer without groups and a depthwise one. `OMP_NUM_THREADS=1` makes it
 quieter on a machine that is shared. `--quick` takes small layers and little time.
@@ -28,6 +28,8 @@ from torch import nn
 import bridge
 import functional_sq as fsq
 
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 class Layer(NamedTuple):
     """A convolution as its model calls it; behind a ReLU its input has no negative values."""
@@ -41,7 +43,7 @@ class Layer(NamedTuple):
     def input(self) -> torch.Tensor:
         x = torch.randn(self.batch, self.conv.in_channels, *self.size)
         x = x.relu() if self.relu else x
-        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        return x.contiguous(memory_format=LAST[x.ndim]) if x.ndim in LAST else x
 
 
 def layers(batches: Sequence[int], *, small: bool) -> list[Layer]:
@@ -106,7 +108,7 @@ def columns(layer: Layer) -> Calls:
 def compared(conv: nn.Module, x: torch.Tensor) -> Calls:
     torch.compiler.reset()
     ours, asymmetric = quantized(conv, x, torch.int8), quantized(conv, x, torch.uint8)
-    last = {"memory_format": torch.channels_last} if x.ndim == 4 else {}
+    last = {"memory_format": LAST[x.ndim]} if x.ndim in LAST else {}
     conv = copy.deepcopy(conv).to(**last) if last else conv
     bf16 = copy.deepcopy(conv).bfloat16()
     return {
@@ -118,11 +120,19 @@ def compared(conv: nn.Module, x: torch.Tensor) -> Calls:
     }
 
 
-def transposed(batches: Sequence[int], *, small: bool) -> Iterator[tuple[str, Calls]]:
-    """A generator's, a decoder's and a segmentation's."""
-    kinds = [(16, nn.ConvTranspose2d(256, 128, 4, 2, 1))]
+def others(batches: Sequence[int], *, small: bool) -> Iterator[tuple[str, Calls]]:
+    """Transposed: a generator's, a decoder's, a segmentation's and a vocoder's; then those of volumes."""
+    kinds: list[tuple[int, nn.Module]] = [(16, nn.ConvTranspose2d(256, 128, 4, 2, 1)), (8, nn.Conv3d(64, 64, 3, 1, 1))]
     if not small:
-        kinds += [(28, nn.ConvTranspose2d(128, 64, 2, 2)), (28, nn.ConvTranspose2d(64, 64, 3, 2, 1, 1))]
+        kinds = [
+            kinds[0],
+            (28, nn.ConvTranspose2d(128, 64, 2, 2)),
+            (28, nn.ConvTranspose2d(64, 64, 3, 2, 1, 1)),
+            (100, nn.ConvTranspose1d(512, 256, 16, 8, 4)),
+            (16, nn.Conv3d(64, 64, 3, 1, 1)),
+            (32, nn.Conv3d(1, 16, 3, 1, 1)),
+            (16, nn.ConvTranspose3d(64, 32, 2, 2)),
+        ]
     for batch in batches:
         for size, conv in kinds:
             layer = layer_of(batch, size, conv)
@@ -194,8 +204,8 @@ def main() -> None:
             yield layer.name, calls
 
     table(calls(), ("quantize", "convolution"), seconds)
-    print("\ntransposed, of stride 2, as multiples of float32\n")
-    table(transposed([1] if args.quick else [1, 8], small=args.quick), ("float32",), seconds)
+    print("\ntransposed and in three dimensions, as multiples of float32\n")
+    table(others([1] if args.quick else [1, 8], small=args.quick), ("float32",), seconds)
     print("\nblocks, as multiples of their convolutions; `apart` hands no codes on\n")
     made = blocks([1] if args.quick else [1, 8], small=args.quick)
     table(((name, block_columns(block, x)) for name, block, x in made), ("convolutions",), seconds)
