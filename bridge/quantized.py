@@ -778,7 +778,7 @@ class _QuantizedConvTranspose(_QuantizedConv):
     def _fold(self) -> None:
         if self._phases and self._one_a_row():
             for name, value in fsq.polyphase(self.folded, self.stride)._asdict().items():
-                if value is not None:  # as a buffer torch.export would count it among its inputs
+                if value is not None:  # torch.export counts a buffer that is None among its inputs
                     self.register_buffer(f"phase_{name}", value, persistent=False)
         super()._fold()
 

@@ -80,7 +80,8 @@ class Product(_Backend, Protocol):
 class Convolution(_Backend, Protocol):
     """What `conv` asks; `functional_sq.onednn_conv` is one, and says what the arguments are.
 
-    Of a weight in one dimension or two the images have two; one that takes a weight in three is `functional_sq.brgemm`.
+    Of a weight in one dimension or two the images have two. `supports` is asked about weights in three dimensions too,
+    which of those here `functional_sq.brgemm` takes.
     """
 
     def windows(

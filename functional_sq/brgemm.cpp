@@ -1,5 +1,5 @@
 // A product or convolution of codes, its scale, bias, residual, activation and the next codes, a tile at a time; of a
-// product also the codes of real values. And codes of real values by themselves.
+// product also the codes of real values. And codes of real values by themselves, and images in another order in memory.
 //
 // at::native::cpublas::brgemm multiplies a tile, by a kernel that oneDNN makes for its sizes; this file packs a weight as
 // that wants it, and does what follows while the tile is in the cache. Compiled and called by brgemm.py.
@@ -545,6 +545,81 @@ inline void transpose(__m512i (&x)[4]) {
   x[2] = _mm512_shuffle_i32x4(c, d, 0x88), x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
 }
 
+// In each quarter of four registers, rows of four become columns.
+inline void transpose_quarters(__m512i (&x)[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+  const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi64(a, c), x[1] = _mm512_unpackhi_epi64(a, c);
+  x[2] = _mm512_unpacklo_epi64(b, d), x[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+inline __mmask16 first(int64_t count) { return (1u << std::clamp<int64_t>(count, 0, LANES)) - 1; }
+
+// What `code` makes of images (batch, channels, pixels), in the order (batch, pixels, channels).
+template <typename X, typename F>
+void code_images(const X* images, int64_t batch, int64_t channels, int64_t pixels, uint8_t* to, F code) {
+  const int64_t blocks = parts(pixels, COLUMNS);
+  at::parallel_for(0, batch * blocks, parts(1 << 15, COLUMNS * channels), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t image = block / blocks, left = block % blocks * COLUMNS, right = std::min(pixels, left + COLUMNS);
+      for (int64_t c = 0; c < channels; c += LANES)
+        for (int64_t i = left; i < right; i += LANES) {
+          const X* from = images + (image * channels + c) * pixels + i;
+          __m512i x[4] = {};  // of 16 pixels, four channels in 32 bits
+          for (int64_t j = 0; j < std::min(LANES, channels - c); ++j) {
+            const __m512i codes = code(read(from + j * pixels, first(pixels - i)));
+            x[j / 4] = _mm512_or_si512(x[j / 4], _mm512_sll_epi32(codes, _mm_cvtsi32_si128(j % 4 * 8)));
+          }
+          transpose_quarters(x);
+          alignas(LINE) uint8_t rows[4][4][LANES];
+          for (int64_t k = 0; k < 4; ++k) _mm512_store_si512(rows[k], x[k]);
+          for (int64_t j = 0; j < std::min(LANES, pixels - i); ++j)
+            _mm_mask_storeu_epi8(
+                to + (image * pixels + i + j) * channels + c, first(channels - c),
+                _mm_load_si128(reinterpret_cast<const __m128i*>(rows[j % 4][j / 4])));
+        }
+    }
+  });
+}
+
+inline __m512i bits(const float* p, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, p); }
+
+inline __m512i bits(const c10::BFloat16* p, __mmask16 some) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)); }
+
+inline __m512i bits(const c10::Half* p, __mmask16 some) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)); }
+
+template <typename Y>
+void write_bits(Y* p, __mmask16 some, __m512i x) {
+  if constexpr (sizeof(Y) == 4)
+    _mm512_mask_storeu_epi32(p, some, x);
+  else
+    _mm256_mask_storeu_epi16(p, some, _mm512_cvtepi32_epi16(x));
+}
+
+// Images (batch, pixels, channels) in the order (batch, channels, pixels).
+template <typename Y>
+void exchange(const Y* images, int64_t batch, int64_t channels, int64_t pixels, Y* to) {
+  const int64_t blocks = parts(channels, LANES), shares = parts(pixels, ROWS);
+  at::parallel_for(0, batch * blocks * shares, parts(1 << 15, LANES * ROWS), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / shares / blocks, c = task / shares % blocks * LANES;
+      const int64_t left = task % shares * ROWS, right = std::min(pixels, left + ROWS);
+      for (int64_t i = left; i < right; i += LANES) {
+        __m512i x[4][4] = {}, y[4];
+        for (int64_t j = 0; j < std::min(LANES, pixels - i); ++j)
+          x[j / 4][j % 4] = bits(images + (image * pixels + i + j) * channels + c, first(channels - c));
+        for (auto& four : x) transpose_quarters(four);
+        for (int64_t k = 0; k < 4; ++k) {
+          for (int64_t j = 0; j < 4; ++j) y[j] = x[j][k];
+          transpose(y);
+          for (int64_t j = k; j < std::min(LANES, channels - c); j += 4)
+            write_bits(to + (image * channels + c + j) * pixels + i, first(pixels - i), y[j / 4]);
+        }
+      }
+    }
+  });
+}
+
 // What a convolution takes: of images (batch, depth, height, width, channels) in memory.
 struct Geometry {
   int64_t size[3], channels;
@@ -1037,7 +1112,7 @@ at::Tensor convolution(
   };
   TORCH_CHECK(
       are(stride, rank, 1) && are(padding, 2 * rank, 0) && are(dilation, rank, 1), "stride ", stride, ", padding ", padding,
-      ", dilation ", dilation, "; give ", rank, ", ", 2 * rank, " and ", rank, " numbers, from 1, 0 and 1");
+      ", dilation ", dilation, "; give ", rank, ", ", 2 * rank, " and ", rank, " numbers, strides and dilations from 1");
   const at::Tensor images = q.movedim(1, -1).contiguous();
   Geometry of{
       .size = {1, 1, 1},
@@ -1104,6 +1179,33 @@ at::Tensor quantize(
   return y;
 }
 
+// Of real values (batch, channels, ...) in that order, codes with the channels last in memory.
+at::Tensor coded_images(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point) {
+  std::vector<int64_t> shape = x.movedim(1, -1).sizes().vec();
+  const at::Tensor y = at::empty(shape, x.options().dtype(at::kByte));
+  Held held;
+  const Reals inverse(1 / *held.at<float>("scale", scale, 1, at::kFloat));
+  const Coded coded(*held.at<int32_t>("zero_point", zero_point, 1, at::kInt), 0, 255);
+  const int64_t batch = x.size(0), channels = x.size(1), pixels = y.numel() / std::max<int64_t>(1, batch * channels);
+  typed(x.const_data_ptr(), x.scalar_type(), [&](const auto* from) {
+    code_images(from, batch, channels, pixels, y.data_ptr<uint8_t>(), [&](Reals r) { return coded(r * inverse); });
+  });
+  return y.movedim(-1, 1);
+}
+
+// Images (batch, channels, ...), with the channels last in memory, in the order of their axes.
+at::Tensor in_order(const at::Tensor& images) {
+  TORCH_CHECK(
+      is_real(images.scalar_type()) && images.movedim(1, -1).is_contiguous(), "images of ", images.scalar_type(),
+      " with strides ", images.strides(), "; give real values with the channels last in memory");
+  const at::Tensor y = at::empty(images.sizes(), images.options());
+  const int64_t batch = y.size(0), channels = y.size(1), pixels = y.numel() / std::max<int64_t>(1, batch * channels);
+  typed(images.const_data_ptr(), images.scalar_type(), [&]<typename Y>(const Y* from) {
+    exchange(from, batch, channels, pixels, static_cast<Y*>(y.data_ptr()));
+  });
+  return y;
+}
+
 at::Tensor convolution_of_reals(
     const at::Tensor& x,
     const at::Tensor& x_scale,
@@ -1121,13 +1223,15 @@ at::Tensor convolution_of_reals(
   Held held;
   const at::Tensor z = at::empty({1}, at::kInt);  // of uint8, which is multiplied
   *z.data_ptr<int32_t>() = *held.at<int32_t>("zero_point", zero_point, 1, at::kInt) + (format == at::kChar ? 128 : 0);
-  const at::Tensor q = quantize(x, x_scale, z, 0, 255, at::kByte);
-  const bool line = x.dim() == 3;
+  TORCH_CHECK(is_real(x.scalar_type()), "real values are made codes of, not ", x.scalar_type());
+  const bool line = x.dim() == 3, ordered = x.is_contiguous() && x.size(1) > 1;
+  const at::Tensor q = ordered ? coded_images(x, x_scale, z) : quantize(x, x_scale, z, 0, 255, at::kByte);
   const at::Tensor y = convolution(
       line ? q.unsqueeze(2) : q, z, codes, weight_zero_point, scale, bias, {}, stride, padding, dilation, groups, "none",
       {}, {}, x.scalar_type(), {}, {});
-  if (line) return last ? y.squeeze(2) : y.squeeze(2).contiguous();
-  return last || (q.stride(1) == 1 && q.stride(-1) > 1) ? y : y.contiguous();
+  const at::Tensor result = line ? y.squeeze(2) : y;
+  const bool as_it_is = last || (!line && !ordered && q.stride(1) == 1 && q.stride(-1) > 1);
+  return as_it_is ? result : in_order(result);
 }
 
 }  // namespace
@@ -1137,6 +1241,7 @@ TORCH_LIBRARY_IMPL(functional_sq, CPU, library) {
   library.impl("brgemm_product", product);
   library.impl("brgemm_product_of_reals", product_of_reals);
   library.impl("brgemm_convolution", convolution);
+  library.impl("brgemm_in_order", in_order);
   library.impl("brgemm_convolution_of_reals", convolution_of_reals);
 }
 

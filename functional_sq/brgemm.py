@@ -5,7 +5,8 @@ no int32 matrix is written or read: asymmetric weights cost what symmetric ones 
 and summed in float32, which no function of torch does on a CPU. With AMX each sum is exact too, other than those of
 `functional_sq.onednn`. Of a convolution a tile copies its windows, which takes a fifth of the time of 64 columns and
 less of more; where each channel is convolved alone, VNNI sums 64 of them where they lie. A product, and a convolution
-of 1 x 1, makes the codes of its input too as a tile reads that; other eager convolutions make them by a pass before.
+of 1 x 1, makes the codes of its input too as a tile reads that; other eager convolutions make them by a pass before,
+which puts the channels last, and another one puts the result in the order of its axes, if the input is in that.
 The operations are those of `functional_sq.linear` in its order, so the same bits. `brgemm.cpp` is compiled when a
 weight is first asked about, in 10 s, by the compiler of Inductor, and kept beside what Inductor compiles; where that
 fails, a warning says so, and others multiply.
@@ -41,7 +42,8 @@ from functional_sq.quantize import quantize as _quantize
 from functional_sq.requantize import Float8Codes, fills_a_byte, has_one_scale, requantizes
 from functional_sq.spec import QuantSpec, check_spec
 from functional_sq.tracing import always, asked_once, define_operator, is_batched, is_traced
-from functional_sq.windows import are_alone, laid_out, window_sizes
+from functional_sq.windows import are_alone, is_last, window_sizes
+from functional_sq.windows import laid_out as _laid_out
 
 __all__ = [
     "AVAILABLE",
@@ -54,6 +56,7 @@ __all__ = [
     "float8_for",
     "is_built",
     "key",
+    "laid_out",
     "plus",
     "product",
     "product_of_reals",
@@ -494,6 +497,27 @@ def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
     return y
 
 
+def laid_out(y: Tensor, images: Tensor) -> Tensor:
+    """Return `functional_sq.windows.laid_out(y, images)`; in eager mode on this CPU of real values in less time.
+
+    Example:
+        >>> import torch
+        >>> from functional_sq import brgemm
+        >>> y = torch.arange(6.0).reshape(1, 1, 3, 2).movedim(-1, 1)
+        >>> brgemm.laid_out(y, torch.ones(1, 5, 1, 3))
+        tensor([[[[0., 2., 4.]],
+        <BLANKLINE>
+                 [[1., 3., 5.]]]])
+    """
+    exchanged = not is_last(images) and y.stride(1) == 1 and not y.is_contiguous()
+    if not exchanged or y.requires_grad or is_batched(y) or not reads(y):
+        return _laid_out(y, images)
+    # The result of a transposed convolution may be cut out of a larger one.
+    dense = y.movedim(1, -1).contiguous().movedim(-1, 1)
+    in_order: Tensor = torch.ops.functional_sq.brgemm_in_order.default(dense)
+    return in_order
+
+
 def _require() -> None:
     if not is_built():
         raise RuntimeError("brgemm.cpp is not compiled on this machine; ask `supports` before")
@@ -531,7 +555,7 @@ def _fake_convolution_of_reals(x: Tensor, *of: Any) -> Tensor:
     images, geometry = x.unsqueeze(2) if x.ndim == 3 else x, (stride, padding, dilation, groups)
     y = _fake_convolution(images, *weight, None, *geometry, "none", None, None, x.dtype)
     y = y.squeeze(2) if x.ndim == 3 else y
-    return y if last else laid_out(y, x)
+    return y if last else _laid_out(y, x)
 
 
 define_operator(
@@ -539,6 +563,12 @@ define_operator(
     "(Tensor x, Tensor scale, Tensor zero_point, int low, int high, ScalarType storage) -> Tensor",
     None,  # in brgemm.cpp
     lambda x, *rest: torch.empty_like(x, dtype=rest[-1]),
+)
+define_operator(
+    "brgemm_in_order",
+    "(Tensor images) -> Tensor",
+    None,
+    lambda images: images.new_empty(images.shape),
 )
 define_operator(
     "brgemm_product",

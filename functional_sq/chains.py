@@ -94,6 +94,9 @@ def layer(
     Returns:
         what that function returns.
 
+    Raises:
+        TypeError, ValueError: as that function, and as `functional_sq.serialize.spec_from_json` for `spec`.
+
     Example:
         >>> import torch, functional_sq as fsq
         >>> from functional_sq import chains
@@ -146,9 +149,10 @@ def _batch_norms(scales: Sequence[Tensor], *rest: Sequence[Any]) -> list[Tensor]
     made = []
     for scale, bias, mean, *others in zip(scales, *rest, strict=True):
         # A transposed convolution has a scale for each output of each phase, the same ones again.
-        n = len(mean)
-        folded, bias = fold_batch_norm(scale[:n].reshape(-1, 1), bias, mean, *others)
-        made.append((folded.reshape(-1).repeat(len(scale) // n), bias))
+        times = len(scale) // len(mean)
+        of_one = scale if times == 1 else scale[: len(mean)]
+        folded, shift = fold_batch_norm(of_one.reshape(-1, 1), bias, mean, *others)
+        made.append((folded.reshape(-1) if times == 1 else folded.reshape(-1).repeat(times), shift))
     return computed_together([scale for scale, _ in made] + [bias for _, bias in made])
 
 

@@ -89,7 +89,7 @@ __all__ = [
     "conv_reference",
     "convolve_images",
     "direct_convolution",
-    "images_convolution",
+    "direct_images",
     "is_tapped",
 ]
 
@@ -172,9 +172,9 @@ def conv(
     check_origin(x, q.shape)
     images, added, real = (each if each is None or batch else each[None] for each in (q, residual, x))
     assert images is not None
-    then_by = then, fast_accum, added, relu, real
-    y, then = convolve_images(spec, images, qp, weight, bias, geometry, groups, dtype, epilogue, *then_by)
-    y = laid_out(y, images)
+    rest = then, fast_accum, added, relu, real
+    y, then = convolve_images(spec, images, qp, weight, bias, geometry, groups, dtype, epilogue, *rest)
+    y = brgemm.laid_out(y, images)
     y = y if batch else y[0]
     return y if then is None else requantize(y, then)
 
@@ -417,10 +417,10 @@ def direct_convolution(
     if weight.codes.ndim < 3:
         return None
     geometry = geometry_of(weight.codes.shape[2:], stride, padding, dilation)
-    return images_convolution(spec, check_qparams(qp), weight, bias, epilogue, geometry, groups)
+    return direct_images(spec, check_qparams(qp), weight, bias, epilogue, geometry, groups)
 
 
-def images_convolution(
+def direct_images(
     spec: QuantSpec,
     qp: QParams,
     weight: FoldedWeight,

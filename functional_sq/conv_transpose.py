@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sq.conv import check_channels, check_conv, convolve_images, images_convolution
+from functional_sq import brgemm
+from functional_sq.conv import check_channels, check_conv, convolve_images, direct_images
 from functional_sq.folded import (
     Epilogue,
     FoldedWeight,
@@ -41,7 +42,7 @@ from functional_sq.quantize import dequantize
 from functional_sq.requantize import Requantization, requantize
 from functional_sq.spec import QuantSpec
 from functional_sq.tracing import computed_once
-from functional_sq.windows import Geometry, as_bytes, flatten_padding, laid_out, pad_codes, per_dimension
+from functional_sq.windows import Geometry, as_bytes, flatten_padding, pad_codes, per_dimension
 
 __all__ = [
     "conv_transpose",
@@ -105,8 +106,8 @@ def polyphase(weight: FoldedWeight, stride: int | Sequence[int]) -> FoldedWeight
         ValueError: the weight has no kernel, or several scales an output; `stride` does not fit it; or elements are
             added to an asymmetric weight whose zero point is no code.
 
-    Source: Vaidyanathan 1990, Multirate digital filters, filter banks, polyphase networks, and applications, section
-        III; Shi et al. 2016 (arXiv:1609.07009).
+    Source: Vaidyanathan 1990, Multirate digital filters, filter banks, polyphase networks, and applications;
+        Shi et al. 2016 (arXiv:1609.07009).
 
     Example:
         >>> import torch, functional_sq as fsq
@@ -228,7 +229,7 @@ def conv_transpose(
     geometry = Geometry((1,) * len(gaps), tuple(around), gaps)
     how = dtype, epilogue, then, fast_accum
     y, then = convolve_images(spec, x.movedim(-1, 1), qp, weight, bias, geometry, groups, *how)
-    y = laid_out(y if phases is None else _interleaved(y, phases, images), images)
+    y = brgemm.laid_out(y if phases is None else _interleaved(y, phases, images), images)
     y = y if images is q else y[0]
     return y if then is None else requantize(y, then)
 
@@ -281,7 +282,7 @@ def direct_transposed(
         check_epilogue(epilogue, None, weight, torch.float32)
         geometry = Geometry((1,) * len(gaps), tuple(around), gaps)
         operands = spec, qp, weight, _of_all_phases(bias, weight, phases), epilogue, geometry, groups
-        convolve = images_convolution(*operands, last=phases is not None)
+        convolve = direct_images(*operands, last=phases is not None)
         return None if convolve is None else (convolve, phases)
 
     def transposed(x: Tensor) -> Tensor | None:
@@ -290,7 +291,7 @@ def direct_transposed(
             return None
         convolve, phases = plan
         y = convolve(x)
-        return y if y is None or phases is None else laid_out(_interleaved(y, phases, x), x)
+        return y if y is None or phases is None else brgemm.laid_out(_interleaved(y, phases, x), x)
 
     return transposed
 

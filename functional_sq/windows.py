@@ -18,6 +18,7 @@ __all__ = [
     "check_windows",
     "flatten_padding",
     "geometry_of",
+    "is_last",
     "laid_out",
     "pad_codes",
     "per_dimension",
@@ -134,5 +135,9 @@ def laid_out(y: Tensor, x: Tensor) -> Tensor:
 
     The strides say it under vmap too, where the format cannot be asked.
     """
-    last = x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
-    return y.movedim(1, -1).contiguous().movedim(-1, 1) if last else y.contiguous()
+    return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_last(x) else y.contiguous()
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether the channels of images lie last in memory."""
+    return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1

@@ -40,6 +40,14 @@ UINT8, INT8 = (
 )
 
 
+def windows_of(x: Tensor, w: Tensor, stride: Any, padding: Any, *rest: Any) -> Tensor:
+    """Convolve in two dimensions or three; a weight may have the last one alone."""
+    pairs = [*zip(padding[::2], padding[1::2], strict=True)]
+    x = F.pad(x, [side for pair in reversed(pairs) for side in pair])
+    w = w.reshape(*w.shape[:2], *(1,) * (x.ndim - w.ndim), *w.shape[2:])
+    return (F.conv2d if x.ndim == 4 else F.conv3d)(x, w, None, stride, 0, *rest)
+
+
 class Int64:
     """What a user might write: sums in int64, by functions of torch."""
 
@@ -89,11 +97,8 @@ class Int64:
     def windows(self, *_: object) -> range:
         return range(2, sys.maxsize)
 
-    def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, stride: Any, padding: Any, *rest: Any) -> Tensor:
-        top, bottom, left, right = padding
-        x = F.pad(q.double() - zero_point, (left, right, top, bottom))
-        w = codes.double().reshape(*codes.shape[:2], *(1,) * (4 - codes.ndim), *codes.shape[2:])
-        return F.conv2d(x, w, None, stride, 0, *rest).long()
+    def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, *how: Any) -> Tensor:
+        return windows_of(q.double() - zero_point, codes.double(), *how).long()
 
     def convolve(
         self,
@@ -114,7 +119,7 @@ class Int64:
         if of_weight is not None:
             codes = codes.short() - of_weight.reshape(-1, *(1,) * (codes.ndim - 1))
         total = self.sums(q, zero_point, codes, stride, padding, dilation, groups)
-        along = (-1, 1, 1)
+        along = (-1, *(1 for _ in stride))
         of_output = scale.reshape(along), None if bias is None else bias.reshape(along)
         y = apply_epilogue(total, *of_output, dtype, residual)
         if residual is not None:
@@ -826,11 +831,8 @@ class NoDilation(Int64):
 class FloatSums(Int64):
     """Right up to 2**24."""
 
-    def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, stride: Any, padding: Any, *rest: Any) -> Tensor:
-        top, bottom, left, right = padding
-        x = F.pad(q.float() - zero_point, (left, right, top, bottom))
-        w = codes.float().reshape(*codes.shape[:2], *(1,) * (4 - codes.ndim), *codes.shape[2:])
-        return F.conv2d(x, w, None, stride, 0, *rest).long()
+    def sums(self, q: Tensor, zero_point: Tensor, codes: Tensor, *how: Any) -> Tensor:
+        return windows_of(q.float() - zero_point, codes.float(), *how).long()
 
 
 class OneScaleAGroup(Int64):

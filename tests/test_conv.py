@@ -47,6 +47,7 @@ import functional_sq as fsq
 from functional_sq import FoldedWeight, MappingType, QParams, QuantSpec, brgemm, onednn, onednn_conv
 from functional_sq.formats import REAL_DTYPES
 from functional_sq.operands import Operands
+from functional_sq.windows import laid_out
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao 0.16 warns of its own moved modules
@@ -703,6 +704,9 @@ def test_what_the_compiler_expects_of_convolutions_by_brgemm_is_what_they_do() -
         y = op(*known, None, *how, torch.bfloat16)
         if then[0] is None:
             x = torch.randn(2, 4, *space)
+            images_last = last(x.to(torch.bfloat16))
+            in_order = torch.ops.functional_sq.brgemm_in_order.default
+            torch.library.opcheck(in_order, (images_last,), test_utils=("test_schema", "test_faketensor"))
             for image, in_last in itertools.product((x, last(x)) if len(kernel) > 1 else (x[:, :, 0],), (False, True)):
                 made = image, torch.rand(1), torch.int8, *known[1:], *how[:4], in_last
                 torch.library.opcheck(of_reals, made, test_utils=("test_schema", "test_faketensor"))
@@ -1376,6 +1380,29 @@ def test_an_eager_layer_convolves_real_values_as_their_codes(name: str, scheme: 
         assert torch.equal(torch.vmap(layer)(whole[:, None])[:, 0], layer(whole))
     with pytest.raises(ValueError, match=r"give \(batch, 6, "):
         layer(whole[:, :5])
+
+
+@needs_brgemm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("channels", "outputs"), [(2, 1), (3, 17), (16, 16), (17, 40), (40, 33), (64, 5)])
+def test_images_in_the_order_of_their_axes_give_what_those_with_channels_last_give(
+    channels: int, outputs: int, dtype: torch.dtype
+) -> None:
+    """They are exchanged in blocks of 16 channels and 16 pixels, of which the last ones are not whole."""
+    act, weight = FORMATS["uint8-uint8"]
+    qp = QParams(torch.tensor([0.02]), torch.tensor([100], dtype=torch.int32))
+    layer = bridge.QuantizedConv2d.from_float(nn.Conv2d(channels, outputs, 1), act, qp, weight).to(dtype)
+    for batch, size in ((1, (1, 1)), (2, (3, 5)), (1, (4, 4)), (2, (7, 9)), (1, (8, 8)), (3, (5, 13)), (1, (20, 101))):
+        x = torch.randn(batch, channels, *size).to(dtype)
+        x.flatten()[:2] = torch.tensor([torch.inf, -torch.inf])
+        y = layer(x)
+        assert y.is_contiguous()
+        assert torch.equal(y, layer(last(x)))
+        other = torch.randn(batch, *size, outputs).to(dtype).movedim(-1, 1)
+        other[:, :, 0, 0] = torch.nan
+        for images in (other, other[:, :, :-1, 1:], other[:, ::2], other.double(), other[..., 0]):
+            same = {"rtol": 0, "atol": 0, "equal_nan": True, "check_stride": True}
+            torch.testing.assert_close(brgemm.laid_out(images, x), laid_out(images, x), **same)
 
 
 @needs_brgemm

@@ -20,6 +20,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 from test_chains import EXACT, assert_codes, difference, to
 from test_conv import (
     FORMATS,
@@ -42,6 +44,7 @@ from torch._inductor.utils import run_and_get_code
 
 import functional_sq as fsq
 from functional_sq import QParams, QuantSpec, brgemm, onednn, onednn_conv
+from functional_sq.conv_transpose import direct_transposed
 from functional_sq.formats import REAL_DTYPES
 
 with warnings.catch_warnings():
@@ -254,6 +257,31 @@ def test_vmap_is_the_loop(name: str, formats: str) -> None:
 
 
 ACT, WEIGHT = FORMATS["int8-int8"]
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_phases_give_what_zeros_between_codes_give_in_any_geometry(data: st.DataObject) -> None:
+    """By the general path, by a backend, and by one operator where there is one."""
+    rank = data.draw(st.integers(1, 3))
+    kernel, stride, padding, size = (
+        data.draw(st.tuples(*(st.integers(*ends) for _ in range(rank)))) for ends in ((1, 5), (1, 4), (0, 4), (1, 4))
+    )
+    added = tuple(data.draw(st.integers(0, step - 1)) for step in stride)
+    geometry = Transposed((2, 3, *size), (2, 3, *kernel), stride, padding, added)
+    case = draw(geometry, *FORMATS[data.draw(st.sampled_from(["uint8-uint8", "int8-int8"]))])
+    try:
+        exact = convolved(case)
+    except ValueError:
+        reject()  # nothing is left
+    phases = dataclasses.replace(case, geometry=dataclasses.replace(geometry, polyphase=True))
+    for kept in (False, True):
+        assert torch.equal(convolved(phases, kept=kept), exact)
+    weight = fsq.polyphase(case.folded(), stride)
+    operands = case.act, case.qp, weight, case.bias, fsq.epilogue(case.act, case.qp, weight)
+    direct = direct_transposed(*operands, **geometry.settings(), **kernel_size(case.folded()))
+    y = direct(fsq.dequantize(case.act, case.q, case.qp))
+    assert y is None or torch.equal(y, exact)
 
 
 @pytest.mark.parametrize("scheme", ["uint8-uint8", "int8-int8"])

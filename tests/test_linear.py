@@ -1071,7 +1071,9 @@ def test_a_weight_of_another_shape_in_the_same_memory_is_packed_again() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"stride": [0, 1]}, "strides from 1"),
+        ({"stride": [0, 1]}, "strides and dilations from 1"),
+        ({"dilation": [1, 0]}, "strides and dilations from 1"),
+        ({"padding": [0, -1, 0, 0]}, "padding \\[0, -1, 0, 0\\]"),
         ({"stride": [1]}, "give 2, 4 and 2 numbers"),
         ({"padding": []}, "give 2, 4 and 2 numbers"),
         ({"groups": 0}, "in 0 groups"),
