@@ -84,6 +84,13 @@ def _missing(module: nn.Module) -> list[str]:
     return [name for name in _PARTS if name not in held or (name == "weight" and held[name] is None)]
 
 
+def _removal(module: nn.Module) -> str:
+    """Return what of `torch.nn.utils` makes the weight a parameter again where a hook of it computes it, or ""."""
+    hooked = {type(hook).__module__.removeprefix("torch.nn.utils.") for hook in module._forward_pre_hooks.values()}
+    known = {"weight_norm": "remove_weight_norm", "spectral_norm": "remove_spectral_norm", "prune": "prune.remove"}
+    return next((remove for name, remove in known.items() if name in hooked), "")
+
+
 def float_reason(module: nn.Module) -> str | None:
     """Say why `module`, a kind of layer that one may expect to be quantized, is not; None: it is, or is no such."""
     kind = type(module).__name__
@@ -115,6 +122,8 @@ def float_reason(module: nn.Module) -> str | None:
     if isinstance(module, tuple(OBSERVED)):
         if own := _own_parts(module):
             return f"{kind} has {own[0]} of its own, which a quantized layer would not have"
+        if remove := _removal(module):
+            return f"its weight is computed by a hook; call torch.nn.utils.{remove} first to have the layer quantized"
         if missing := _missing(module):
             return f"its {missing[0]} is no parameter; register it as torch.nn.Parameter to have the layer quantized"
         return f"{kind} has a forward of its own, which a quantized layer would not run"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -391,6 +391,18 @@ def holds_tensors(weight: Tensor | None) -> bool:
     return is_traceable_wrapper_subclass(weight) and not hasattr(weight, "placements")
 
 
+def _hooks_of(name: str, found: Any) -> list[object]:
+    """Return the hooks that an attribute of a module holds."""
+    if not name.startswith("_") or not name.endswith("_hooks"):
+        return []
+    hooks = [*found.values()] if isinstance(found, Mapping) else [found] if found else []
+    if name == "_load_state_dict_pre_hooks":
+        # Where a norm of the weight was removed, torch leaves what changes its parameters in a state that is loaded.
+        left = "torch.nn.utils.parametrizations", "torch.nn.utils.spectral_norm"
+        return [hook for hook in hooks if getattr(hook, "__module__", "") not in left]
+    return hooks
+
+
 def check_plain(module: nn.Module) -> None:
     """Raise ValueError if a layer that takes the place of `module` would do less than it.
 
@@ -408,7 +420,7 @@ def check_plain(module: nn.Module) -> None:
             "the layer has a forward of its own, which would be lost; take it away first, or leave the layer out by a "
             "rule"
         )
-    if any(found for name, found in vars(module).items() if name.startswith("_") and name.endswith("_hooks")):
+    if any(_hooks_of(name, found) for name, found in vars(module).items()):
         raise ValueError("the layer has hooks, which would be lost; remove them first, or leave it out by a rule")
     for weight in [module.weight] if hasattr(module, "weight") else module.parameters(recurse=False):
         if hasattr(weight, "placements"):  # a DTensor

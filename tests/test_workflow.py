@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import functional_sq as fsq
 
@@ -980,6 +981,36 @@ def test_a_hook_of_any_kind_that_would_be_lost_is_told_of(register: str) -> None
     with pytest.raises(ValueError, match=r"^0: the layer has hooks, which would be lost"):
         bridge.prepare_(model, INT8)
     assert kinds(model) == ["Linear", "ReLU", "Linear"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "removal"),
+    [
+        *(("parametrizations", name) for name in ("weight_norm", "spectral_norm", "orthogonal")),
+        *((name, f"remove_{name}") for name in ("weight_norm", "spectral_norm")),
+        ("prune", "prune.remove"),
+    ],
+)
+def test_a_layer_whose_norm_was_removed_is_as_any_other(name: str, removal: str) -> None:
+    """torch leaves a hook of some on it, for states that are loaded."""
+    model, x, utils = two_layers(), torch.randn(4, 16), nn.utils
+    if name == "parametrizations":
+        getattr(utils.parametrizations, removal)(model[0])
+        with pytest.raises(ValueError, match=r"call torch\.nn\.utils\.parametrize\.remove_parametrizations first"):
+            bridge.prepare_(model, INT8)
+        utils.parametrize.remove_parametrizations(model[0], "weight")
+    else:
+        _ = prune.l1_unstructured(model[0], "weight", 5) if name == "prune" else getattr(utils, name)(model[0])
+        with pytest.warns(UserWarning, match=rf"^1 module left in float:\n  0: .* torch\.nn\.utils\.{removal} first"):
+            model = bridge.unprepare_(bridge.prepare_(model, INT8))
+        _ = prune.remove(model[0], "weight") if name == "prune" else getattr(utils, removal)(model[0])
+    model.eval()
+    with torch.no_grad():
+        exact = model(x)
+    bridge.prepare_(model, INT8)
+    bridge.calibrate(model, [x])
+    assert (bridge.convert_(model)(x) - exact).std() < 0.05 * exact.std()
 
 
 @pytest.mark.parametrize("step", [bridge.prepare_, bridge.quantize_])
