@@ -582,11 +582,13 @@ void code_images(const X* images, int64_t batch, int64_t channels, int64_t pixel
   });
 }
 
-inline __m512i bits(const float* p, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, p); }
-
-inline __m512i bits(const c10::BFloat16* p, __mmask16 some) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)); }
-
-inline __m512i bits(const c10::Half* p, __mmask16 some) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)); }
+template <typename Y>
+__m512i read_bits(const Y* p, __mmask16 some) {
+  if constexpr (sizeof(Y) == 4)
+    return _mm512_maskz_loadu_epi32(some, p);
+  else
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p));
+}
 
 template <typename Y>
 void write_bits(Y* p, __mmask16 some, __m512i x) {
@@ -607,7 +609,7 @@ void exchange(const Y* images, int64_t batch, int64_t channels, int64_t pixels, 
       for (int64_t i = left; i < right; i += LANES) {
         __m512i x[4][4] = {}, y[4];
         for (int64_t j = 0; j < std::min(LANES, pixels - i); ++j)
-          x[j / 4][j % 4] = bits(images + (image * pixels + i + j) * channels + c, first(channels - c));
+          x[j / 4][j % 4] = read_bits(images + (image * pixels + i + j) * channels + c, first(channels - c));
         for (auto& four : x) transpose_quarters(four);
         for (int64_t k = 0; k < 4; ++k) {
           for (int64_t j = 0; j < 4; ++j) y[j] = x[j][k];
