@@ -657,6 +657,10 @@ def test_windows_for_which_brgemm_is_asked_with_amx(monkeypatch: pytest.MonkeyPa
         assert 8 * few not in brgemm.windows(torch.empty(shape), None, stride, dilation, 8)
     assert brgemm.windows(torch.empty(64, 32, 1, 1), None, ones, ones, 1)[-1] > 2**60
     assert brgemm.windows(torch.empty(80, 8, 3, 3), None, ones, ones, 2)[-1] > 2**60  # of which oneDNN is wrong
+    # Of volumes no other takes any; a loop takes those of each channel alone by few elements.
+    for kernel, any_number in (((3, 3, 3), True), ((1, 3, 3), False)):
+        alone = brgemm.windows(torch.empty(96, 1, *kernel), None, (1,) * 3, (1,) * 3, 96)
+        assert (alone[-1] > 2**60) == any_number
     layer = quantized(SYMMETRIC_INT8, nn.Conv2d(6, 6, 3, padding=1))
     most = brgemm.windows(layer.weight_codes, None, ones, ones, 1)[-1]
     shown = f"by brgemm from 1 to {most} windows, by oneDNN from {most + 1} windows on)"
