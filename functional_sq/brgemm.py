@@ -509,8 +509,9 @@ def laid_out(y: Tensor, images: Tensor) -> Tensor:
         <BLANKLINE>
                  [[1., 3., 5.]]]])
     """
-    exchanged = not is_last(images) and y.stride(1) == 1 and not y.is_contiguous()
-    if not exchanged or y.requires_grad or is_batched(y) or not reads(y):
+    if y.requires_grad or is_batched(y) or not reads(y):  # asked first: where a graph is traced, strides add guards
+        return _laid_out(y, images)
+    if is_last(images) or y.stride(1) != 1 or y.is_contiguous():
         return _laid_out(y, images)
     # The result of a transposed convolution may be cut out of a larger one.
     dense = y.movedim(1, -1).contiguous().movedim(-1, 1)
