@@ -177,6 +177,9 @@ inline Reals activated(Reals x) {
   return x;
 }
 
+// The first lanes of a register, as many as are left of something.
+inline __mmask16 lanes(int64_t left) { return (1u << std::min(LANES, left)) - 1; }
+
 inline Reals read(const float* p, __mmask16 some) { return _mm512_maskz_loadu_ps(some, p); }
 
 inline Reals read(const at::BFloat16* p, __mmask16 some) {
@@ -254,6 +257,11 @@ struct Coded {
     return _mm512_add_epi32(_mm512_cvtps_epi32(within), zero_point);
   }
 };
+
+// What makes codes of real values with a scale.
+auto coder(float scale, int32_t zero_point, int64_t low, int64_t high) {
+  return [inverse = Reals(1 / scale), coded = Coded(zero_point, low, high)](Reals x) { return coded(x * inverse); };
+}
 
 // A float8 format: bits of its mantissa, the least exponent of a normal number, and the largest value.
 struct Float8 {
@@ -336,7 +344,7 @@ void finish_columns(const Call& call, const Sum* sums, const Tile& tile, const i
   const bool biased = call.bias, asymmetric = call.weight_zero_point, streamed = V > 1 && call.streamed;
   const bool added = call.residual, rectified = call.activation == 1;  // after a residual
   const int64_t n = call.n, at = tile.row * n + tile.column + from;
-  const __mmask16 some = V > 1 ? 0xffff : (1u << std::min(LANES, tile.count - from)) - 1;
+  const __mmask16 some = V > 1 ? 0xffff : lanes(tile.count - from);
   const Reals to_scale(codes ? *call.to_scale : 1), inverse(codes ? 1 / *call.to_scale : 1);
   const Coded coded(codes ? *call.to_zero_point : 0, 0, 255);
   const Y* residual = static_cast<const Y*>(call.residual) + at;
@@ -513,7 +521,7 @@ Rows<Code> made(const Call& call, Make make) {
 template <typename X, typename Y, typename F>
 void each(const X* from, int64_t count, Y* to, F code) {
   for (int64_t i = 0; i < count; i += LANES) {
-    const __mmask16 some = (1u << std::min(LANES, count - i)) - 1;
+    const __mmask16 some = lanes(count - i);
     write(to + i, some, code(read(from + i, some)));
   }
 }
@@ -553,8 +561,6 @@ inline void transpose_quarters(__m512i (&x)[4]) {
   x[2] = _mm512_unpacklo_epi64(b, d), x[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-inline __mmask16 first(int64_t count) { return (1u << std::clamp<int64_t>(count, 0, LANES)) - 1; }
-
 // What `code` makes of images (batch, channels, pixels), in the order (batch, pixels, channels).
 template <typename X, typename F>
 void code_images(const X* images, int64_t batch, int64_t channels, int64_t pixels, uint8_t* to, F code) {
@@ -567,7 +573,7 @@ void code_images(const X* images, int64_t batch, int64_t channels, int64_t pixel
           const X* from = images + (image * channels + c) * pixels + i;
           __m512i x[4] = {};  // of 16 pixels, four channels in 32 bits
           for (int64_t j = 0; j < std::min(LANES, channels - c); ++j) {
-            const __m512i codes = code(read(from + j * pixels, first(pixels - i)));
+            const __m512i codes = code(read(from + j * pixels, lanes(pixels - i)));
             x[j / 4] = _mm512_or_si512(x[j / 4], _mm512_sll_epi32(codes, _mm_cvtsi32_si128(j % 4 * 8)));
           }
           transpose_quarters(x);
@@ -575,7 +581,7 @@ void code_images(const X* images, int64_t batch, int64_t channels, int64_t pixel
           for (int64_t k = 0; k < 4; ++k) _mm512_store_si512(rows[k], x[k]);
           for (int64_t j = 0; j < std::min(LANES, pixels - i); ++j)
             _mm_mask_storeu_epi8(
-                to + (image * pixels + i + j) * channels + c, first(channels - c),
+                to + (image * pixels + i + j) * channels + c, lanes(channels - c),
                 _mm_load_si128(reinterpret_cast<const __m128i*>(rows[j % 4][j / 4])));
         }
     }
@@ -609,13 +615,13 @@ void exchange(const Y* images, int64_t batch, int64_t channels, int64_t pixels, 
       for (int64_t i = left; i < right; i += LANES) {
         __m512i x[4][4] = {}, y[4];
         for (int64_t j = 0; j < std::min(LANES, pixels - i); ++j)
-          x[j / 4][j % 4] = read_bits(images + (image * pixels + i + j) * channels + c, first(channels - c));
+          x[j / 4][j % 4] = read_bits(images + (image * pixels + i + j) * channels + c, lanes(channels - c));
         for (auto& four : x) transpose_quarters(four);
         for (int64_t k = 0; k < 4; ++k) {
           for (int64_t j = 0; j < 4; ++j) y[j] = x[j][k];
           transpose(y);
           for (int64_t j = k; j < std::min(LANES, channels - c); j += 4)
-            write_bits(to + (image * channels + c + j) * pixels + i, first(pixels - i), y[j / 4]);
+            write_bits(to + (image * channels + c + j) * pixels + i, lanes(pixels - i), y[j / 4]);
         }
       }
     }
@@ -1012,11 +1018,7 @@ auto decoder(at::ScalarType format) {
 // Of codes, or of real values in steps of a scale.
 Rows<int8_t> integer_rows(const Call& call, at::ScalarType dtype) {
   if (call.q_scale)
-    return coded<int8_t>(
-        call, dtype,
-        [inverse = Reals(1 / *call.q_scale), coded = Coded(*call.zero_point, 0, 255)](Reals x) {
-          return coded(x * inverse);
-        });
+    return coded<int8_t>(call, dtype, coder(*call.q_scale, *call.zero_point, 0, 255));
   if (call.k == inner<int8_t>(call.k)) return where_they_lie(call);
   return made<int8_t, uint8_t>(call, copy);
 }
@@ -1162,20 +1164,25 @@ at::Tensor convolution(
   return result;
 }
 
+// With a scale and a zero point of one element each.
+auto coder_of(const at::Tensor& scale, const at::Tensor& zero_point, int64_t low, int64_t high) {
+  Held held;
+  return coder(
+      *held.at<float>("scale", scale, 1, at::kFloat), *held.at<int32_t>("zero_point", zero_point, 1, at::kInt), low, high);
+}
+
 at::Tensor quantize(
     const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, int64_t low, int64_t high,
     at::ScalarType storage) {
   TORCH_CHECK(is_real(x.scalar_type()), "real values are made codes of, not ", x.scalar_type());
   TORCH_CHECK(storage == at::kByte || storage == at::kChar, "codes of ", storage, " are none of 8 bits");
-  Held held;
+  const auto code = coder_of(scale, zero_point, low, high);
   const at::Tensor dense = x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x);
   const at::Tensor y = at::empty_like(x, x.options().dtype(storage));  // as it lies in memory
-  const Reals inverse(1 / *held.at<float>("scale", scale, 1, at::kFloat));
-  const Coded coded(*held.at<int32_t>("zero_point", zero_point, 1, at::kInt), low, high);
   typed(dense.const_data_ptr(), x.scalar_type(), [&](const auto* from) {
     uint8_t* to = static_cast<uint8_t*>(y.data_ptr());
     at::parallel_for(0, y.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-      each(from + begin, end - begin, to + begin, [&](Reals r) { return coded(r * inverse); });
+      each(from + begin, end - begin, to + begin, code);
     });
   });
   return y;
@@ -1185,12 +1192,10 @@ at::Tensor quantize(
 at::Tensor coded_images(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point) {
   std::vector<int64_t> shape = x.movedim(1, -1).sizes().vec();
   const at::Tensor y = at::empty(shape, x.options().dtype(at::kByte));
-  Held held;
-  const Reals inverse(1 / *held.at<float>("scale", scale, 1, at::kFloat));
-  const Coded coded(*held.at<int32_t>("zero_point", zero_point, 1, at::kInt), 0, 255);
+  const auto code = coder_of(scale, zero_point, 0, 255);
   const int64_t batch = x.size(0), channels = x.size(1), pixels = y.numel() / std::max<int64_t>(1, batch * channels);
   typed(x.const_data_ptr(), x.scalar_type(), [&](const auto* from) {
-    code_images(from, batch, channels, pixels, y.data_ptr<uint8_t>(), [&](Reals r) { return coded(r * inverse); });
+    code_images(from, batch, channels, pixels, y.data_ptr<uint8_t>(), code);
   });
   return y.movedim(-1, 1);
 }

@@ -500,6 +500,9 @@ def quantize(spec: QuantSpec, x: Tensor, qp: QParams) -> Tensor:
 def laid_out(y: Tensor, images: Tensor) -> Tensor:
     """Return `functional_sq.windows.laid_out(y, images)`; in eager mode on this CPU of real values in less time.
 
+    Args:
+        y, images: as there.
+
     Example:
         >>> import torch
         >>> from functional_sq import brgemm
@@ -509,9 +512,9 @@ def laid_out(y: Tensor, images: Tensor) -> Tensor:
         <BLANKLINE>
                  [[1., 3., 5.]]]])
     """
-    if y.requires_grad or is_batched(y) or not reads(y):  # asked first: where a graph is traced, strides add guards
-        return _laid_out(y, images)
-    if is_last(images) or y.stride(1) != 1 or y.is_contiguous():
+    eager = reads(y) and not y.requires_grad and not is_batched(y)
+    # Strides are asked for in eager mode alone: where a graph is traced they add guards.
+    if not eager or is_last(images) or y.stride(1) != 1 or y.is_contiguous():
         return _laid_out(y, images)
     # The result of a transposed convolution may be cut out of a larger one.
     dense = y.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -146,14 +146,12 @@ def _function_of(geometry: str) -> tuple[Callable[..., Tensor], dict[str, Any]]:
 
 
 def _batch_norms(scales: Sequence[Tensor], *rest: Sequence[Any]) -> list[Tensor]:
-    made = []
-    for scale, bias, mean, *others in zip(scales, *rest, strict=True):
-        # A transposed convolution has a scale for each output of each phase, the same ones again.
-        times = len(scale) // len(mean)
-        of_one = scale if times == 1 else scale[: len(mean)]
-        folded, shift = fold_batch_norm(of_one.reshape(-1, 1), bias, mean, *others)
-        made.append((folded.reshape(-1) if times == 1 else folded.reshape(-1).repeat(times), shift))
-    return computed_together([scale for scale, _ in made] + [bias for _, bias in made])
+    folded = [
+        # For each output one scale; of a transposed convolution one in each phase, and the phases come first.
+        fold_batch_norm(scale.reshape(-1, len(mean)).t(), bias, mean, *others)
+        for scale, bias, mean, *others in zip(scales, *rest, strict=True)
+    ]
+    return computed_together([scale.t().reshape(-1) for scale, _ in folded] + [bias for _, bias in folded])
 
 
 def _plus(zero_points: Sequence[Tensor], terms: Sequence[int]) -> list[Tensor]:

@@ -217,16 +217,15 @@ def conv_transpose(
     """
     qp, then = check_conv(spec, q, qp, weight, groups, dtype, then)
     settings = stride, padding, output_padding, dilation, groups, kernel_size
-    spread, around, gaps, phases = _plan(q.shape, weight.codes.shape, *settings)
+    spread, geometry, phases = _plan(q.shape, weight.codes.shape, *settings)
     bias = _of_all_phases(bias, weight, phases)
     bias = bias if bias is None else bias.flatten()
     check_epilogue(epilogue, bias, weight, torch.promote_types(dtype, torch.float32))
     images = q if q.ndim == weight.codes.ndim else q[None]
     x = images.movedim(1, -1).contiguous()
     x = x if math.prod(spread) == 1 else _spread(x, qp.zero_point, spread)
-    if any(side < 0 for side in chain(*around)):
-        x, around = _padded(x, qp.zero_point, around), [(0, 0) for _ in around]
-    geometry = Geometry((1,) * len(gaps), tuple(around), gaps)
+    if _is_cut(geometry):
+        x, geometry = _padded(x, qp.zero_point, geometry.padding), geometry._replace(padding=((0, 0),) * len(spread))
     how = dtype, epilogue, then, fast_accum
     y, then = convolve_images(spec, x.movedim(-1, 1), qp, weight, bias, geometry, groups, *how)
     y = brgemm.laid_out(y if phases is None else _interleaved(y, phases, images), images)
@@ -276,11 +275,10 @@ def direct_transposed(
     def planned(images: torch.Size) -> tuple[Callable[[Tensor], Tensor | None], _Phases | None] | None:
         check_channels(images, shape, groups)
         settings = stride, padding, output_padding, dilation, groups, kernel_size
-        spread, around, gaps, phases = _plan(images, shape, *settings)
-        if len(images) != len(shape) or math.prod(spread) > 1 or any(side < 0 for side in chain(*around)):
+        spread, geometry, phases = _plan(images, shape, *settings)
+        if len(images) != len(shape) or math.prod(spread) > 1 or _is_cut(geometry):
             return None
         check_epilogue(epilogue, None, weight, torch.float32)
-        geometry = Geometry((1,) * len(gaps), tuple(around), gaps)
         operands = spec, qp, weight, _of_all_phases(bias, weight, phases), epilogue, geometry, groups
         convolve = direct_images(*operands, last=phases is not None)
         return None if convolve is None else (convolve, phases)
@@ -358,15 +356,17 @@ def _plan(
     dilation: int | Sequence[int],
     groups: int,
     kernel_size: int | Sequence[int] | None,
-) -> tuple[tuple[int, ...], list[tuple[int, int]], tuple[int, ...], _Phases | None]:
-    """Return how far codes are spread, what is around them then, less than 0 where they are cut off, the dilation of
-    their convolution, and the phases that this gives; or raise ValueError."""
+) -> tuple[tuple[int, ...], Geometry, _Phases | None]:
+    """Return how far codes are spread, how they are convolved then, with padding below 0 where cut off, and the
+    phases that this gives; or raise ValueError."""
     outputs, channels, *kernel = weight
     rank = len(kernel)
+    ones = (1,) * rank
     if kernel_size is None:
         steps, around, gaps = _geometry(q, weight, stride, padding, output_padding, dilation)
         # Behind the last element there are step - 1 zeros already.
-        return steps, [(first, last - step + 1) for (first, last), step in zip(around, steps, strict=True)], gaps, None
+        sides = ((first, last - step + 1) for (first, last), step in zip(around, steps, strict=True))
+        return steps, Geometry(ones, tuple(sides), gaps), None
     sizes, steps = per_dimension("kernel_size", kernel_size, rank, 1), per_dimension("stride", stride, rank, 1)
     if groups != 1 or math.prod(per_dimension("dilation", dilation, rank, 1)) > 1:
         raise ValueError(
@@ -380,17 +380,22 @@ def _plan(
             f"give what polyphase(weight, stride) returned, and the kernel_size of its weight"
         )
     of_phase = outputs // count, channels, *sizes
-    _, around, gaps = _geometry(q, of_phase, stride, padding, output_padding, dilation)
-    sides, crop = [], []
+    _, around, _ = _geometry(q, of_phase, stride, padding, output_padding, dilation)
+    reached, crop = [], []
     for n, size, part, step, (before, after) in zip(q[-rank:], sizes, parts, steps, around, strict=True):
         cut = size - 1 - before  # of the outputs: whole windows, and some of the first
-        sides.append((part - 1 - cut // step, after // step))
+        reached.append((part - 1 - cut // step, after // step))
         crop.append((cut % step, (n - 1) * step + 1 + after - cut))
-    return gaps, sides, gaps, _Phases(steps, crop)
+    return ones, Geometry(ones, tuple(reached), ones), _Phases(steps, crop)
+
+
+def _is_cut(geometry: Geometry) -> bool:
+    """Whether codes are cut off, not padded."""
+    return any(side < 0 for side in chain(*geometry.padding))
 
 
 def _of_all_phases(bias: Tensor | None, weight: FoldedWeight, phases: _Phases | None) -> Tensor | None:
-    """Return a view of a bias, `(phases, N)`; or raise unless it has N elements."""
+    """Return `(phases, N)`, a view of a bias: what is written to that counts; or raise unless it has N elements."""
     count = 1 if phases is None else math.prod(phases.steps)
     check_bias(bias, len(weight.codes) // count)
     return None if bias is None else bias.expand(count, -1)
