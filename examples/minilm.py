@@ -87,7 +87,10 @@ def quality(ours: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
 
 
 def medians(calls: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, float]:
-    """Time the calls in turn, so that the machine's drift meets all alike; return medians in ms."""
+    """Time the calls in turn, so that the machine's drift meets all alike; return medians in ms.
+
+    Each is called once more before it is timed, to find its own weights in the caches, as where it runs alone.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(3):
@@ -95,6 +98,9 @@ def medians(calls: dict[str, Callable[[], object]], device: str, seconds: float)
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or min(map(len, times.values())) < 5:
         for name, call in calls.items():
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter()
             call()
             if device == "cuda":

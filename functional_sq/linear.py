@@ -50,6 +50,7 @@ from functional_sq.qparams import QParams, check_qparams
 from functional_sq.quantize import dequantize, quantize
 from functional_sq.requantize import Requantization, apply_epilogue, check_requantization, requantize, requantize_by
 from functional_sq.spec import QuantSpec, check_codes, check_spec
+from functional_sq.tracing import computed_once
 
 __all__ = [
     "bracket",
@@ -135,8 +136,9 @@ def linear(
     wide = torch.promote_types(dtype, torch.float32)
     check_epilogue(epilogue, bias, weight, wide)
     scale, offset = folded.epilogue(spec, qp, weight, dtype=wide) if epilogue is None else epilogue
-    # Contiguous: oneDNN takes rows that overlap or repeat for rows apart, and reads past them.
-    flat = q.reshape(math.prod(lead), k).contiguous()
+    # Computed once: of a view Inductor writes a copy for each layer that shares the codes. Contiguous: oneDNN takes
+    # rows that overlap or repeat for rows apart, and reads past them.
+    flat = computed_once(q).reshape(math.prod(lead), k).contiguous()
     if scale.ndim == 2 and scale.shape[0] != flat.shape[0]:
         raise ValueError(
             f"{scale.shape[0]} tokens have scales and activations of shape {tuple(q.shape)} have {flat.shape[0]} "

@@ -664,6 +664,20 @@ def test_layers_that_quantize_one_input_alike_share_its_codes() -> None:
     assert quantizations(model, x) == 3
 
 
+@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)])
+def test_shared_codes_are_written_once(shape: tuple[int, ...]) -> None:
+    model, x = Attention().eval(), torch.randn(shape)
+    bridge.prepare_(model, StaticQuantConfig(torch.uint8))
+    bridge.calibrate(model, [x])
+    bridge.convert_(model)
+    torch.compiler.reset()
+    with torch.inference_mode():
+        y, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+        torch.testing.assert_close(y, model(x))
+    written = re.findall(r"= empty_strided_cpu\(.*, torch.uint8\)", source)
+    assert len(written) == 2, source  # codes of the input, and of its copy
+
+
 torch.library.define("functional_sq_tests::twice", "(Tensor(a!) x) -> ()")
 torch.library.impl("functional_sq_tests::twice", "CompositeExplicitAutograd", lambda x: (x.mul_(2), None)[1])
 torch.library.register_fake("functional_sq_tests::twice", lambda x: None)
