@@ -89,7 +89,7 @@ def quality(ours: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
 def medians(calls: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, float]:
     """Time the calls in turn, so that the machine's drift meets all alike; return medians in ms.
 
-    Each is called once more before it is timed, to find its own weights in the caches, as where it runs alone.
+    Each is called twice and the second call counts: it finds its own weights in the caches, as where it runs alone.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -98,13 +98,11 @@ def medians(calls: dict[str, Callable[[], object]], device: str, seconds: float)
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or min(map(len, times.values())) < 5:
         for name, call in calls.items():
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            for _ in range(2):
+                start = time.perf_counter()
+                call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 

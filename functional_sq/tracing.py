@@ -112,8 +112,8 @@ def computed_once(x: Tensor) -> Tensor:
 
     Else it computes a statistic for each vector of the elements that it is broadcast to: the division of a scale's
     reciprocal makes a pass that quantizes 1.3 times as long, the root of a batch norm's variance one that scales 5
-    times. On a GPU that costs less than another kernel. And it writes codes, of which several products take a view, for
-    each of them.
+    times; and it writes codes again for each product that takes a view of them. On a GPU a statistic computed again
+    costs less than another kernel.
     """
     if x.device.type != "cpu" or not is_traced(x) or is_exporting():
         return x
